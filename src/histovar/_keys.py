@@ -1,0 +1,66 @@
+"""Every name under which histovar reads or writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_KEY = "histovar"
+LOGNORM = "lognorm"
+LOGNORM_UNITS = "log1p(counts per 10,000)"
+TARGET_SUM = 1e4
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Slot names that share a prefix, the `key_added` of the public functions."""
+
+    prefix: str = DEFAULT_KEY
+
+    @property
+    def uns(self) -> str:
+        """``uns``: parameters, panel, units, version, evaluation."""
+        return self.prefix
+
+    @property
+    def panel(self) -> str:
+        """``var``: panel membership."""
+        return f"{self.prefix}_panel"
+
+    @property
+    def scales(self) -> str:
+        """``varm``: group of each gene at each scale."""
+        return f"{self.prefix}_scales"
+
+    @property
+    def niche(self) -> str:
+        """``obsm``: mean embeddings of the neighbourhoods."""
+        return f"{self.prefix}_niche"
+
+    @property
+    def tokens(self) -> str:
+        """``obsm``: tokens."""
+        return f"{self.prefix}_tokens"
+
+    @property
+    def mean(self) -> str:
+        """``layers`` or ``obsm``: expected expression."""
+        return self.prefix
+
+    @property
+    def std(self) -> str:
+        """``layers`` or ``obsm``: its standard deviation."""
+        return f"{self.prefix}_std"
+
+    @property
+    def samples(self) -> str:
+        """``obsm``: draws."""
+        return f"{self.prefix}_samples"
+
+    @property
+    def quantiles(self) -> str:
+        """``obsm``: quantiles."""
+        return f"{self.prefix}_quantiles"
+
+    def score(self, name: str) -> str:
+        """``var``: a score of each gene."""
+        return f"{self.prefix}_{name}"

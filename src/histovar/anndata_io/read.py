@@ -1,0 +1,299 @@
+"""From AnnData to arrays: expression, histology, niches, covariates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import squidpy as sq
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from histovar._keys import LOGNORM, LOGNORM_UNITS, TARGET_SUM, Keys
+from histovar.model import Histology, ModelConfig
+
+from . import validate
+from .table import writing
+
+logger = logging.getLogger(__name__)
+
+# Rows of a backed or sparse matrix that are dense in memory at once.
+ROWS_AT_ONCE = 4096
+
+
+def stored_layer(adata: AnnData, layer: str | None) -> Any:
+    """The matrix of a layer; None and ``"X"`` are X.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    """
+    if layer is None or layer == "X":
+        return adata.X
+    if layer not in adata.layers:
+        raise KeyError(f"layer: no {layer!r} in layers, which has {sorted(adata.layers)}; 'X' is adata.X")
+    return adata.layers[layer]
+
+
+def _blocks(matrix: Any, n_rows: int) -> Any:
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        block = matrix[start : start + ROWS_AT_ONCE]
+        yield block.compute() if hasattr(block, "compute") else block
+
+
+def lognorm(adata: AnnData) -> sparse.csr_matrix:
+    """log1p(counts per 10,000) of the counts in X, sparse, the object untouched.
+
+    Raises
+    ------
+    ValueError
+        If X is missing or does not hold counts.
+    """
+    if adata.X is None:
+        raise ValueError("adata: X is empty; counts are needed to log-normalise, or pass layer= with log-normalised values")
+    rows = []
+    for block in _blocks(adata.X, adata.n_obs):
+        counts = sparse.csr_matrix(block, dtype=np.float32)
+        validate.check_counts(counts.data, "X")
+        rows.append(counts)
+    light = AnnData(sparse.vstack(rows, format="csr"))
+    sc.pp.normalize_total(light, target_sum=TARGET_SUM)
+    sc.pp.log1p(light)
+    return light.X
+
+
+def check_layer(adata: AnnData, layer: str | None) -> None:
+    """Refuse a layer with NaN, infinite or negative values; None is not looked at.
+
+    Raises
+    ------
+    KeyError
+        If the layer is missing.
+    ValueError
+        If it has such values.
+    """
+    matrix = stored_layer(adata, layer)
+    if layer is not None:
+        for block in _blocks(matrix, adata.n_obs):
+            validate.check_nonnegative(block.data if sparse.issparse(block) else np.asarray(block), f"layer: {layer!r}")
+
+
+def add_lognorm(adata: AnnData) -> None:
+    """Add ``layers["lognorm"]`` from the counts in X where it is absent, and say so."""
+    if LOGNORM not in adata.layers:
+        values = lognorm(adata)
+        with writing():
+            adata.layers[LOGNORM] = values
+        logger.info("layers[%r] added: %s of X", LOGNORM, LOGNORM_UNITS)
+
+
+def units(layer: str) -> str:
+    """What is known of a layer's units."""
+    return LOGNORM_UNITS if layer == LOGNORM else f"those of {layer!r}"
+
+
+def expression(adata: AnnData, layer: str, columns: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Expression of some genes, dense, (n_obs, n_columns).
+
+    Raises
+    ------
+    KeyError
+        If the layer is missing.
+    ValueError
+        If it holds NaN, infinite or negative values.
+    """
+    matrix = stored_layer(adata, layer)
+    parts = []
+    for block in _blocks(matrix, adata.n_obs):
+        some = block[:, columns]
+        parts.append(np.asarray(some.toarray() if sparse.issparse(some) else some, dtype=np.float32))
+    values = np.concatenate(parts)
+    validate.check_nonnegative(values, f"layer: {layer!r}")
+    return values
+
+
+def neighbor_graphs(
+    place: NDArray[np.floating], names: NDArray[np.str_] | None, n_neighbors: Sequence[int]
+) -> list[sparse.csr_matrix]:
+    """Row-normalised graphs of each spot's nearest neighbours within its section, itself left out, by squidpy.
+
+    Parameters
+    ----------
+    place
+        (n_obs, 2).
+    names
+        (n_obs,) sections, or None.
+    n_neighbors
+        Neighbourhood sizes, one graph each.
+    """
+    light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
+    light.obsm["spatial"] = np.asarray(place)
+    if names is not None:
+        light.obs["section"] = pd.Categorical(names)
+    graphs = []
+    for n in n_neighbors:
+        key = None if names is None else "section"
+        sq.gr.spatial_neighbors(light, coord_type="generic", n_neighs=n, library_key=key)
+        graph = light.obsp["spatial_connectivities"].astype(np.float32)
+        graphs.append(sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph)
+    return graphs
+
+
+def section_coordinates(place: NDArray[np.floating], names: NDArray[np.str_] | None) -> NDArray[np.float32]:
+    """Coordinates scaled to [0, 1] within each section, the longer side deciding: (n_obs, 2)."""
+    scaled = np.empty(place.shape, dtype=np.float32)
+    labels = np.zeros(len(place)) if names is None else names
+    for label in np.unique(labels):
+        rows = labels == label
+        low = place[rows].min(0)
+        scaled[rows] = (place[rows] - low) / max(np.ptp(place[rows], axis=0).max(), 1e-12)
+    return scaled
+
+
+def learn_covariates(adata: AnnData, names: Sequence[str]) -> dict[str, Any]:
+    """How to encode ``obs`` columns: categories, or mean and standard deviation.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    ValueError
+        If it has missing values.
+    """
+    encoders: dict[str, Any] = {}
+    for name in names:
+        column = _covariate(adata, name)
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            encoders[name] = {"mean": float(column.mean()), "std": float(column.std(ddof=0)) or 1.0}
+        else:
+            encoders[name] = {"categories": sorted(column.astype(str).unique().tolist())}
+    return encoders
+
+
+def _covariate(adata: AnnData, name: str) -> pd.Series:
+    if name not in adata.obs:
+        raise KeyError(f"covariates: no {name!r} in obs, which has {list(adata.obs.columns)}")
+    column = adata.obs[name]
+    if column.isna().any():
+        raise ValueError(f"covariates: {int(column.isna().sum())} spots have no value in obs[{name!r}]")
+    return column
+
+
+def covariate_width(encoders: dict[str, Any]) -> int:
+    """Number of encoded covariates."""
+    return sum(len(e["categories"]) if "categories" in e else 1 for e in encoders.values())
+
+
+def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
+    """Encoded covariates, (n_obs, n_covariates): one-hot categories, standardised numbers.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    ValueError
+        If it has missing values, or categories that training did not see.
+    """
+    parts = [np.empty((adata.n_obs, 0), np.float32)]
+    for name, encoder in encoders.items():
+        column = _covariate(adata, name)
+        if "categories" in encoder:
+            known = encoder["categories"]
+            unknown = sorted(set(column.astype(str)) - set(known))
+            if unknown:
+                raise ValueError(f"covariates: obs[{name!r}] has categories {unknown}, the model was trained on {known}")
+            parts.append((column.astype(str).to_numpy()[:, None] == np.array(known)).astype(np.float32))
+        else:
+            if not pd.api.types.is_numeric_dtype(column):
+                raise ValueError(f"covariates: obs[{name!r}] must be numeric as in training, got {column.dtype}")
+            parts.append(((column.to_numpy(np.float32) - encoder["mean"]) / encoder["std"])[:, None])
+    return np.concatenate(parts, 1)
+
+
+def histology(
+    adata: AnnData,
+    config: ModelConfig,
+    *,
+    use_rep: Sequence[str],
+    spatial_key: str,
+    library_key: str | None,
+    encoders: dict[str, Any],
+    key: str,
+) -> Histology:
+    """Inputs of stage 2 for all spots of an object.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    config
+        Of the model: widths, neighbourhoods, whether coordinates are used.
+    use_rep, spatial_key, library_key
+        Where embeddings, coordinates and sections are.
+    encoders
+        How covariates are encoded.
+    key
+        Prefix of the slots, for niche features computed before.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If any of it is missing or not as the model needs it.
+    """
+    if len(use_rep) != len(config.embedding_dims):
+        raise ValueError(f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings")
+    embeddings = [validate.embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
+    names = validate.sections(adata, library_key)
+    extra = covariates(adata, encoders)
+    place = np.empty((adata.n_obs, 0), np.float32)
+    if config.coordinates or config.n_neighbors:
+        place = validate.coordinates(adata, spatial_key)
+    kept = stored_niche(adata, Keys(key), use_rep, config.n_neighbors, spatial_key, library_key)
+    if kept is None:
+        validate.check_neighbors(names, adata.n_obs, config.n_neighbors)
+        graphs = neighbor_graphs(place, names, config.n_neighbors) if config.n_neighbors else []
+        means = [[np.asarray(graph @ values, np.float32) for graph in graphs] for values in embeddings]
+    else:
+        ends = np.cumsum([w for w in config.embedding_dims for _ in config.n_neighbors])
+        flat = np.split(kept, ends[:-1], axis=1)
+        step = len(config.n_neighbors)
+        means = [flat[i * step : (i + 1) * step] for i in range(len(embeddings))]
+    sources = [torch.from_numpy(x) for own, around in zip(embeddings, means, strict=True) for x in (own, *around)]
+    where = section_coordinates(place, names) if config.coordinates else np.empty((adata.n_obs, 0), np.float32)
+    return Histology(tuple(sources), torch.from_numpy(where), torch.from_numpy(extra))
+
+
+def stored_niche(
+    adata: AnnData,
+    keys: Keys,
+    use_rep: Sequence[str],
+    n_neighbors: Sequence[int],
+    spatial_key: str,
+    library_key: str | None,
+) -> NDArray[np.float32] | None:
+    """Niche features that ``pp.niche`` left in the object, if they were made with the same parameters."""
+    made = adata.uns.get(keys.uns, {}).get("niche")
+    if made is None or keys.niche not in adata.obsm:
+        return None
+    wanted = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
+    same = all(np.array_equal(made.get(k), v) for k, v in wanted.items())
+    return np.asarray(adata.obsm[keys.niche], dtype=np.float32) if same else None
+
+
+def niche_parameters(
+    use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
+) -> dict[str, Any]:
+    """What identifies niche features, in plain types."""
+    return {
+        "use_rep": np.array(list(use_rep)),
+        "n_neighbors": np.array(list(n_neighbors)),
+        "spatial_key": spatial_key,
+        "library_key": library_key or "",
+    }

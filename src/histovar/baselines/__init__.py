@@ -1,0 +1,5 @@
+"""Methods to compare with."""
+
+from .ridge import ridge
+
+__all__ = ["ridge"]

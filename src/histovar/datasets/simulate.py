@@ -1,0 +1,157 @@
+"""Simulated sections with everything that histovar reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+# Pixels between neighbouring spots, and a spot's diameter, at full resolution.
+PITCH = 100.0
+DIAMETER = 70.0
+IMAGE_WIDTH = 800
+
+
+def simulate(
+    n_sections: int = 4,
+    n_spots: int = 400,
+    n_genes: int = 200,
+    *,
+    n_programs: int = 6,
+    embedding_dim: int = 1024,
+    depth: float = 3000.0,
+    random_state: int = 0,
+) -> AnnData:
+    """Sections of tissue with regions, gene programs, counts, embeddings and an H&E-like image.
+
+    Smooth random fields, sharpened to regions, give every spot a mixture of gene programs. Counts are Poisson with
+    gamma-distributed depth; embeddings are a fixed random non-linear function of the mixture and of cell density, with
+    noise.
+
+    Parameters
+    ----------
+    n_sections, n_spots, n_genes
+        Sections, spots of each, genes.
+    n_programs
+        Gene programs.
+    embedding_dim
+        Width of the embeddings.
+    depth
+        Mean counts a spot.
+    random_state
+        Seed; the same seed gives the same object.
+
+    Returns
+    -------
+    AnnData
+        Counts in ``X`` (CSR float32), ``obs["section"]``, ``obs["region"]``, ``obsm["X_histology"]`` (n_obs, embedding_dim)
+        float32, ``obsm["spatial"]`` in pixels at full resolution, ``obsm["programs"]`` (the truth) and
+        ``uns["spatial"][section]`` with an image.
+
+    Raises
+    ------
+    ValueError
+        If a number is too small.
+    """
+    for name, value in (("n_sections", n_sections), ("n_spots", n_spots), ("n_genes", n_genes), ("n_programs", n_programs)):
+        if value < 2 - (name == "n_sections"):
+            raise ValueError(f"{name} must be at least {2 - (name == 'n_sections')}, got {value}")
+    rng = np.random.default_rng(random_state)
+    loadings = rng.gamma(0.25, 1.0, (n_programs, n_genes)) + 0.02
+    loadings *= rng.lognormal(0, 1, n_genes)
+    loadings /= loadings.sum(1, keepdims=True)
+    density_of = rng.uniform(0.3, 1.0, n_programs)
+    first = rng.normal(size=(n_programs + 1, 48))
+    second = rng.normal(size=(48, embedding_dim)) / np.sqrt(48)
+
+    parts: dict[str, list[Any]] = {"counts": [], "place": [], "mixture": [], "embedding": [], "section": []}
+    images: dict[str, Any] = {}
+    for number in range(1, n_sections + 1):
+        place, side = _grid(n_spots, rng)
+        fields = [gaussian_filter(rng.normal(size=(64, 64)), 6, mode="nearest") for _ in range(n_programs)]
+        at = place.T[::-1] / side * 63
+        activity = np.stack([map_coordinates(f / f.std(), at, order=1) for f in fields], axis=1)
+        mixture = np.exp(2 * activity)
+        mixture /= mixture.sum(1, keepdims=True)
+        density = mixture @ density_of
+        total = depth * density / density.mean() * rng.gamma(4, 1 / 4, n_spots)
+        counts = rng.poisson(total[:, None] * (mixture @ loadings))
+        state = np.column_stack([3 * mixture, 2 * density])
+        clean = np.tanh(np.tanh(state @ first) @ second * 1.5)
+        parts["embedding"].append(clean + rng.normal(0, 0.5, clean.shape))
+        parts["counts"].append(counts)
+        parts["place"].append(place)
+        parts["mixture"].append(mixture)
+        name = f"S{number}"
+        parts["section"] += [name] * n_spots
+        image = _picture(place, mixture, density, side, rng)
+        scale = {"tissue_hires_scalef": IMAGE_WIDTH / side, "spot_diameter_fullres": DIAMETER}
+        images[name] = {"images": {"hires": image}, "scalefactors": scale}
+
+    mixture = np.concatenate(parts["mixture"])
+    obs = pd.DataFrame(
+        {
+            "section": pd.Categorical(parts["section"]),
+            "region": pd.Categorical([f"region {i + 1}" for i in mixture.argmax(1)]),
+        },
+        index=[f"{s}_{i}" for s in dict.fromkeys(parts["section"]) for i in range(n_spots)],
+    )
+    var = pd.DataFrame(index=[f"GENE{i + 1}" for i in range(n_genes)])
+    adata = AnnData(sparse.csr_matrix(np.concatenate(parts["counts"]), dtype=np.float32), obs=obs, var=var)
+    adata.obsm["X_histology"] = np.concatenate(parts["embedding"]).astype(np.float32)
+    adata.obsm["spatial"] = np.concatenate(parts["place"])
+    adata.obsm["programs"] = mixture.astype(np.float32)
+    adata.uns["spatial"] = images
+    return adata
+
+
+def _grid(n_spots: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
+    """Spots on a hexagonal grid within a rounded piece of tissue, and the side of its square image."""
+    reach = int(np.ceil(np.sqrt(n_spots))) + 4
+    columns, rows = np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1))
+    grid = np.column_stack([(columns + 0.5 * (rows % 2)).ravel(), (rows * np.sqrt(3) / 2).ravel()])
+    angle = np.arctan2(grid[:, 1], grid[:, 0])
+    phase = rng.uniform(0, 2 * np.pi, 3)
+    outline = 1 + sum(0.08 * np.sin((k + 2) * angle + phase[k]) for k in range(3))
+    nearest = np.argsort(np.hypot(*grid.T) / outline, kind="stable")[:n_spots]
+    chosen = grid[np.sort(nearest)]
+    extent = np.abs(chosen).max() + 2
+    return (chosen + extent) * PITCH, 2 * extent * PITCH
+
+
+def _picture(
+    place: NDArray[np.float64],
+    mixture: NDArray[np.float64],
+    density: NDArray[np.float64],
+    side: float,
+    rng: np.random.Generator,
+) -> NDArray[np.uint8]:
+    """Pink stroma that varies with the programs, purple nuclei as dense as the cells, on a pale slide."""
+    width = IMAGE_WIDTH
+    pixel = (place / side * width).astype(int)
+    near = PITCH / side * width
+
+    def spread(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        canvas = np.zeros((width, width))
+        canvas[pixel[:, 1], pixel[:, 0]] = values
+        return gaussian_filter(canvas, near * 0.6)
+
+    cover = spread(np.ones(len(place)))
+    weight = np.maximum(cover, 1e-9)
+    tissue = np.clip(cover / np.quantile(cover[pixel[:, 1], pixel[:, 0]], 0.2) * 1.4 - 0.4, 0, 1)
+    tint = spread(mixture @ np.linspace(-1, 1, mixture.shape[1])) / weight
+    cells = spread(density) / weight
+    grain = gaussian_filter(rng.normal(size=(width, width)), 1.5)
+    grain /= grain.std()
+    seeds = rng.random((width, width)) < 0.05 * np.clip(cells, 0, 1) ** 2
+    nuclei = np.clip(gaussian_filter(seeds.astype(float), 1.2) * 12, 0, 1)
+    slide, stroma, nucleus = np.array([[244, 241, 245], [228, 160, 196], [92, 58, 138]], dtype=float)
+    colour = stroma + tint[..., None] * np.array([14, -26, -10]) + grain[..., None] * np.array([4, 7, 4])
+    colour = colour * (1 - nuclei[..., None]) + nucleus * nuclei[..., None]
+    picture = slide * (1 - tissue[..., None]) + colour * tissue[..., None]
+    return picture.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,60 @@
+"""Results as objects that scanpy and squidpy understand."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+
+from ._keys import DEFAULT_KEY, Keys
+from .anndata_io.table import Data, as_table
+from .anndata_io.write import predicted_genes, read_prediction
+
+
+def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = None) -> AnnData:
+    """A prediction as an AnnData of its own.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
+    key
+        Prefix of the slots, the `key_added` of :func:`histovar.tl.predict`.
+    table_name
+        Table of a SpatialData.
+
+    Returns
+    -------
+    AnnData
+        Of the panel's genes: ``X`` expected expression, ``layers["std"]``, where they were asked for
+        ``layers["q0.05"]`` and so on and ``layers["sample_0"]`` and so on; ``obs``, ``obsm["spatial"]`` (whatever its key was) and
+        ``uns["spatial"]`` are carried along, so that scanpy and squidpy work on it as it is.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction under `key`.
+    """
+    adata = as_table(data, table_name)
+    keys = Keys(key)
+    genes = predicted_genes(adata, keys)
+    mean, std = read_prediction(adata, keys, genes)
+    result = AnnData(np.array(mean, dtype=np.float32), obs=adata.obs.copy())
+    result.var_names = genes
+    result.layers["std"] = np.array(std, dtype=np.float32)
+    stored = adata.uns[keys.uns]
+    if keys.quantiles in adata.obsm:
+        cube = np.asarray(adata.obsm[keys.quantiles])
+        for i, level in enumerate(np.asarray(stored["quantiles"])):
+            result.layers[f"q{level:g}"] = cube[:, :, i]
+    if keys.samples in adata.obsm:
+        cube = np.asarray(adata.obsm[keys.samples])
+        for i in range(cube.shape[2]):
+            result.layers[f"sample_{i}"] = cube[:, :, i]
+    spatial_key = str(stored["params"]["spatial_key"])
+    if spatial_key in adata.obsm:
+        result.obsm["spatial"] = np.array(adata.obsm[spatial_key])
+    for name in ("spatial", "spatialdata_attrs"):
+        if name in adata.uns:
+            result.uns[name] = adata.uns[name]
+    result.uns["units"] = str(stored["units"])
+    return result

@@ -1,0 +1,33 @@
+"""The model in plain PyTorch: no AnnData, no training loop."""
+
+from .condition import ConditionProcessor, Histology
+from .config import ModelConfig
+from .decoding import Decoding, Generation
+from .head import TokenHead
+from .prior import ConditionalMeanPrior
+from .quantizer import SharedVectorQuantizer
+from .scales import GeneScales, group_genes
+from .transformer import GeneVARTransformer
+from .two_stage import TwoStageVARST, VARStage, count_parameters
+from .vqvae import MultiScaleDecoder, MultiScaleEncoder, MultiScaleGeneVQVAE, Stage1Losses
+
+__all__ = [
+    "ConditionProcessor",
+    "ConditionalMeanPrior",
+    "Decoding",
+    "GeneScales",
+    "GeneVARTransformer",
+    "Generation",
+    "Histology",
+    "ModelConfig",
+    "MultiScaleDecoder",
+    "MultiScaleEncoder",
+    "MultiScaleGeneVQVAE",
+    "SharedVectorQuantizer",
+    "Stage1Losses",
+    "TokenHead",
+    "TwoStageVARST",
+    "VARStage",
+    "count_parameters",
+    "group_genes",
+]

@@ -1,0 +1,152 @@
+"""What stage 2 knows of a spot: its histology, its niche, optionally its place and covariates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+
+
+class Histology(NamedTuple):
+    """The inputs of a batch of spots.
+
+    Parameters
+    ----------
+    sources
+        One (n_spots, dim) tensor for each of ``config.source_dims``: each embedding, followed by its mean
+        over each neighbourhood.
+    coordinates
+        (n_spots, 2) in [0, 1] within the section, or (n_spots, 0).
+    covariates
+        (n_spots, n_covariates), or (n_spots, 0).
+    """
+
+    sources: tuple[Tensor, ...]
+    coordinates: Tensor
+    covariates: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Histology:
+        """Apply a function to every tensor, for instance to pick rows or to change device."""
+        return Histology(
+            tuple(function(source) for source in self.sources), function(self.coordinates), function(self.covariates)
+        )
+
+
+def sine_cosine(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
+    """Fixed sine-cosine encoding (Vaswani et al. 2017): (...,) to (..., width)."""
+    half = width // 2
+    rates = torch.exp(-torch.log(torch.tensor(period)) * torch.arange(half, device=positions.device) / half)
+    angles = positions[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class ConditionProcessor(nn.Module):
+    """Turns the inputs of a spot into a short memory to which every layer of the transformer attends.
+
+    One memory vector for each source (and one for coordinates and covariates, where used). With
+    ``condition="pca"`` sources are standardised and projected onto principal components of the training spots, which are
+    fixed; with ``"mlp"`` the reference's network turns embedding and coordinates into a memory of one.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.condition == "mlp":
+            dim, hidden = config.embedding_dims[0], config.condition_hidden
+            self.histology = nn.Sequential(
+                nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+            )
+            if config.coordinates:
+                self.place = nn.Sequential(
+                    nn.Linear(2, config.coordinate_hidden),
+                    nn.ReLU(),
+                    nn.Linear(config.coordinate_hidden, config.coordinate_dim),
+                    nn.LayerNorm(config.coordinate_dim),
+                )
+            return
+        for i, dim in enumerate(config.source_dims):
+            self.register_buffer(f"centre_{i}", torch.zeros(dim))
+            self.register_buffer(f"projection_{i}", torch.zeros(dim, config.n_pcs))
+        self.inputs = nn.ModuleList(nn.Linear(width, config.width) for width in self.feature_widths)
+        self.norm = nn.LayerNorm(config.width)
+
+    @property
+    def feature_widths(self) -> list[int]:
+        """Width of each part of :meth:`features`."""
+        widths = [self.config.n_pcs] * len(self.config.source_dims)
+        return widths + [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
+
+    @torch.no_grad()
+    def fit(self, histology: Histology) -> None:
+        """Take centres and principal components from the training spots.
+
+        Features of every source are standardised, projected onto their leading principal components and divided by the
+        projection's root mean square, so that the components keep their relative sizes.
+        """
+        if self.config.condition == "mlp":
+            return
+        for i, source in enumerate(histology.sources):
+            mean, std = source.mean(0), source.std(0)
+            std = torch.where(std > 0, std, torch.ones_like(std))
+            standardised = (source - mean) / std
+            axes = torch.linalg.svd(standardised, full_matrices=False).Vh[: self.config.n_pcs].T
+            scale = (standardised @ axes).square().mean().sqrt().clamp(min=1e-8)
+            projection = torch.zeros_like(getattr(self, f"projection_{i}"))
+            projection[:, : axes.shape[1]] = axes / std[:, None] / scale
+            getattr(self, f"centre_{i}").copy_(mean)
+            getattr(self, f"projection_{i}").copy_(projection)
+
+    def _parts(self, histology: Histology) -> list[Tensor]:
+        parts = [
+            (source - getattr(self, f"centre_{i}")) @ getattr(self, f"projection_{i}")
+            for i, source in enumerate(histology.sources)
+        ]
+        if self.config.coordinates:
+            parts.append(histology.coordinates)
+        if self.config.n_covariates:
+            parts.append(histology.covariates)
+        return parts
+
+    @property
+    def n_features(self) -> int:
+        """Width of :meth:`features`."""
+        return sum(self.feature_widths)
+
+    def features(self, histology: Histology) -> Tensor:
+        """Projected sources, coordinates and covariates side by side: (n_spots, n_features)."""
+        return torch.cat(self._parts(histology), 1)
+
+    def forward(self, histology: Histology) -> Tensor:
+        """The memory of every spot.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the batch.
+
+        Returns
+        -------
+        Tensor
+            (n_spots, n_memory, width).
+        """
+        if self.config.condition == "mlp":
+            parts = [self.histology(histology.sources[0])]
+            if self.config.coordinates:
+                place = histology.coordinates
+                half = self.config.coordinate_dim // 2
+                waves = torch.cat([sine_cosine(place[:, 0], half), sine_cosine(place[:, 1], half)], 1)
+                parts.append(self.place(place) + waves)
+            return torch.cat(parts, 1)[:, None]
+        parts = self._parts(histology)
+        memory = torch.stack([layer(part) for layer, part in zip(self.inputs, parts, strict=True)], 1)
+        normed: Tensor = self.norm(memory)
+        return normed

@@ -1,0 +1,270 @@
+"""The one description of a model: every width, scale, weight and switch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the shape and the losses of a :class:`TwoStageVARST`.
+
+    Build one with :meth:`default` or :meth:`reference`; change one with :meth:`replace`.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes of the panel, G.
+    scales
+        Number of gene groups at each scale, coarse to fine; strictly increasing, the last is `n_genes`.
+        A spot has ``sum(scales)`` tokens.
+    components
+        Number of values that summarise one group at each scale; the last is 1, the gene itself.
+    residual
+        Encode at each scale what the coarser scales left over (default), or, as in the reference, the
+        plain average of every scale.
+    codebook_size, codebook_dim
+        Number of codes, shared by all scales, and their width.
+    codebook_update
+        ``"ema"``: k-means start, exponential moving averages and revival of dead codes.
+        ``"gradient"``: the codebook is a parameter, trained by the codebook loss.
+    codebook_decay
+        Decay of the moving averages.
+    dead_code_threshold
+        A code with a smaller moving average of hits per update is replaced by a random latent.
+    encoder_hidden
+        Hidden width of the encoder and the decoder of each scale.
+    hierarchical_weight, vq_weight, commitment_weight
+        Loss of stage 1 = reconstruction + `hierarchical_weight` x (loss of each scale) + `vq_weight` x
+        (codebook + `commitment_weight` x commitment).
+    embedding_dims
+        Width of each histology embedding (one for each key of ``use_rep``). Empty: there is no stage 2 yet.
+    n_neighbors
+        Sizes of the nested neighbourhoods whose mean embeddings join the condition (the niche).
+    coordinates
+        Whether a spot's coordinates, scaled to its section, join the condition.
+    n_covariates
+        Number of encoded ``obs`` covariates that join the condition.
+    condition
+        ``"pca"``: each source is standardised and projected onto its leading principal components over the
+        training spots. ``"mlp"``: the reference's two-layer network.
+    n_pcs
+        Principal components kept of each source.
+    width, n_layers, n_heads, feedforward, dropout
+        Transformer: model width, decoder layers, attention heads, hidden width of the feed-forward layers,
+        dropout rate.
+    order
+        ``"scale"``: all tokens of a scale at once, given every coarser scale.
+        ``"token"``: one token after another.
+    style
+        ``"modern"``: pre-norm, GELU, learned positions, token embedding and head tied to the codebook.
+        ``"reference"``: post-norm, ReLU, sine-cosine positions, free token embedding and head.
+    softening
+        Bandwidth of the softened targets, in units of the standard deviation of a scale's values; 0 gives
+        hard targets.
+    n_members
+        Members of the cross-fitted conditional-mean head whose prediction shifts the token logits; 0 for none.
+    prior_hidden, prior_dropout, prior_input_dropout
+        Width of its two hidden layers and its dropout rates.
+
+    Raises
+    ------
+    ValueError
+        If the values do not fit together; the message names the field.
+    """
+
+    n_genes: int
+    scales: tuple[int, ...]
+    components: tuple[int, ...]
+    residual: bool = True
+    codebook_size: int = 4096
+    codebook_dim: int = 128
+    codebook_update: Literal["ema", "gradient"] = "ema"
+    codebook_decay: float = 0.95
+    dead_code_threshold: float = 0.05
+    encoder_hidden: tuple[int, ...] = (64, 64, 96, 256)
+    hierarchical_weight: float = 0.1
+    vq_weight: float = 0.25
+    commitment_weight: float = 0.25
+    embedding_dims: tuple[int, ...] = ()
+    n_neighbors: tuple[int, ...] = (8, 24)
+    coordinates: bool = False
+    n_covariates: int = 0
+    condition: Literal["pca", "mlp"] = "pca"
+    n_pcs: int = 64
+    width: int = 96
+    n_layers: int = 2
+    n_heads: int = 4
+    feedforward: int = 384
+    dropout: float = 0.3
+    order: Literal["scale", "token"] = "scale"
+    style: Literal["modern", "reference"] = "modern"
+    softening: float = 0.1
+    n_members: int = 6
+    prior_hidden: int = 160
+    prior_dropout: float = 0.5
+    prior_input_dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("scales", "components", "encoder_hidden", "embedding_dims", "n_neighbors"):
+            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("ModelConfig: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        found: list[str] = []
+
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                found.append(message)
+
+        positive = ("n_genes", "codebook_size", "codebook_dim", "width", "n_layers", "n_heads", "feedforward", "n_pcs")
+        for name in (*positive, "prior_hidden"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "prior_dropout", "prior_input_dropout"):
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("hierarchical_weight", "vq_weight", "commitment_weight", "softening", "n_members", "n_covariates"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(0 < self.codebook_decay < 1, f"codebook_decay must lie in (0, 1), got {self.codebook_decay}")
+        for name, allowed in (
+            ("codebook_update", ("ema", "gradient")),
+            ("condition", ("pca", "mlp")),
+            ("order", ("scale", "token")),
+            ("style", ("modern", "reference")),
+        ):
+            require(getattr(self, name) in allowed, f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+        scales = self.scales
+        require(len(scales) >= 1 and scales[0] >= 1, f"scales must hold positive numbers, got {scales}")
+        require(all(a < b for a, b in pairwise(scales)), f"scales must increase strictly, got {scales}")
+        require(scales[-1:] == (self.n_genes,), f"the last of scales must be n_genes={self.n_genes}, got {scales}")
+        for name in ("components", "encoder_hidden"):
+            values = getattr(self, name)
+            require(len(values) == len(scales), f"{name} needs one number a scale ({len(scales)}), got {values}")
+            require(all(v >= 1 for v in values), f"{name} must hold positive numbers, got {values}")
+        require(self.components[-1:] == (1,), f"the last of components must be 1, got {self.components}")
+        require(
+            self.residual or set(self.components) <= {1}, f"plain scales have one component each, got {self.components}"
+        )
+        require(self.width % self.n_heads == 0, f"width={self.width} must be divisible by n_heads={self.n_heads}")
+        require(all(d >= 1 for d in self.embedding_dims), f"embedding_dims must be positive, got {self.embedding_dims}")
+        require(
+            all(n >= 1 for n in self.n_neighbors) and all(a < b for a, b in pairwise(self.n_neighbors)),
+            f"n_neighbors must be positive and increase strictly, got {self.n_neighbors}",
+        )
+        if self.condition == "mlp":
+            expected = self.condition_hidden + self.coordinate_dim * self.coordinates
+            require(len(self.embedding_dims) <= 1, "condition='mlp' takes one embedding")
+            require(not self.n_neighbors and not self.n_covariates, "condition='mlp' takes no niche and no covariates")
+            require(self.width == expected, f"condition='mlp' needs width={expected}, got {self.width}")
+            require(self.n_members == 0, "the prior needs condition='pca'")
+        return found
+
+    # Widths of the reference's condition network, which no other configuration uses.
+    condition_hidden = 512
+    coordinate_hidden = 64
+    coordinate_dim = 128
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens of one spot."""
+        return sum(self.scales)
+
+    @property
+    def source_dims(self) -> tuple[int, ...]:
+        """Width of every source of the condition: each embedding, then its mean over each neighbourhood."""
+        return tuple(dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors)))
+
+    @classmethod
+    def default(cls, n_genes: int, embedding_dim: int | Sequence[int] = (), **changes: Any) -> ModelConfig:
+        """The small configuration, made to train on a laptop's CPU.
+
+        Parameters
+        ----------
+        n_genes
+            Number of genes of the panel.
+        embedding_dim
+            Width of the histology embedding, or of each of several.
+        **changes
+            Any other field.
+
+        Returns
+        -------
+        ModelConfig
+        """
+        dims = (embedding_dim,) if isinstance(embedding_dim, int) else tuple(embedding_dim)
+        coarse = [(n, c, h) for n, c, h in ((1, 4, 64), (8, 2, 64), (32, 1, 96)) if n < n_genes]
+        scales, components, hidden = zip(*coarse, (n_genes, 1, 256), strict=True)
+        values = {"scales": scales, "components": components, "encoder_hidden": hidden, "embedding_dims": dims}
+        return cls(n_genes=n_genes, **{**values, **changes})
+
+    @classmethod
+    def reference(cls, **changes: Any) -> ModelConfig:
+        """The reference system, layer for layer: 85,484,996 parameters for 200 genes and a 1,024-d embedding.
+
+        Parameters
+        ----------
+        **changes
+            Fields to change, for instance to cut it to a size that trains on a laptop.
+
+        Returns
+        -------
+        ModelConfig
+        """
+        values: dict[str, Any] = {
+            "n_genes": 200,
+            "scales": (1, 8, 32, 200),
+            "components": (1, 1, 1, 1),
+            "residual": False,
+            "codebook_update": "gradient",
+            "encoder_hidden": (64, 64, 96, 256),
+            "embedding_dims": (1024,),
+            "n_neighbors": (),
+            "coordinates": True,
+            "condition": "mlp",
+            "width": 640,
+            "n_layers": 12,
+            "n_heads": 8,
+            "feedforward": 2560,
+            "dropout": 0.1,
+            "order": "token",
+            "style": "reference",
+            "softening": 0.0,
+            "n_members": 0,
+        }
+        return cls(**{**values, **changes})
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """The configuration that :meth:`to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the text is not JSON, or has fields that this version does not know.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"ModelConfig: not valid JSON ({error})") from None
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known) if isinstance(values, dict) else ["not a JSON object"]
+        if unknown:
+            raise ValueError(f"ModelConfig: unknown fields {unknown}; known fields are {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"ModelConfig: {error}") from None

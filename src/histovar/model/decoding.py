@@ -1,0 +1,160 @@
+"""Generating tokens block by block: expected, sampled or greedy, the same for both orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .head import TokenHead
+from .transformer import GeneVARTransformer
+from .vqvae import MultiScaleGeneVQVAE
+
+Mode = Literal["expected", "sample", "greedy"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen from their distributions.
+
+    Parameters
+    ----------
+    mode
+        ``"expected"``: no token is chosen; each distribution's expected embedding is fed forward and its
+        expected value decoded, which by linearity gives expected expression. ``"sample"``: tokens are
+        drawn. ``"greedy"``: the most probable token.
+    temperature
+        Divides the logits before sampling.
+    top_k
+        Sample among the `top_k` most probable codes only; 0 for all.
+    top_p
+        Sample among the fewest codes whose probabilities reach `top_p`; 1 for all.
+    """
+
+    mode: Mode = "expected"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"decoding must be one of {get_args(Mode)}, got {self.mode!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}; for arg-max use 'greedy'")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}; 0 keeps all codes")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Probabilities after temperature, top-k and top-p: (..., codebook_size)."""
+        logits = logits / self.temperature
+        if self.top_k:
+            k = min(self.top_k, logits.shape[-1])
+            smallest = logits.topk(k, -1).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p < 1:
+            ordered, index = probabilities.sort(-1, descending=True)
+            surplus = ordered.cumsum(-1) - ordered >= self.top_p
+            kept = torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(surplus, 0))
+            probabilities = kept / kept.sum(-1, keepdim=True)
+        return probabilities
+
+
+class Generation(NamedTuple):
+    """What was generated for a batch of spots.
+
+    Parameters
+    ----------
+    expression
+        (n_spots, n_genes) in layer units.
+    std
+        (n_spots, n_genes): standard deviation that the token distributions imply, taking tokens as
+        independent given the condition; zero unless ``mode="expected"``.
+    tokens
+        (n_spots, n_tokens): the tokens chosen (in ``"expected"`` mode the most probable).
+    values
+        For each scale (n_spots, n_groups, components): the groups' decoded or expected values.
+    logits
+        (n_spots, n_tokens, codebook_size) if asked for, else None.
+    """
+
+    expression: Tensor
+    std: Tensor
+    tokens: Tensor
+    values: list[Tensor]
+    logits: Tensor | None
+
+
+@torch.no_grad()
+def generate(
+    stage1: MultiScaleGeneVQVAE,
+    transformer: GeneVARTransformer,
+    head: TokenHead,
+    memory: Tensor,
+    prior: list[Tensor] | None,
+    decoding: Decoding,
+    *,
+    generator: torch.Generator | None = None,
+    keep_logits: bool = False,
+) -> Generation:
+    """Generate the tokens of spots from their condition, and decode them.
+
+    Parameters
+    ----------
+    stage1, transformer, head
+        The trained parts.
+    memory
+        (n_spots, n_memory, width): the condition.
+    prior
+        For each scale (n_spots, n_groups, components): the prior's mean; None without a prior.
+    decoding
+        How tokens are chosen.
+    generator
+        Source of randomness for ``mode="sample"``.
+    keep_logits
+        Return the logits of all tokens.
+
+    Returns
+    -------
+    Generation
+    """
+    config = transformer.config
+    codebook = stage1.quantizer.codebook
+    values_of = [stage1.code_values(k) for k in range(len(config.scales))]
+    projected, caches = transformer.project_memory(memory), transformer.caches(memory)
+    n_spots = len(memory)
+    embeddings = memory.new_zeros(n_spots, config.n_tokens, config.width)
+    tokens = torch.zeros(n_spots, config.n_tokens, dtype=torch.long, device=memory.device)
+    values = [memory.new_zeros(n_spots, n, c) for n, c in zip(config.scales, config.components, strict=True)]
+    variances = [torch.zeros_like(v) for v in values]
+    kept = []
+    offsets = [sum(config.scales[:k]) for k in range(len(config.scales))]
+
+    for scale, start, stop in transformer.blocks:
+        groups = slice(start - offsets[scale], stop - offsets[scale])
+        hidden = transformer.step(transformer.inputs(embeddings, memory, start, stop), projected, caches)
+        shift = None if prior is None else prior[scale][:, groups]
+        if keep_logits:
+            kept.append(head.logits(hidden, scale, groups, shift))
+        if decoding.mode == "expected":
+            embedded, value, variances[scale][:, groups], chosen = head.expected(hidden, scale, groups, shift)
+        else:
+            logits = head.gated_logits(hidden, scale, groups, shift)
+            if decoding.mode == "greedy":
+                chosen = logits.argmax(-1)
+            else:
+                flat = decoding.filter(logits).flatten(0, 1)
+                chosen = torch.multinomial(flat, 1, generator=generator).view(n_spots, stop - start)
+            embedded = head.embed(chosen, codebook)
+            value = values_of[scale][chosen]
+        values[scale][:, groups] = value
+        tokens[:, start:stop] = chosen
+        embeddings[:, start:stop] = embedded
+
+    spread = [stage1.scales.spread_variance(v, k) for k, v in enumerate(variances)]
+    std = torch.stack(spread).sum(0).sqrt() * stage1.scales.std
+    return Generation(stage1.assemble(values), std, tokens, values, torch.cat(kept, 1) if keep_logits else None)

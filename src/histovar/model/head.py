@@ -1,0 +1,284 @@
+"""Between vectors and tokens: token embeddings going in, logits over the codes coming out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+from .vqvae import MultiScaleGeneVQVAE
+
+# Log-weight of codes that a scale never uses: impossible, yet finite.
+NEVER = -1e4
+# Tokens whose logits over all codes are held at once: few enough to stay in cache and in reused memory.
+QUERIES_AT_ONCE = 256
+
+
+class TokenHead(nn.Module):
+    r"""Logits over the codes, from hidden states and the prior.
+
+    The logit of code :math:`c` at a token of scale :math:`k` is linear in what is known of the code, its
+    codebook vector :math:`e_c` and the value :math:`u_c` it decodes to:
+
+    .. math:: \ell_c = h^\top e_c - \tfrac12 \lVert (u_c - m) / s \rVert^2 + \log w_c
+
+    with :math:`h` the projected hidden state, which starts at zero, :math:`m` the prior's mean of the group,
+    :math:`s` its learned spread, and :math:`w_c` the volume of the code: its frequency at that scale over the
+    density of all codes there (a kernel estimate with Scott's bandwidth), so that the sum over codes
+    stands for an integral over values. Without a prior, :math:`w_c` is the frequency itself.
+
+    With ``style="reference"`` token embedding and logits are the reference's free tables instead.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, dim = config.codebook_size, config.codebook_dim
+        self.tied = config.style == "modern"
+        if not self.tied:
+            self.embedding = nn.Embedding(size, config.width)
+            self.output = nn.Linear(config.width, size)
+        else:
+            self.embedding = nn.Linear(dim, config.width)
+            self.output = nn.Linear(config.width, dim)
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+        self.register_buffer("gate", torch.ones(len(config.scales)))
+        for k, (n, c) in enumerate(zip(config.scales, config.components, strict=True)):
+            # Of every code: its vector, its value, the square of its value.
+            self.register_buffer(f"codes_{k}", torch.zeros(size, dim + 2 * c))
+            self.register_buffer(f"log_weight_{k}", torch.zeros(size))
+            if self.tied:
+                self.register_buffer(f"softened_{k}", torch.zeros(size, dim + 2 * c + 1))
+            if self.has_prior:
+                self.register_parameter(f"log_spread_{k}", nn.Parameter(torch.zeros(n, c)))
+
+    gate: Tensor
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a conditional-mean prior shifts the logits."""
+        return self.config.n_members > 0
+
+    @torch.no_grad()
+    def set_codes(self, stage1: MultiScaleGeneVQVAE) -> None:
+        """Take from the trained stage 1 what each code means at each scale.
+
+        Raises
+        ------
+        ValueError
+            If stage 1 has not counted its codes, which is to say has not been trained.
+        """
+        if not stage1.code_counts.any():
+            raise ValueError("stage 1 has not been trained: it has no code counts")
+        codebook = stage1.quantizer.codebook
+        for k in range(len(self.config.scales)):
+            counts = stage1.code_counts[k]
+            values = stage1.code_values(k)
+            features = torch.cat([codebook, values, values.square()], 1)
+            getattr(self, f"codes_{k}").copy_(features)
+            if not self.tied:
+                continue
+            frequency = counts / counts.sum()
+            mean = frequency @ values
+            sd = (frequency @ (values - mean).square()).sqrt().clamp(min=1e-6)
+            unit = (values - mean) / sd
+            distance = torch.cdist(unit, unit).square()
+            log_weight = frequency.log()
+            if self.has_prior:
+                bandwidth = int((counts > 0).sum()) ** (-1 / (values.shape[1] + 4))
+                log_weight = log_weight - torch.logsumexp(log_weight - distance / (2 * bandwidth**2), 1)
+            log_weight = torch.where(counts > 0, log_weight, NEVER)
+            table = torch.cat([features, log_weight[:, None]], 1)
+            if self.config.softening:
+                table = torch.softmax(log_weight - distance / (2 * self.config.softening**2), 1) @ table
+            getattr(self, f"log_weight_{k}").copy_(log_weight)
+            getattr(self, f"softened_{k}").copy_(table)
+
+    @torch.no_grad()
+    def set_spread(self, errors: list[Tensor]) -> None:
+        """Start the prior's spread at the root mean square of its errors on training spots.
+
+        Parameters
+        ----------
+        errors
+            For each scale (n_spots, n_groups, components).
+        """
+        for k, error in enumerate(errors):
+            getattr(self, f"log_spread_{k}").copy_(error.square().mean(0).clamp(min=1e-6).log() / 2)
+
+    @torch.no_grad()
+    def set_gate(self, scale: int, values: Tensor, prior: Tensor, expected: Tensor) -> None:
+        """Set how far a scale's mean may move from the prior's: by least squares on spots not trained on, within [0, 1].
+
+        The token model improves the shape of the distributions long after it has begun to spoil their
+        means, so the two are decided apart.
+
+        Parameters
+        ----------
+        scale
+            Index of the scale.
+        values, prior, expected
+            (n_spots, n_groups, components): decoded values of the true tokens, the prior's mean, and the mean of the
+            token distributions.
+        """
+        shift = expected - prior
+        share = ((values - prior) * shift).sum() / shift.square().sum().clamp(min=1e-12)
+        self.gate[scale] = share.clamp(0, 1)
+
+    def embed(self, tokens: Tensor, codebook: Tensor) -> Tensor:
+        """Embeddings of tokens: (...) to (..., width)."""
+        embedded: Tensor = self.embedding(F.embedding(tokens, codebook) if self.tied else tokens)
+        return embedded
+
+    def _query(self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None) -> Tensor:
+        """What the code features are multiplied with: (n_spots, n, features)."""
+        query: Tensor = self.output(hidden)
+        if prior is None:
+            return F.pad(query, (0, 2 * self.config.components[scale]))
+        precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
+        return torch.cat([query, prior * precision, (-precision / 2).expand_as(prior)], -1)
+
+    def logits(self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None) -> Tensor:
+        """Logits of some tokens of one scale.
+
+        Parameters
+        ----------
+        hidden
+            (n_spots, n, width).
+        scale
+            Index of the scale.
+        groups
+            Which n of the scale's groups.
+        prior
+            (n_spots, n, components): the prior's mean of these groups; None without a prior.
+
+        Returns
+        -------
+        Tensor
+            (n_spots, n, codebook_size).
+        """
+        if not self.tied:
+            free: Tensor = self.output(hidden)
+            return free
+        query = self._query(hidden, scale, groups, prior)
+        return F.linear(query, getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}"))
+
+    def expected(
+        self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the distribution over the codes expects; arguments as in :meth:`logits`.
+
+        Returns
+        -------
+        embedding
+            (n_spots, n, width): expected token embedding.
+        value, variance
+            (n_spots, n, components): mean and variance of the decoded value.
+        likeliest
+            (n_spots, n): the most probable code.
+        """
+        codes = getattr(self, f"codes_{scale}")
+        dim, c = self.config.codebook_dim, self.config.components[scale]
+        if self.tied:
+            query = self._query(hidden, scale, groups, prior)
+            _, mean, likeliest = _SoftAssignment.apply(query, codes, getattr(self, f"log_weight_{scale}"))
+            embedding = self.embedding(mean[..., :dim])
+        else:
+            logits = self.output(hidden)
+            probabilities, likeliest = logits.softmax(-1), logits.argmax(-1)
+            mean, embedding = probabilities @ codes, probabilities @ self.embedding.weight
+        value = mean[..., dim : dim + c]
+        variance = (mean[..., dim + c :] - value.square()).clamp(min=0)
+        if prior is not None:
+            value = torch.lerp(prior, value, self.gate[scale])
+        return embedding, value, variance, likeliest
+
+    def gated_logits(self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None) -> Tensor:
+        """Logits tilted so that their mean moves to the gated mean of :meth:`expected`; arguments as in :meth:`logits`.
+
+        The tilt, linear in a code's value, is one Newton step: the wanted shift over the variance.
+        """
+        logits = self.logits(hidden, scale, groups, prior)
+        if prior is None:
+            return logits
+        dim, c = self.config.codebook_dim, self.config.components[scale]
+        codes = getattr(self, f"codes_{scale}")[:, dim:]
+        moments = logits.softmax(-1) @ codes
+        value = moments[..., :c]
+        variance = (moments[..., c:] - value.square()).clamp(min=1e-6)
+        tilt = (1 - self.gate[scale]) * (prior - value) / variance
+        return logits + tilt @ codes[:, :c].T
+
+    def loss(self, hidden: Tensor, scale: int, prior: Tensor | None, tokens: Tensor) -> Tensor:
+        """Cross-entropy of a whole scale against the softened targets.
+
+        As the logits are linear in the code features, the softened target enters by its expected features
+        alone, and only the normalisation needs the logits.
+
+        Parameters
+        ----------
+        hidden, scale, prior
+            As in :meth:`logits`, for all groups of the scale.
+        tokens
+            (n_spots, n_groups).
+
+        Returns
+        -------
+        Tensor
+            (n_spots, n_groups).
+        """
+        if not self.tied:
+            return F.cross_entropy(self.output(hidden).transpose(1, 2), tokens, reduction="none")
+        query = self._query(hidden, scale, slice(None), prior)
+        codes, log_weight = getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")
+        normaliser, _, _ = _SoftAssignment.apply(query, codes, log_weight)
+        target = F.embedding(tokens, getattr(self, f"softened_{scale}"))
+        return normaliser - (query * target[..., :-1]).sum(-1) - target[..., -1]
+
+    @torch.no_grad()
+    def rank(self, hidden: Tensor, scale: int, prior: Tensor | None, tokens: Tensor) -> Tensor:
+        """How many codes are more probable than the true one; arguments and shape as in :meth:`loss`."""
+        ranks = []
+        for i, (ids, state) in enumerate(zip(tokens, hidden, strict=True)):
+            logits = self.logits(state[None], scale, slice(None), None if prior is None else prior[i : i + 1])[0]
+            ranks.append(torch.count_nonzero(logits > logits.gather(1, ids[:, None]), 1))
+        return torch.stack(ranks)
+
+
+class _SoftAssignment(torch.autograd.Function):
+    """Normaliser, expected features and likeliest code of queries, without holding all logits.
+
+    The gradient of the normaliser with respect to the query is the expected features themselves, so the
+    forward pass yields all that the backward pass needs. Codes and weights are constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, codes: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normalisers, means, likeliest = [], [], []
+        for chunk in query.flatten(0, -2).split(QUERIES_AT_ONCE):
+            logits = torch.addmm(log_weight, chunk, codes.T)
+            top, best = logits.max(1, keepdim=True)
+            weights = logits.softmax(1)  # many times faster than exp, which is slow for very small results
+            normalisers.append((top - weights.gather(1, best).log())[:, 0])
+            means.append(weights @ codes)
+            likeliest.append(best[:, 0])
+        shape = query.shape[:-1]
+        mean = torch.cat(means).view(*shape, -1)
+        best = torch.cat(likeliest).view(shape)
+        ctx.save_for_backward(mean)
+        ctx.mark_non_differentiable(mean, best)
+        return torch.cat(normalisers).view(shape), mean, best
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (mean,) = ctx.saved_tensors
+        return gradients[0][..., None] * mean, None, None

@@ -1,0 +1,111 @@
+"""The conditional mean: a small, heavily regularised ensemble whose prediction shifts the token logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+
+
+class _EnsembleLinear(nn.Module):
+    """A linear layer for each member: (n_members, n, n_in) to (n_members, n, n_out)."""
+
+    def __init__(self, n_members: int, n_in: int, n_out: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(n_in)
+        self.weight = nn.Parameter(torch.empty(n_members, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class _EnsembleNorm(nn.Module):
+    """A layer normalisation for each member."""
+
+    def __init__(self, n_members: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_members, 1, width))
+        self.bias = nn.Parameter(torch.zeros(n_members, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+
+
+class ConditionalMeanPrior(nn.Module):
+    """Expected standardised expression given the condition's features, by a cross-fitted ensemble.
+
+    Each member is a multilayer perceptron (two hidden layers, layer norm, GELU, strong dropout) that never
+    sees one fold of the training spots. So a training spot can be given the prediction of members that did
+    not see it, which is as wrong as the prediction of a new spot, and the token model that builds on it
+    learns from honest errors. A new spot gets the mean of all members.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    n_features
+        Width of the condition's features.
+    """
+
+    def __init__(self, config: ModelConfig, n_features: int) -> None:
+        super().__init__()
+        self.config = config
+        n, hidden = config.n_members, config.prior_hidden
+        self.layers = nn.ModuleList(
+            [_EnsembleLinear(n, n_features, hidden), _EnsembleLinear(n, hidden, hidden)]
+        )
+        self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
+        self.output = _EnsembleLinear(n, hidden, config.n_genes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Prediction of every member.
+
+        Parameters
+        ----------
+        features
+            (n_spots, n_features).
+
+        Returns
+        -------
+        Tensor
+            (n_members, n_spots, n_genes), standardised expression.
+        """
+        x = features.expand(self.config.n_members, -1, -1)
+        x = F.dropout(x, self.config.prior_input_dropout, self.training)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.dropout(F.gelu(norm(layer(x))), self.config.prior_dropout, self.training)
+        out: Tensor = self.output(x)
+        return out
+
+    def loss(self, features: Tensor, genes: Tensor, folds: Tensor, n_folds: int) -> Tensor:
+        """Sum over members of the mean squared error on the spots outside the member's fold.
+
+        Parameters
+        ----------
+        features
+            (n_spots, n_features).
+        genes
+            (n_spots, n_genes), standardised.
+        folds
+            (n_spots,) fold of each spot.
+        n_folds
+            Number of folds; member ``m`` leaves out fold ``m % n_folds``.
+        """
+        errors = (self(features) - genes).square().mean(2)
+        seen = (~self._unseen(folds, n_folds)).to(errors.dtype)
+        return ((errors * seen).sum(1) / seen.sum(1).clamp(min=1)).sum()
+
+    @torch.no_grad()
+    def out_of_fold(self, features: Tensor, folds: Tensor, n_folds: int) -> Tensor:
+        """Mean prediction of the members that did not see each spot: (n_spots, n_genes)."""
+        unseen = self._unseen(folds, n_folds).to(features.dtype)
+        return torch.einsum("mng,mn->ng", self(features), unseen) / unseen.sum(0)[:, None]
+
+    def _unseen(self, folds: Tensor, n_folds: int) -> Tensor:
+        left_out = torch.arange(self.config.n_members, device=folds.device) % n_folds
+        return left_out[:, None] == folds

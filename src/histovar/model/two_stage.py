@@ -1,0 +1,357 @@
+"""The whole model: stage 1, stage 2, and what they were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from .condition import ConditionProcessor, Histology
+from .config import ModelConfig
+from .decoding import Decoding, Generation, generate
+from .head import TokenHead
+from .prior import ConditionalMeanPrior
+from .transformer import GeneVARTransformer
+from .vqvae import MultiScaleGeneVQVAE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class VARStage(nn.Module):
+    """Stage 2: condition, transformer, token head and prior.
+
+    Parameters
+    ----------
+    config
+        The model's configuration, with ``embedding_dims``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.condition = ConditionProcessor(config)
+        self.transformer = GeneVARTransformer(config)
+        self.head = TokenHead(config)
+        has_prior = config.n_members > 0
+        self.prior = ConditionalMeanPrior(config, self.condition.n_features) if has_prior else None
+
+
+class TwoStageVARST(nn.Module):
+    """Two-stage generative model of spatial gene expression given histology.
+
+    Stage 1 (:class:`MultiScaleGeneVQVAE`) turns expression into tokens at nested scales; stage 2
+    (:class:`VARStage`) generates the tokens from histology embeddings. Most users get one from
+    :func:`histovar.tl.train` and never call its methods, :meth:`save` and :meth:`load` apart.
+
+    Parameters
+    ----------
+    config
+        The model's configuration. Without ``embedding_dims`` there is no stage 2 yet; see :meth:`add_stage2`.
+
+    Attributes
+    ----------
+    registry : dict
+        What the model was trained on: genes, layer and units, embedding keys and widths, covariates and so
+        on. Plain types only.
+    history : dict of DataFrame
+        ``"stage1"`` and ``"stage2"``: what training watched, one row an epoch.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stage1 = MultiScaleGeneVQVAE(config)
+        self.stage2: VARStage | None = VARStage(config) if config.embedding_dims else None
+        self.registry: dict[str, Any] = {}
+        self.history: dict[str, pd.DataFrame] = {}
+
+    def add_stage2(self, config: ModelConfig) -> None:
+        """Give a model with a trained stage 1 a new stage 2.
+
+        Parameters
+        ----------
+        config
+            The configuration with ``embedding_dims``; what concerns stage 1 must be as it is in ``self.config``.
+
+        Raises
+        ------
+        ValueError
+            If it is not, or has no ``embedding_dims``.
+        """
+        fixed = ("n_genes", "scales", "components", "residual", "codebook_size", "codebook_dim", "encoder_hidden")
+        differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if differing:
+            raise ValueError(f"config: {differing} differ from the trained stage 1; train stage 1 again, or leave them")
+        if not config.embedding_dims:
+            raise ValueError("config: embedding_dims is empty; stage 2 needs the width of at least one embedding")
+        self.config = self.stage1.config = config
+        self.stage2 = VARStage(config).to(self.device)
+        self.stage2.transformer.parents.copy_(self.stage1.scales.parents())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.stage1.scales.mean.device
+
+    @property
+    def var_stage(self) -> VARStage:
+        """Stage 2.
+
+        Raises
+        ------
+        ValueError
+            If there is none yet.
+        """
+        if self.stage2 is None:
+            raise ValueError("model has no stage 2 yet; train it with histovar.tl.train_stage2")
+        return self.stage2
+
+    def set_training_stage(self, stage: Literal[1, 2]) -> None:
+        """Make one stage trainable and freeze the other: no gradients, evaluation mode.
+
+        Parameters
+        ----------
+        stage
+            1 or 2.
+
+        Raises
+        ------
+        ValueError
+            If `stage` is neither, or is 2 while there is no stage 2.
+        """
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {stage!r}")
+        if stage == 2:
+            _ = self.var_stage
+        for module, active in ((self.stage1, stage == 1), (self.stage2, stage == 2)):
+            if module is not None:
+                module.requires_grad_(active)
+                module.train(active)
+
+    def tokenize(self, expression: Tensor) -> Tensor:
+        """Tokens of measured expression, (n_spots, n_genes) in layer units to (n_spots, n_tokens)."""
+        return self.stage1.tokenize(expression)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Expression of tokens, (..., n_tokens) to (..., n_genes) in layer units."""
+        return self.stage1.decode(tokens)
+
+    def reconstruct(self, expression: Tensor) -> Tensor:
+        """Expression after tokenising and decoding, (n_spots, n_genes) in layer units."""
+        return self.decode(self.tokenize(expression))
+
+    def prior_mean(self, genes: Tensor) -> list[Tensor]:
+        """The prior's standardised expression (n_spots, n_genes) as means of every scale's group values."""
+        return self.stage1.scales.split(genes)
+
+    def token_loss(
+        self, histology: Histology, tokens: Tensor, prior: Tensor | None = None, teacher: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy of true tokens, each predicted from the tokens before it.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots.
+        tokens
+            (n_spots, n_tokens): the targets.
+        prior
+            (n_spots, n_genes): standardised conditional means; by default the mean over the prior's members.
+        teacher
+            (n_spots, n_tokens, width): embeddings to feed in place of those of `tokens`.
+
+        Returns
+        -------
+        Tensor
+            (n_spots, n_tokens).
+        """
+        return torch.cat(list(self._by_scale(self.var_stage.head.loss, histology, tokens, prior, teacher)), 1)
+
+    def token_rank(self, histology: Histology, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
+        """How many codes are more probable than the true one; arguments and shape as in :meth:`token_loss`."""
+        return torch.cat(list(self._by_scale(self.var_stage.head.rank, histology, tokens, prior, None)), 1)
+
+    def _by_scale(
+        self,
+        score: Callable[[Tensor, int, Tensor | None, Tensor], Tensor],
+        histology: Histology,
+        tokens: Tensor,
+        prior: Tensor | None,
+        teacher: Tensor | None,
+    ) -> Iterator[Tensor]:
+        hidden = self._hidden(histology, tokens, teacher)
+        shifts = self._shifts(histology, prior)
+        parts = zip(hidden.split(self.config.scales, 1), tokens.split(self.config.scales, 1), strict=True)
+        for k, (part, ids) in enumerate(parts):
+            yield score(part, k, None if shifts is None else shifts[k], ids)
+
+    def token_logits(self, histology: Histology, tokens: Tensor) -> Tensor:
+        """Logits of all tokens given the tokens before each, (n_spots, n_tokens, codebook_size)."""
+        hidden = self._hidden(histology, tokens, None)
+        shifts = self._shifts(histology, None)
+        rows = [
+            self.var_stage.head.logits(part, k, slice(None), None if shifts is None else shifts[k])
+            for k, part in enumerate(hidden.split(self.config.scales, 1))
+        ]
+        return torch.cat(rows, 1)
+
+    def _hidden(self, histology: Histology, tokens: Tensor, teacher: Tensor | None) -> Tensor:
+        stage2 = self.var_stage
+        if teacher is None:
+            teacher = stage2.head.embed(tokens, self.stage1.quantizer.codebook)
+        hidden: Tensor = stage2.transformer(teacher, stage2.condition(histology))
+        return hidden
+
+    @torch.no_grad()
+    def expected_teacher(self, histology: Histology, prior: Tensor | None) -> Tensor:
+        """Embeddings that the head would expect without a transformer: (n_spots, n_tokens, width).
+
+        Fed in place of true tokens during training, they show the model what it meets in expected decoding.
+        """
+        codebook = self.stage1.quantizer.codebook
+        shifts = self._shifts(histology, prior)
+        n_spots = len(histology.sources[0])
+        rows = []
+        for k, n in enumerate(self.config.scales):
+            if k == len(self.config.scales) - 1 and self.config.order == "scale":
+                rows.append(codebook.new_zeros(n_spots, n, self.config.width))  # no later scale takes it in
+                continue
+            hidden = codebook.new_zeros(n_spots, n, self.config.width)
+            shift = None if shifts is None else shifts[k]
+            rows.append(self.var_stage.head.expected(hidden, k, slice(None), shift)[0])
+        return torch.cat(rows, 1)
+
+    def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
+        stage2 = self.var_stage
+        if stage2.prior is None:
+            return None
+        if prior is None:
+            prior = stage2.prior(stage2.condition.features(histology)).mean(0)
+        return self.prior_mean(prior)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        histology: Histology,
+        decoding: Decoding | None = None,
+        *,
+        n_samples: int = 1,
+        prior: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        keep_logits: bool = False,
+    ) -> Generation:
+        """Generate expression from histology.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots.
+        decoding
+            How tokens are chosen; expected decoding by default.
+        n_samples
+            Draws for each spot; the rows of the result are the draws of the first spot, then of the second.
+        prior
+            (n_spots, n_genes): standardised conditional means to use in place of the prior's own.
+        generator
+            Source of randomness for sampling.
+        keep_logits
+            Return the logits of all tokens.
+
+        Returns
+        -------
+        Generation
+        """
+        stage2 = self.var_stage
+        memory = stage2.condition(histology)
+        shifts = self._shifts(histology, prior)
+        if n_samples > 1:
+            memory = memory.repeat_interleave(n_samples, 0)
+            shifts = None if shifts is None else [s.repeat_interleave(n_samples, 0) for s in shifts]
+        return generate(
+            self.stage1,
+            stage2.transformer,
+            stage2.head,
+            memory,
+            shifts,
+            decoding or Decoding(),
+            generator=generator,
+            keep_logits=keep_logits,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to a directory: weights as safetensors, all else as JSON.
+
+        Parameters
+        ----------
+        path
+            Directory, made if absent.
+        """
+        from .checkpoint import save_model
+
+        save_model(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a model that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path
+            Its directory.
+
+        Returns
+        -------
+        TwoStageVARST
+            In evaluation mode, on the CPU.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such directory, or a file is missing from it.
+        ValueError
+            If it is not a model, is truncated, or was written in a newer format.
+        """
+        from .checkpoint import load_model
+
+        return load_model(cls, Path(path))
+
+    def save_stage(self, path: str | Path, stage: Literal[1, 2]) -> None:
+        """Write one stage to a directory, in the format of :meth:`save`.
+
+        Parameters
+        ----------
+        path
+            Directory, made if absent.
+        stage
+            1 or 2.
+        """
+        from .checkpoint import save_model
+
+        save_model(self, Path(path), stages=(stage,))
+
+    def load_stage(self, path: str | Path, stage: Literal[1, 2]) -> None:
+        """Take one stage from a directory into this model.
+
+        Parameters
+        ----------
+        path
+            Directory that :meth:`save` or :meth:`save_stage` wrote.
+        stage
+            1 or 2.
+
+        Raises
+        ------
+        ValueError
+            If the directory holds no such stage, or one of another shape or gene panel.
+        """
+        from .checkpoint import load_stage
+
+        load_stage(self, Path(path), stage)
+
+
+def count_parameters(modules: Sequence[nn.Module]) -> int:
+    """Number of trainable and frozen parameters, buffers left out."""
+    return sum(p.numel() for module in modules for p in module.parameters())

@@ -1,0 +1,197 @@
+"""Stage 1: expression to tokens at nested scales, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+from .quantizer import SharedVectorQuantizer, usage
+from .scales import GeneScales
+
+
+class Stage1Losses(NamedTuple):
+    """Losses of one batch (scalars) and its tokens, (n_spots, n_tokens)."""
+
+    total: Tensor
+    reconstruction: Tensor
+    hierarchical: Tensor
+    vq: Tensor
+    tokens: Tensor
+
+
+class MultiScaleEncoder(nn.Module):
+    """One network a scale: a group's values to a latent.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, hidden), nn.ReLU(), nn.Linear(hidden, config.codebook_dim))
+            for c, hidden in zip(config.components, config.encoder_hidden, strict=True)
+        )
+
+    def forward(self, values: Tensor, scale: int) -> Tensor:
+        """(..., n_groups, components) to (..., n_groups, codebook_dim)."""
+        latents: Tensor = self.scales[scale](values)
+        return latents
+
+
+class MultiScaleDecoder(nn.Module):
+    """One network a scale: a code to a group's values.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            nn.Sequential(nn.Linear(config.codebook_dim, hidden), nn.ReLU(), nn.Linear(hidden, c))
+            for c, hidden in zip(config.components, config.encoder_hidden, strict=True)
+        )
+
+    def forward(self, codes: Tensor, scale: int) -> Tensor:
+        """(..., codebook_dim) to (..., components)."""
+        values: Tensor = self.scales[scale](codes)
+        return values
+
+
+class MultiScaleGeneVQVAE(nn.Module):
+    """Multi-scale vector-quantised autoencoder of a spot's expression.
+
+    Scale by scale, coarse to fine: pool what is left of the genes to group values, encode them, take the
+    nearest code, decode it, subtract what it explains. The reconstruction is the sum over the scales.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scales = GeneScales(config)
+        self.encoder = MultiScaleEncoder(config)
+        self.quantizer = SharedVectorQuantizer(config)
+        self.decoder = MultiScaleDecoder(config)
+        shape = (len(config.scales), config.codebook_size)
+        self.register_buffer("code_counts", torch.zeros(shape, dtype=torch.long))
+
+    code_counts: Tensor
+
+    @torch.no_grad()
+    def start_codebook(self, expression: Tensor) -> None:
+        """Place the codes by k-means over the latents of training spots, (n_spots, n_genes); once only."""
+        if self.quantizer.needs_start:
+            genes = self.scales.standardize(expression)
+            latents = []
+            for k in range(len(self.config.scales)):
+                latents.append(self.encoder(self.scales.pool(genes, k), k))
+                genes = genes - self.scales.spread(self.decoder(latents[-1], k), k)
+            self.quantizer.start(latents)
+
+    def forward(self, expression: Tensor) -> Stage1Losses:
+        """Losses of a batch; in training mode the codebook moves too.
+
+        Parameters
+        ----------
+        expression
+            (n_spots, n_genes) in layer units.
+
+        Returns
+        -------
+        Stage1Losses
+        """
+        genes = self.scales.standardize(expression)
+        total = torch.zeros_like(genes)
+        latents, tokens = [], []
+        hierarchical = vq = genes.new_zeros(())
+        for k in range(len(self.config.scales)):
+            target = self.scales.pool(genes - total.detach() if self.config.residual else genes, k)
+            latent = self.encoder(target, k)
+            if self.quantizer.needs_start:  # the encoders settle first; see Stage1Trainer
+                quantized, ids, vq_loss = latent, torch.zeros_like(latent[..., 0], dtype=torch.long), vq
+            else:
+                quantized, ids, vq_loss = self.quantizer(latent)
+            values = self.decoder(quantized, k)
+            total = total + self.scales.spread(values, k)
+            # A residual scale is scored on all that is reconstructed so far, a plain one on its own average.
+            fit = F.mse_loss(total, genes) if self.config.residual else F.mse_loss(values, target)
+            hierarchical, vq = hierarchical + fit, vq + vq_loss
+            latents.append(latent.detach())
+            tokens.append(ids)
+        if self.training and not self.quantizer.needs_start:
+            self.quantizer.update(latents, tokens)
+        reconstruction = F.mse_loss(total, genes)
+        loss = reconstruction + self.config.hierarchical_weight * hierarchical + self.config.vq_weight * vq
+        return Stage1Losses(loss, reconstruction, hierarchical, vq, torch.cat(tokens, 1))
+
+    @torch.no_grad()
+    def tokenize(self, expression: Tensor) -> Tensor:
+        """Tokens of spots.
+
+        Parameters
+        ----------
+        expression
+            (n_spots, n_genes) in layer units.
+
+        Returns
+        -------
+        Tensor
+            (n_spots, n_tokens), int64, coarse to fine.
+        """
+        genes = self.scales.standardize(expression)
+        total = torch.zeros_like(genes)
+        tokens = []
+        for k in range(len(self.config.scales)):
+            target = self.scales.pool(genes - total if self.config.residual else genes, k)
+            ids = self.quantizer.encode(self.encoder(target, k))
+            total = total + self.scales.spread(self.decoder(self.quantizer.decode(ids), k), k)
+            tokens.append(ids)
+        return torch.cat(tokens, 1)
+
+    def assemble(self, values: Sequence[Tensor]) -> Tensor:
+        """Expression in layer units from every scale's group values, each (..., n_groups, components)."""
+        parts = [self.scales.spread(v, k) for k, v in enumerate(values)]
+        return self.scales.restore(torch.stack(parts).sum(0))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Expression of tokens.
+
+        Parameters
+        ----------
+        tokens
+            (..., n_tokens).
+
+        Returns
+        -------
+        Tensor
+            (..., n_genes) in layer units.
+        """
+        parts = tokens.split(self.config.scales, -1)
+        return self.assemble([self.decoder(self.quantizer.decode(ids), k) for k, ids in enumerate(parts)])
+
+    @torch.no_grad()
+    def code_values(self, scale: int) -> Tensor:
+        """What every code means at a scale: (codebook_size, components)."""
+        return self.decoder(self.quantizer.codebook, scale)
+
+    @torch.no_grad()
+    def count_codes(self, tokens: Tensor) -> None:
+        """Keep how often each code occurs at each scale in the training tokens, (n_spots, n_tokens)."""
+        parts = tokens.split(self.config.scales, 1)
+        self.code_counts.copy_(torch.stack([usage(ids, self.config.codebook_size) for ids in parts]))

@@ -1,0 +1,57 @@
+"""Use of the codebook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from histovar.model import TwoStageVARST
+from histovar.model.quantizer import perplexity
+
+from ._figure import figure_of, finish, new_axes
+
+
+def codebook(
+    model: TwoStageVARST, *, ax: Axes | None = None, show: bool = False, save: str | Path | None = None
+) -> Axes:
+    """How often each scale uses the codes, ranked, on logarithmic axes.
+
+    A collapsed codebook shows as a line that ends after a few codes.
+
+    Parameters
+    ----------
+    model
+        A model with a trained stage 1.
+    ax
+        Axes to draw on.
+    show
+        Call ``plt.show()``.
+    save
+        File to write.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If stage 1 has not been trained.
+    """
+    counts = model.stage1.code_counts.cpu().double()
+    if not counts.any():
+        raise ValueError("model: stage 1 has not been trained, its codes were never counted")
+    ax = new_axes(ax, (6, 4))
+    for n_groups, row in zip(model.config.scales, counts, strict=True):
+        used = row[row > 0].sort(descending=True).values
+        label = f"{n_groups} groups: {len(used)} codes, perplexity {float(perplexity(row)):.0f}"
+        ax.plot(np.arange(1, len(used) + 1), used / used.sum(), label=label)
+    in_use = int((counts.sum(0) > 0).sum())
+    title = f"{in_use} of {model.config.codebook_size} codes in use"
+    ax.set(xscale="log", yscale="log", xlabel="code, by rank", ylabel="share of the scale's tokens", title=title)
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure_of(ax), show, save)
+    return ax

@@ -1,0 +1,71 @@
+"""Scores of every gene."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from histovar._keys import DEFAULT_KEY, Keys
+from histovar.anndata_io.table import Data, as_table
+
+from ._figure import figure_of, finish, new_axes
+
+
+def metrics(
+    data: Data,
+    *,
+    key: str = DEFAULT_KEY,
+    n_labels: int = 8,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
+    table_name: str | None = None,
+) -> Axes:
+    """Pearson correlation of every gene, ranked, the best genes named.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData that :func:`histovar.tl.evaluate` has written to.
+    key
+        Prefix of the slots.
+    n_labels
+        How many of the best genes to name.
+    ax
+        Axes to draw on.
+    show
+        Call ``plt.show()``.
+    save
+        File to write.
+    table_name
+        Table of a SpatialData.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    KeyError
+        If the object has not been evaluated.
+    """
+    adata = as_table(data, table_name)
+    column = Keys(key).score("pearson")
+    if column not in adata.var:
+        raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")
+    scores = adata.var[column].dropna().sort_values(ascending=False)
+    ax = new_axes(ax, (7, 4))
+    rank = np.arange(1, len(scores) + 1)
+    ax.fill_between(rank, scores, step="mid", alpha=0.25)
+    ax.plot(rank, scores, drawstyle="steps-mid")
+    mean = float(scores.mean())
+    ax.axhline(mean, color="0.4", linestyle="--", linewidth=1)
+    ax.annotate(f"mean {mean:.3f}", (len(scores), mean), ha="right", va="bottom", color="0.3")
+    named = "\n".join(f"{gene}  {value:.2f}" for gene, value in scores.head(n_labels).items())
+    ax.text(0.98, 0.97, named, transform=ax.transAxes, ha="right", va="top", fontsize=8, family="monospace")
+    ax.set(xlabel="gene, by rank", ylabel="Pearson correlation", title=f"{len(scores)} genes", xlim=(1, max(2, len(scores))))
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure_of(ax), show, save)
+    return ax

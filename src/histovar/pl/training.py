@@ -1,0 +1,75 @@
+"""What training watched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from histovar.model import TwoStageVARST
+
+from ._figure import figure_of, finish
+
+PANELS = {
+    "stage1": [("loss", "loss"), ("pcc", "reconstruction PCC"), ("usage", "codes in use")],
+    "stage2": [("loss", "loss"), ("pcc", "PCC of expected decoding"), ("top5_accuracy", "top-5 accuracy")],
+}
+
+
+def training(
+    model: TwoStageVARST,
+    *,
+    ax: NDArray[Any] | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
+) -> NDArray[Any]:
+    """Losses and validation scores over the epochs, one row a stage.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    ax
+        Axes to draw on, three for each trained stage.
+    show
+        Call ``plt.show()``.
+    save
+        File to write.
+
+    Returns
+    -------
+    ndarray of Axes
+        (n_stages, 3).
+
+    Raises
+    ------
+    ValueError
+        If the model has no history.
+    """
+    stages = [s for s in PANELS if s in model.history and len(model.history[s])]
+    if not stages:
+        raise ValueError("model: it has no training history; train it first")
+    if ax is None:
+        axes = plt.subplots(len(stages), 3, figsize=(11, 3 * len(stages)), squeeze=False, layout="constrained")[1]
+    else:
+        axes = np.asarray(ax, dtype=object).reshape(len(stages), 3)
+    for row, stage in zip(axes, stages, strict=True):
+        history = model.history[stage]
+        for axis, (name, label) in zip(row, PANELS[stage], strict=True):
+            _lines(axis, history, name)
+            axis.set(title=f"{stage[:-1]} {stage[-1]}: {label}", xlabel="epoch", ylabel=label)
+    finish(figure_of(axes[0, 0]), show, save)
+    return axes
+
+
+def _lines(axis: Axes, history: Any, name: str) -> None:
+    for part, label in (("train", "training"), ("val", "inner held-out")):
+        column = f"{part}_{name}"
+        if column in history:
+            axis.plot(history.index, history[column], label=label, marker=".", markersize=4)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,108 @@
+"""Nested groups of genes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table, copied, writing
+from histovar.anndata_io.write import merge_uns
+from histovar.model import group_genes
+
+logger = logging.getLogger(__name__)
+
+
+def gene_scales(
+    data: Data,
+    *,
+    scales: Sequence[int] = (1, 8, 32),
+    gene_sets: Mapping[str, Sequence[str]] | None = None,
+    layer: str | None = None,
+    key_added: str = DEFAULT_KEY,
+    random_state: int = 0,
+    table_name: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Group the panel's genes at nested scales, by co-expression or by gene sets.
+
+    Parameters
+    ----------
+    data
+        AnnData (or SpatialData) of the training sections, with a gene panel (see :func:`gene_panel`).
+    scales
+        Number of groups at each scale, increasing; the genes themselves are added as the last. Scales of as many
+        groups as there are genes, or more, are left out.
+    gene_sets
+        Names and genes of sets, such as pathways, that make up one of the scales. A gene in several sets belongs to
+        the first; genes in none form a set of their own. The scale nearest in number is
+        replaced; coarser scales are unions of the sets, finer ones split them.
+    layer
+        Layer with expression; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent.
+    key_added
+        Prefix of the slots.
+    random_state
+        Seed of the clustering.
+    table_name
+        Table of a SpatialData.
+    copy
+        Return a copy of the table instead of writing in place.
+
+    Returns
+    -------
+    AnnData or None
+        Writes ``varm[f"{key_added}_scales"]`` (n_vars, n_scales), the group of each panel gene at each scale and -1
+        for other genes, and ``uns[key_added]["scales"]``, their numbers of groups.
+
+    Raises
+    ------
+    KeyError
+        If there is no panel, or no such layer.
+    ValueError
+        If `scales` do not increase, or the gene sets share no gene with the panel.
+    """
+    adata = as_table(data, table_name)
+    keys = Keys(key_added)
+    validate.check_object(adata, needs_genes=True)
+    if keys.panel not in adata.var:
+        raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata)")
+    columns = np.flatnonzero(adata.var[keys.panel].to_numpy())
+    numbers = [int(n) for n in scales if n < len(columns)] + [len(columns)]
+    if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)) or numbers[0] < 1:
+        raise ValueError(f"scales must be positive and increase, got {tuple(scales)}")
+    given = None
+    if gene_sets is not None:
+        given = _set_of_each(gene_sets, adata.var_names[columns].tolist())
+        n_sets = int(given.max()) + 1
+        nearest = min(range(len(numbers) - 1), key=lambda i: abs(numbers[i] - n_sets)) if len(numbers) > 1 else 0
+        coarser = [n for n in numbers[:nearest] if n < n_sets]
+        numbers = [*coarser, n_sets, *(n for n in numbers[nearest + 1 :] if n > n_sets)]
+    if copy:
+        adata = copied(adata)
+    if layer is None:
+        read.add_lognorm(adata)
+    values = read.expression(adata, layer or LOGNORM, columns)
+    groups = group_genes(values, numbers, groups=given, random_state=random_state)
+    table = np.full((adata.n_vars, len(numbers)), -1, dtype=np.int32)
+    table[columns] = groups.T
+    with writing():
+        adata.varm[keys.scales] = table
+    merge_uns(adata, keys, {"scales": np.array(numbers)})
+    logger.info("gene scales: %s groups, in varm[%r]", numbers, keys.scales)
+    return adata if copy else None
+
+
+def _set_of_each(gene_sets: Mapping[str, Sequence[str]], genes: list[str]) -> NDArray[np.int64]:
+    """Number of the set of every gene; genes in none come last."""
+    position = {gene: i for i, gene in enumerate(genes)}
+    labels = np.full(len(genes), len(gene_sets), dtype=np.int64)
+    for number, members in reversed(list(enumerate(gene_sets.values()))):
+        labels[[position[g] for g in members if g in position]] = number
+    if (labels == len(gene_sets)).all():
+        raise ValueError(f"gene_sets: none of their genes is in the panel, which has {genes[:3]}, ...; check the naming")
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)

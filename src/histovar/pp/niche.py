@@ -1,0 +1,86 @@
+"""The surroundings of a spot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from anndata import AnnData
+
+from histovar._keys import DEFAULT_KEY, Keys
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table, copied, writing
+from histovar.anndata_io.write import merge_uns
+
+logger = logging.getLogger(__name__)
+
+
+def niche(
+    data: Data,
+    *,
+    use_rep: str | Sequence[str],
+    n_neighbors: Sequence[int] = (8, 24),
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    key_added: str = DEFAULT_KEY,
+    table_name: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Mean embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section.
+
+    Training and prediction do this by themselves; call it to use the features elsewhere, or to fix
+    them before spots are filtered out.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData.
+    use_rep
+        Key of ``obsm``, or several, with embeddings.
+    n_neighbors
+        Neighbourhood sizes, increasing; the spot itself is not counted.
+    library_key
+        Column of ``obs`` with the section; neighbours are sought within it.
+    spatial_key
+        Key of ``obsm`` with coordinates.
+    key_added
+        Prefix of the slots.
+    table_name
+        Table of a SpatialData.
+    copy
+        Return a copy of the table instead of writing in place.
+
+    Returns
+    -------
+    AnnData or None
+        Writes ``obsm[f"{key_added}_niche"]``, for each embedding and then each neighbourhood the mean embedding, side by side,
+        and ``uns[key_added]["niche"]``, the parameters.
+
+    Raises
+    ------
+    KeyError
+        If a key is missing.
+    ValueError
+        If a section has too few spots, or embeddings are not finite.
+    """
+    adata = as_table(data, table_name)
+    validate.check_object(adata)
+    reps = validate.check_keys(use_rep)
+    sizes = [int(n) for n in n_neighbors]
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(f"n_neighbors must be positive and increase, got {tuple(n_neighbors)}")
+    embeddings = [validate.embedding(adata, key) for key in reps]
+    names = validate.sections(adata, library_key)
+    place = validate.coordinates(adata, spatial_key)
+    validate.check_neighbors(names, adata.n_obs, sizes)
+    graphs = read.neighbor_graphs(place, names, sizes)
+    features = np.concatenate([graph @ values for values in embeddings for graph in graphs], axis=1)
+    if copy:
+        adata = copied(adata)
+    keys = Keys(key_added)
+    with writing():
+        adata.obsm[keys.niche] = features.astype(np.float32)
+    merge_uns(adata, keys, {"niche": read.niche_parameters(reps, sizes, spatial_key, library_key)})
+    logger.info("niche: means over %s neighbours of %s, in obsm[%r]", sizes, reps, keys.niche)
+    return adata if copy else None

@@ -1,0 +1,10 @@
+"""Tools: train, tokenise, predict, evaluate."""
+
+from .evaluate import evaluate
+from .predict import predict
+from .tokenize import tokenize
+from .train import train
+from .train_stage1 import train_stage1
+from .train_stage2 import train_stage2
+
+__all__ = ["evaluate", "predict", "tokenize", "train", "train_stage1", "train_stage2"]

@@ -1,0 +1,173 @@
+"""Expression from histology."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+from rich.progress import track
+
+from histovar._keys import DEFAULT_KEY, Keys
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table, copied, writing
+from histovar.anndata_io.write import merge_uns, write_prediction
+from histovar.model import Decoding, TwoStageVARST
+from histovar.model.decoding import Mode
+
+from ._device import on_device
+
+logger = logging.getLogger(__name__)
+
+
+def predict(
+    data: Data,
+    model: TwoStageVARST,
+    *,
+    use_rep: str | Sequence[str] | None = None,
+    library_key: str | None = None,
+    spatial_key: str | None = None,
+    decoding: Mode = "expected",
+    n_samples: int = 0,
+    quantiles: Sequence[float] = (),
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key_added: str = DEFAULT_KEY,
+    batch_size: int = 64,
+    device: str = "auto",
+    random_state: int = 0,
+    show_progress_bar: bool = False,
+    table_name: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Predict expression, its standard deviation and tokens from histology.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData with embeddings and coordinates; it needs no genes.
+    model
+        A model with both stages trained.
+    use_rep, library_key, spatial_key
+        As in :func:`train_stage2`; what the model was trained with by default.
+    decoding
+        ``"expected"`` (best for maps), ``"greedy"`` or ``"sample"``, a single draw.
+    n_samples
+        Joint draws of each spot to add, which keep co-expression.
+    quantiles
+        Quantiles of the draws to add, such as ``(0.05, 0.95)``; needs `n_samples`.
+    temperature, top_k, top_p
+        Of sampling; see :class:`histovar.model.Decoding`.
+    key_added
+        Prefix of the slots.
+    batch_size
+        Spots at once.
+    device
+        ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
+    random_state
+        Seed of the draws.
+    show_progress_bar
+        Show progress.
+    table_name
+        Table of a SpatialData.
+    copy
+        Return a copy of the table instead of writing in place.
+
+    Returns
+    -------
+    AnnData or None
+        Writes, in the units of the training layer, expected expression and standard deviation: float32
+        ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel, DataFrames of
+        the same names in ``obsm`` otherwise. Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens), where asked for
+        ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``.
+        Negative values, which expression cannot have, are set to 0. See :func:`histovar.get.prediction`.
+
+    Raises
+    ------
+    KeyError
+        If embeddings, coordinates, sections or covariates are missing.
+    ValueError
+        If stage 2 is not trained, or the input is not as it was in training.
+    """
+    adata = as_table(data, table_name)
+    validate.check_object(adata)
+    registry, config = model.registry, model.config
+    _ = model.var_stage
+    rule = Decoding(decoding, temperature, top_k, top_p)
+    draws = Decoding("sample", temperature, top_k, top_p)
+    if n_samples < 0:
+        raise ValueError(f"n_samples must not be negative, got {n_samples}")
+    if len(quantiles) and n_samples < 2:
+        raise ValueError(f"quantiles: they are taken over draws; pass n_samples, such as 100 (got {n_samples})")
+    if any(not 0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
+    reps = registry["use_rep"] if use_rep is None else validate.check_keys(use_rep)
+    where_from: dict[str, Any] = {
+        "use_rep": reps,
+        "spatial_key": spatial_key or registry["spatial_key"],
+        "library_key": library_key or _known_section(adata, registry["library_key"]),
+    }
+    inputs = read.histology(adata, config, **where_from, encoders=registry["covariates"], key=key_added)
+    generator_seed = random_state
+    parts: list[tuple[torch.Tensor, ...]] = []
+    cubes: list[torch.Tensor] = []
+    with on_device(model, device) as where:
+        generator = torch.Generator(where).manual_seed(generator_seed)
+        batches = torch.arange(adata.n_obs).split(batch_size)
+        for rows in track(batches, "predicting", disable=not show_progress_bar):
+            batch = inputs.map(lambda t, r=rows: t[r].to(where))
+            made = model.predict(batch, rule, generator=generator)
+            parts.append(tuple(x.cpu() for x in (made.expression, made.std, made.tokens)))
+            if n_samples:
+                drawn = model.predict(batch, draws, n_samples=n_samples, generator=generator).expression
+                cubes.append(drawn.view(len(rows), n_samples, -1).transpose(1, 2).cpu())
+    mean, std, tokens = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    samples = torch.cat(cubes).clamp(min=0).numpy() if cubes else None
+    if samples is not None and decoding != "expected":
+        std = samples.std(2)
+    levels = None
+    if samples is not None and len(quantiles):
+        levels = np.quantile(samples, quantiles, axis=2).transpose(1, 2, 0).astype(np.float32)
+
+    if copy:
+        adata = copied(adata)
+    keys, genes = Keys(key_added), registry["genes"]
+    write_prediction(adata, keys, genes, mean.clip(min=0), std, samples, levels)
+    with writing():
+        adata.obsm[keys.tokens] = tokens.astype(np.int32)
+    merge_uns(
+        adata,
+        keys,
+        {
+            "genes": np.array(genes),
+            "units": registry["units"],
+            "layer": registry["layer"],
+            "quantiles": np.array(quantiles, dtype=float),
+            "trained_on": np.array(registry["sections_stage2"], dtype=str),
+            "params": {
+                "use_rep": np.array(reps),
+                "spatial_key": where_from["spatial_key"],
+                "library_key": where_from["library_key"] or "",
+                "decoding": decoding,
+                "n_samples": n_samples,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "random_state": random_state,
+            },
+        },
+    )
+    logger.info("predicted %d genes in %d spots, in %s", len(genes), adata.n_obs, registry["units"])
+    return adata if copy else None
+
+
+def _known_section(adata: AnnData, library_key: str | None) -> str | None:
+    """The training's section column where the object has it; a single section need not."""
+    if library_key is not None and library_key not in adata.obs:
+        logger.warning("no %r in obs: the object is taken to be one section; name another column with library_key", library_key)
+        return None
+    return library_key

@@ -1,0 +1,73 @@
+"""Both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table
+from histovar.model import ModelConfig, TwoStageVARST
+
+from .train_stage1 import train_stage1
+from .train_stage2 import train_stage2
+
+
+def train(
+    data: Data,
+    *,
+    use_rep: str | Sequence[str],
+    layer: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    covariates: Sequence[str] = (),
+    config: ModelConfig | None = None,
+    key_added: str = DEFAULT_KEY,
+    random_state: int = 0,
+    table_name: str | None = None,
+    stage1: Mapping[str, Any] | None = None,
+    stage2: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TwoStageVARST:
+    """Train stage 1, then stage 2, on the same sections.
+
+    Parameters
+    ----------
+    data, use_rep, layer, library_key, spatial_key, covariates, config, key_added, random_state, table_name
+        As in :func:`train_stage1` and :func:`train_stage2`.
+    stage1, stage2
+        Training options of one stage alone.
+    **options
+        Training options of both.
+
+    Returns
+    -------
+    TwoStageVARST
+        The trained model.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`train_stage1` and :func:`train_stage2`; what stage 2 needs is checked before stage 1 is trained.
+    """
+    adata = as_table(data, table_name)
+    for key in validate.check_keys(use_rep):
+        validate.embedding(adata, key)
+    validate.coordinates(adata, spatial_key)
+    read.learn_covariates(adata, list(covariates))
+    default_neighbors = ModelConfig.default(2).n_neighbors
+    neighbors = default_neighbors if config is None else config.n_neighbors
+    validate.check_neighbors(validate.sections(adata, library_key), adata.n_obs, neighbors)
+    shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
+    model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})
+    return train_stage2(
+        adata,
+        model,
+        use_rep=use_rep,
+        spatial_key=spatial_key,
+        covariates=covariates,
+        config=config,
+        **shared,
+        **{**options, **(stage2 or {})},
+    )

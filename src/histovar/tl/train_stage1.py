@@ -1,0 +1,141 @@
+"""Learn the tokens of expression."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table
+from histovar.model import ModelConfig, TwoStageVARST
+from histovar.pp import gene_panel, gene_scales
+from histovar.training import Stage1Trainer
+
+logger = logging.getLogger(__name__)
+
+# What is done for a user who has not chosen genes.
+DEFAULT_PANEL = 200
+MIN_FRACTION = 0.1
+
+
+def train_stage1(
+    data: Data,
+    *,
+    layer: str | None = None,
+    library_key: str | None = None,
+    config: ModelConfig | None = None,
+    key_added: str = DEFAULT_KEY,
+    random_state: int = 0,
+    table_name: str | None = None,
+    **options: Any,
+) -> TwoStageVARST:
+    """Train stage 1, the gene tokens, on measured expression; images are not needed.
+
+    Parameters
+    ----------
+    data
+        AnnData (or SpatialData) of the training sections. Its panel and scales are those of
+        :func:`histovar.pp.gene_panel` and :func:`histovar.pp.gene_scales`, which are called with their defaults where
+        they have not been.
+    layer
+        Layer with expression, not negative; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent.
+        ``"X"`` is ``X`` itself.
+    library_key
+        Column of ``obs`` with the section; one section is held out to watch training.
+    config
+        Configuration; :meth:`ModelConfig.default` for the panel by default.
+    key_added
+        Prefix of the slots of panel and scales.
+    random_state
+        Seed.
+    table_name
+        Table of a SpatialData.
+    **options
+        Further fields of :class:`histovar.training.TrainingOptions`, such as ``max_epochs``, ``batch_size`` or ``accelerator``.
+
+    Returns
+    -------
+    TwoStageVARST
+        The model, with a trained stage 1 and no stage 2.
+
+    Raises
+    ------
+    KeyError
+        If a key is missing.
+    ValueError
+        If expression is negative or not finite, if there are no counts where they are needed, or if `config` is
+        not for the panel.
+    """
+    adata = as_table(data, table_name)
+    keys = Keys(key_added)
+    validate.check_object(adata, needs_genes=True)
+    names = validate.sections(adata, library_key)
+    if adata.n_obs < 10:
+        raise ValueError(f"adata: {adata.n_obs} spots are too few to train on; at least 10 are needed")
+    read.check_layer(adata, layer)
+    model_of_panel = _checked_config(adata, keys, config)
+    trainer_options = {**options, "random_state": random_state}
+    Stage1Trainer(TwoStageVARST(ModelConfig.default(2)), **trainer_options)  # refuses bad options before any work
+    if layer is None:
+        read.add_lognorm(adata)
+    _prepare(adata, keys, layer, random_state)
+    genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
+    columns = validate.check_genes(adata, genes)
+    values = read.expression(adata, layer or LOGNORM, columns)
+    groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
+    if model_of_panel is None:
+        scales = tuple(int(level.max()) + 1 for level in groups)
+        model_of_panel = ModelConfig.default(len(genes))
+        if scales != model_of_panel.scales:
+            model_of_panel = _config_for(scales)
+    with torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        model = TwoStageVARST(model_of_panel)
+    model.registry = {
+        "genes": genes,
+        "layer": layer or LOGNORM,
+        "units": read.units(layer or LOGNORM),
+        "library_key": library_key,
+        "n_spots_stage1": adata.n_obs,
+        "sections_stage1": [] if names is None else np.unique(names).tolist(),
+    }
+    Stage1Trainer(model, **trainer_options).fit(torch.from_numpy(values), groups, names)
+    return model
+
+
+def _prepare(adata: AnnData, keys: Keys, layer: str | None, random_state: int) -> None:
+    """Call the `pp` functions that the user has skipped."""
+    if keys.panel not in adata.var:
+        read.add_lognorm(adata)
+        detected = np.asarray((adata.layers[LOGNORM] > 0).mean(0)).ravel() > MIN_FRACTION
+        n_genes = min(DEFAULT_PANEL, int(detected.sum()))
+        logger.info("no var[%r]: calling histovar.pp.gene_panel(adata, n_genes=%d)", keys.panel, n_genes)
+        gene_panel(adata, n_genes=n_genes, min_fraction=MIN_FRACTION, key_added=keys.prefix)
+    if keys.scales not in adata.varm:
+        logger.info("no varm[%r]: calling histovar.pp.gene_scales(adata)", keys.scales)
+        gene_scales(adata, layer=layer, key_added=keys.prefix, random_state=random_state)
+
+
+def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> ModelConfig | None:
+    if config is None:
+        return None
+    n_panel = int(adata.var[keys.panel].sum()) if keys.panel in adata.var else min(DEFAULT_PANEL, adata.n_vars)
+    if config.n_genes != n_panel:
+        raise ValueError(
+            f"config: made for {config.n_genes} genes, the panel has {n_panel}; call histovar.pp.gene_panel(adata, "
+            f"n_genes={config.n_genes}) or make the configuration for {n_panel}"
+        )
+    return config.replace(embedding_dims=()) if config.condition != "mlp" else config
+
+
+def _config_for(scales: tuple[int, ...]) -> ModelConfig:
+    """The default configuration with other numbers of groups: coarser groups get more components."""
+    n = len(scales)
+    components = tuple(max(1, 4 // 2**k) if k < n - 1 else 1 for k in range(n))
+    hidden = tuple(256 if k == n - 1 else 96 for k in range(n))
+    return ModelConfig(n_genes=scales[-1], scales=scales, components=components, encoder_hidden=hidden)

@@ -1,0 +1,122 @@
+"""Learn to speak the tokens from histology."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table
+from histovar.model import ModelConfig, TwoStageVARST
+from histovar.training import Stage2Trainer
+
+
+def train_stage2(
+    data: Data,
+    model: TwoStageVARST,
+    *,
+    use_rep: str | Sequence[str],
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    covariates: Sequence[str] = (),
+    config: ModelConfig | None = None,
+    key_added: str = DEFAULT_KEY,
+    random_state: int = 0,
+    table_name: str | None = None,
+    **options: Any,
+) -> TwoStageVARST:
+    """Train stage 2, from histology to gene tokens, on sections with both.
+
+    Parameters
+    ----------
+    data
+        AnnData (or SpatialData) of the training sections, with the panel's genes.
+    model
+        A model with a trained stage 1; it is trained in place.
+    use_rep
+        Key of ``obsm`` with the embedding of the H&E around each spot; or several, the spot's own first, then wider fields.
+    library_key
+        Column of ``obs`` with the section. Neighbours are sought within it, and one section is held out to watch
+        training.
+    spatial_key
+        Key of ``obsm`` with coordinates, (n_obs, 2).
+    covariates
+        Columns of ``obs``, categorical or numeric, that join the condition.
+    config
+        Configuration; the model's own, with the embeddings' widths, by default. Fields of stage 1 must be the model's.
+    key_added
+        Prefix of the slots.
+    random_state
+        Seed.
+    table_name
+        Table of a SpatialData.
+    **options
+        Further fields of :class:`histovar.training.TrainingOptions`.
+
+    Returns
+    -------
+    TwoStageVARST
+        `model`, trained.
+
+    Raises
+    ------
+    KeyError
+        If a key, a layer or a gene of the panel is missing.
+    ValueError
+        If embeddings or expression are not finite, a section has fewer spots than neighbours are asked for, or the
+        configuration does not fit the model.
+    """
+    adata = as_table(data, table_name)
+    validate.check_object(adata, needs_genes=True)
+    reps = validate.check_keys(use_rep)
+    names = validate.sections(adata, library_key)
+    place = validate.coordinates(adata, spatial_key)
+    columns = validate.check_genes(adata, model.registry["genes"])
+    layer = model.registry["layer"]
+    widths = tuple(validate.embedding(adata, key).shape[1] for key in reps)
+    encoders = read.learn_covariates(adata, list(covariates))
+    wanted = (config or model.config).replace(embedding_dims=widths, n_covariates=read.covariate_width(encoders))
+    validate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
+    trainer = Stage2Trainer(model, **options, random_state=random_state)
+    histology = read.histology(
+        adata,
+        wanted,
+        use_rep=reps,
+        spatial_key=spatial_key,
+        library_key=library_key,
+        encoders=encoders,
+        key=key_added,
+    )
+    if layer == LOGNORM:
+        read.add_lognorm(adata)
+    values = torch.from_numpy(read.expression(adata, layer, columns))
+    with torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        model.add_stage2(wanted)
+    model.registry |= {
+        "use_rep": reps,
+        "embedding_dims": list(widths),
+        "spatial_key": spatial_key,
+        "library_key": library_key,
+        "covariates": encoders,
+        "n_spots_stage2": adata.n_obs,
+        "sections_stage2": [] if names is None else np.unique(names).tolist(),
+        "images": _provenance(adata.uns.get("spatial", {})),
+    }
+    trainer.fit(histology, values, place, names)
+    return model
+
+
+def _provenance(images: Any) -> dict[str, dict[str, float]]:
+    """Scale factors of the images that the embeddings came from, where ``uns["spatial"]`` has them."""
+    if not isinstance(images, Mapping):
+        return {}
+    return {
+        str(name): {k: float(v) for k, v in image.get("scalefactors", {}).items() if np.isscalar(v)}
+        for name, image in images.items()
+        if isinstance(image, Mapping)
+    }

@@ -1,0 +1,7 @@
+"""Training by Lightning."""
+
+from .stage1 import Stage1Trainer
+from .stage2 import Stage2Trainer
+from .trainer import TrainingOptions
+
+__all__ = ["Stage1Trainer", "Stage2Trainer", "TrainingOptions"]

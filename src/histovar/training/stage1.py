@@ -1,0 +1,155 @@
+"""Training of stage 1, the multi-scale gene VQ-VAE."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from histovar.metrics import mean_pearson
+from histovar.model import TwoStageVARST
+from histovar.model.quantizer import perplexity, usage
+
+from .data import SpotDataset, held_out_spots
+from .trainer import StageModule, TrainingOptions, fit, seeded
+
+logger = logging.getLogger(__name__)
+
+# Steps of the plain autoencoder, without quantisation, before the codes are placed.
+WARMUP_STEPS = 300
+WARMUP_LEARNING_RATE = 1e-3
+# Spots that place the codes (k-means): plenty for 4096 codes, and quick.
+SPOTS_FOR_START = 4096
+
+
+class Stage1Module(StageModule):
+    """Lightning module of stage 1.
+
+    Parameters
+    ----------
+    model
+        The model; its stage 1 is trained.
+    options
+        How to train.
+    """
+
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
+        super().__init__(options)
+        self.stage1 = model.stage1
+        self._tokens: list[Tensor] = []
+        self._expression: list[Tensor] = []
+
+    def _step(self, batch: tuple[Tensor], part: str) -> Any:
+        losses = self.stage1(batch[0])
+        self.watch(
+            part,
+            len(batch[0]),
+            loss=losses.total,
+            reconstruction=losses.reconstruction,
+            hierarchical=losses.hierarchical,
+            vq=losses.vq,
+        )
+        return losses
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        """Lightning's hook."""
+        loss: Tensor = self._step(batch, "train").total
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
+        """Lightning's hook."""
+        self._tokens.append(self._step(batch, "val").tokens)
+        self._expression.append(batch[0])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log codebook use and the reconstruction's correlation over all held-out spots."""
+        tokens, expression = torch.cat(self._tokens), torch.cat(self._expression)
+        self._tokens.clear()
+        self._expression.clear()
+        config = self.stage1.config
+        counts = usage(tokens, config.codebook_size)
+        self.watch("val", 1, usage=(counts > 0).float().mean(), perplexity=perplexity(counts.float()))
+        for k, ids in enumerate(tokens.split(config.scales, 1)):
+            counts = usage(ids, config.codebook_size)
+            values = {f"usage_scale{k}": (counts > 0).float().mean(), f"perplexity_scale{k}": perplexity(counts.float())}
+            self.watch("val", 1, **values)
+        pcc = mean_pearson(self.stage1.decode(tokens).cpu().numpy(), expression.cpu().numpy())
+        self.watch("val", 1, pcc=pcc)
+
+
+class Stage1Trainer:
+    """Trains stage 1 on expression alone.
+
+    Parameters
+    ----------
+    model
+        The model; it is trained in place.
+    **options
+        Fields of :class:`~histovar.training.TrainingOptions`; by default ``learning_rate`` is 1e-4, small
+        because codes are left behind by encoders that move fast.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+    """
+
+    steps = 120
+    least_epochs = 2
+
+    def __init__(self, model: TwoStageVARST, **options: Any) -> None:
+        self.model = model
+        self.options = TrainingOptions(**{"learning_rate": 1e-4, **options})
+
+    def fit(
+        self, expression: Tensor, groups: NDArray[np.integer], sections: NDArray[Any] | None = None
+    ) -> None:
+        """Train, restore the best weights, count the codes and keep the history.
+
+        Parameters
+        ----------
+        expression
+            (n_spots, n_genes) in layer units.
+        groups
+            (n_scales, n_genes) nested gene groups.
+        sections
+            (n_spots,) section of each spot; one of them is held out to watch training.
+        """
+        options, model = self.options, self.model
+        model.set_training_stage(1)
+        held_out = held_out_spots(sections, len(expression), options.random_state)
+        train = expression[~held_out]
+        with seeded(options.random_state):
+            model.stage1.scales.fit(expression, groups, options.random_state)
+            module, data = Stage1Module(model, options), SpotDataset(train)
+            if model.stage1.quantizer.needs_start:
+                # Codes placed while encoders still move are soon left behind and die; so let them settle first.
+                warmup = max(1, round(WARMUP_STEPS * options.batch_size / len(train)))
+                settle = Stage1Module(model, replace(options, learning_rate=WARMUP_LEARNING_RATE))
+                fit(settle, data, None, options, max_epochs=warmup, averaging=False, resumable=False)
+                model.stage1.start_codebook(train[torch.randperm(len(train))[:SPOTS_FOR_START]])
+            result = fit(
+                module,
+                data,
+                SpotDataset(expression[held_out]),
+                options,
+                max_epochs=options.epochs(len(train), self.steps, self.least_epochs),
+                monitor="val_loss",
+            )
+        model.eval().requires_grad_(False)
+        tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
+        model.stage1.count_codes(tokens)
+        model.history["stage1"] = result.history
+        used = int((model.stage1.code_counts.sum(0) > 0).sum())
+        logger.info(
+            "stage 1: %d epochs, inner held-out reconstruction PCC %.3f, %d of %d codes in use",
+            len(result.history),
+            result.history["val_pcc"].max(),
+            used,
+            model.config.codebook_size,
+        )

@@ -1,0 +1,255 @@
+"""Training of stage 2: first the conditional-mean prior, then the token model that corrects it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from histovar.metrics import mean_pearson
+from histovar.model import Histology, TwoStageVARST
+
+from .data import SpotDataset, cross_fit_folds, held_out_spots
+from .trainer import StageModule, TrainingOptions, fit, seeded
+
+logger = logging.getLogger(__name__)
+
+# The prior's recipe: one-cycle AdamW, few epochs, strong decay.
+PRIOR_EPOCHS = 30
+PRIOR_LEARNING_RATE = 2e-3
+PRIOR_WEIGHT_DECAY = 0.1
+# Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
+EXPECTED_TEACHER = 0.5
+
+
+class PriorModule(StageModule):
+    """Lightning module of the conditional-mean prior.
+
+    Parameters
+    ----------
+    model
+        The model; the prior of its stage 2 is trained.
+    options
+        How to train.
+    n_folds
+        Number of folds of the training spots.
+    """
+
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
+        super().__init__(options)
+        self.prior = model.var_stage.prior
+        self.n_folds = n_folds
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Lightning's hook."""
+        features, genes, folds = batch
+        assert self.prior is not None
+        loss = self.prior.loss(features, genes, folds, self.n_folds)
+        self.watch("prior", len(features), loss=loss / self.prior.config.n_members)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Lightning's hook."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRIOR_LEARNING_RATE, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Stage2Module(StageModule):
+    """Lightning module of the token model.
+
+    Parameters
+    ----------
+    model
+        The model; condition, transformer and head of its stage 2 are trained.
+    options
+        How to train.
+    """
+
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
+        super().__init__(options)
+        self.model = model
+        self._predicted: list[Tensor] = []
+        self._measured: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Histology, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Lightning's hook."""
+        histology, tokens, prior = batch
+        model = self.model
+        teacher = model.var_stage.head.embed(tokens, model.stage1.quantizer.codebook)
+        if model.config.style == "modern":
+            expected = model.expected_teacher(histology, prior)
+            swap = torch.rand(len(tokens), 1, 1, device=tokens.device) < EXPECTED_TEACHER
+            teacher = torch.where(swap, expected, teacher)
+        loss = model.token_loss(histology, tokens, prior, teacher).mean()
+        self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
+        return loss
+
+    def validation_step(self, batch: tuple[Histology, Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Lightning's hook."""
+        histology, tokens, prior, expression = batch
+        loss = self.model.token_loss(histology, tokens, prior).mean()
+        rank = self.model.token_rank(histology, tokens, prior)
+        self.watch(
+            "val",
+            len(tokens),
+            loss=loss,
+            perplexity=loss.exp(),
+            accuracy=(rank == 0).float().mean(),
+            top5_accuracy=(rank < 5).float().mean(),
+        )
+        self._predicted.append(self.model.predict(histology, prior=prior).expression)
+        self._measured.append(expression)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the correlation of free-running expected decoding over all held-out spots."""
+        pcc = mean_pearson(torch.cat(self._predicted).cpu().numpy(), torch.cat(self._measured).cpu().numpy())
+        self._predicted.clear()
+        self._measured.clear()
+        self.watch("val", 1, pcc=pcc)
+
+
+class Stage2Trainer:
+    """Trains stage 2 on histology and the tokens of a frozen stage 1.
+
+    Parameters
+    ----------
+    model
+        The model, with a trained stage 1 and a stage 2; it is trained in place.
+    **options
+        Fields of :class:`~histovar.training.TrainingOptions`; by default ``learning_rate`` is 2e-3 and
+        ``averaging_decay`` 0.95.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+    """
+
+    # Enough for the loss on held-out sections of some hundred spots to level off; more data, more steps.
+    steps = 80
+    least_epochs = 4
+
+    def __init__(self, model: TwoStageVARST, **options: Any) -> None:
+        self.model = model
+        self.options = TrainingOptions(**{"learning_rate": 2e-3, "averaging_decay": 0.95, **options})
+
+    def fit(
+        self,
+        histology: Histology,
+        expression: Tensor,
+        coordinates: NDArray[np.floating],
+        sections: NDArray[Any] | None = None,
+    ) -> None:
+        """Train the prior, then the token model; restore the best weights and keep the history.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the training spots.
+        expression
+            (n_spots, n_genes) in layer units.
+        coordinates
+            (n_spots, 2), for folds within sections.
+        sections
+            (n_spots,) section of each spot; one of them is held out to watch training.
+        """
+        options, model = self.options, self.model
+        stage2 = model.var_stage
+        stage2.transformer.parents.copy_(model.stage1.scales.parents())
+        stage2.head.set_codes(model.stage1)
+        tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
+        held_out = torch.from_numpy(held_out_spots(sections, len(expression), options.random_state))
+        with seeded(options.random_state):
+            stage2.condition.fit(histology)
+            prior = self._fit_prior(histology, expression, tokens, coordinates, sections)
+            model.set_training_stage(2)
+            if stage2.prior is not None:
+                stage2.prior.requires_grad_(False).eval()
+            items = [histology, tokens, prior]
+            seen, unseen = ~held_out, held_out
+            train = SpotDataset(*_rows(items, seen))
+            validation = SpotDataset(*_rows([*items, expression], unseen))
+            module = Stage2Module(model, options)
+            prior_pcc = self._correlation(validation)
+            result = fit(
+                module,
+                train,
+                validation,
+                options,
+                max_epochs=options.epochs(int(seen.sum()), self.steps, self.least_epochs),
+                monitor="val_loss",
+            )
+        model.eval().requires_grad_(False)
+        if stage2.prior is not None:
+            self._set_gate(validation)
+        model.history["stage2"] = result.history
+        logger.info(
+            "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f), gate %s",
+            len(result.history),
+            self._correlation(validation),
+            prior_pcc,
+            [round(float(g), 2) for g in stage2.head.gate],
+        )
+
+    def _fit_prior(
+        self,
+        histology: Histology,
+        expression: Tensor,
+        tokens: Tensor,
+        coordinates: NDArray[np.floating],
+        sections: NDArray[Any] | None,
+    ) -> Tensor:
+        """Train the prior and return what it says of each training spot without having seen it."""
+        model = self.model
+        prior = model.var_stage.prior
+        if prior is None:
+            return torch.zeros(len(expression), 0)
+        prior.requires_grad_(True).train()
+        folds = torch.from_numpy(cross_fit_folds(sections, coordinates, model.config.n_members))
+        n_folds = int(folds.max()) + 1
+        features = model.var_stage.condition.features(histology)
+        genes = model.stage1.scales.standardize(expression)
+        module = PriorModule(model, self.options, n_folds)
+        data = SpotDataset(features, genes, folds)
+        fit(module, data, None, self.options, max_epochs=PRIOR_EPOCHS, averaging=False, resumable=False)
+        prior.eval()
+        unseen = prior.out_of_fold(features, folds, n_folds)
+        parts = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)
+        values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(parts)]
+        model.var_stage.head.set_spread(values)
+        return unseen
+
+    def _batches(self, spots: SpotDataset) -> Iterator[tuple[Histology, Tensor, Tensor, Tensor]]:
+        for rows in torch.arange(len(spots)).split(self.options.batch_size):
+            yield spots[rows.numpy()]  # type: ignore[misc]
+
+    def _correlation(self, spots: SpotDataset) -> float:
+        """Correlation of free-running expected decoding."""
+        predicted, measured = [], []
+        for histology, _, prior, expression in self._batches(spots):
+            predicted.append(self.model.predict(histology, prior=prior).expression)
+            measured.append(expression)
+        return mean_pearson(torch.cat(predicted).numpy(), torch.cat(measured).numpy())
+
+    def _set_gate(self, spots: SpotDataset) -> None:
+        """Decide on spots not trained on how far each scale's mean may move from the prior's."""
+        model, head = self.model, self.model.var_stage.head
+        rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
+        for histology, tokens, prior, _ in self._batches(spots):
+            means = model.prior_mean(prior)
+            expected = model.predict(histology, prior=prior).values
+            for k, ids in enumerate(tokens.split(model.config.scales, 1)):
+                rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
+        for k, parts in enumerate(rows):
+            values, means_k, expected_k = (torch.cat(part) for part in zip(*parts, strict=True))
+            head.set_gate(k, values, means_k, expected_k)
+
+def _rows(items: list[Any], chosen: Tensor) -> list[Any]:
+    return [item.map(lambda t: t[chosen]) if isinstance(item, Histology) else item[chosen] for item in items]

@@ -26,8 +26,8 @@ def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = N
     -------
     AnnData
         Of the panel's genes: ``X`` expected expression, ``layers["std"]``, where they were asked for
-        ``layers["q0.05"]`` and so on and ``layers["sample_0"]`` and so on; ``obs``, ``obsm["spatial"]`` (whatever its key was) and
-        ``uns["spatial"]`` are carried along, so that scanpy and squidpy work on it as it is.
+        ``layers["q0.05"]`` and so on and ``layers["sample_0"]`` and so on; ``obs``, ``obsm["spatial"]`` (whatever its
+        key was) and ``uns["spatial"]`` are carried along, so that scanpy and squidpy work on it as it is.
 
     Raises
     ------

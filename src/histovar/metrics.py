@@ -67,7 +67,8 @@ def per_gene(predicted: NDArray[Any], measured: NDArray[Any], genes: Sequence[st
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae`` and ``constant``, whether the prediction is constant.
+        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae`` and ``constant``, whether the prediction is
+        constant.
     """
     error = np.asarray(predicted, dtype=np.float64) - np.asarray(measured, dtype=np.float64)
     columns = {

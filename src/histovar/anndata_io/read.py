@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,9 @@ def lognorm(adata: AnnData) -> sparse.csr_matrix:
         If X is missing or does not hold counts.
     """
     if adata.X is None:
-        raise ValueError("adata: X is empty; counts are needed to log-normalise, or pass layer= with log-normalised values")
+        raise ValueError(
+            "adata: X is empty; counts are needed to log-normalise, or pass layer= with log-normalised values"
+        )
     rows = []
     for block in _blocks(adata.X, adata.n_obs):
         counts = sparse.csr_matrix(block, dtype=np.float32)
@@ -119,6 +123,20 @@ def expression(adata: AnnData, layer: str, columns: NDArray[np.integer]) -> NDAr
     return values
 
 
+@contextmanager
+def _quiet_squidpy() -> Iterator[None]:
+    """Without squidpy's line for every graph and its announcements of future releases."""
+    talker = logging.getLogger("spatialdata._logging")
+    level = talker.level
+    talker.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        finally:
+            talker.setLevel(level)
+
+
 def neighbor_graphs(
     place: NDArray[np.floating], names: NDArray[np.str_] | None, n_neighbors: Sequence[int]
 ) -> list[sparse.csr_matrix]:
@@ -140,7 +158,8 @@ def neighbor_graphs(
     graphs = []
     for n in n_neighbors:
         key = None if names is None else "section"
-        sq.gr.spatial_neighbors(light, coord_type="generic", n_neighs=n, library_key=key)
+        with _quiet_squidpy():
+            sq.gr.spatial_neighbors(light, coord_type="generic", n_neighs=n, library_key=key)
         graph = light.obsp["spatial_connectivities"].astype(np.float32)
         graphs.append(sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph)
     return graphs
@@ -208,7 +227,9 @@ def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
             known = encoder["categories"]
             unknown = sorted(set(column.astype(str)) - set(known))
             if unknown:
-                raise ValueError(f"covariates: obs[{name!r}] has categories {unknown}, the model was trained on {known}")
+                raise ValueError(
+                    f"covariates: obs[{name!r}] has categories {unknown}, the model was trained on {known}"
+                )
             parts.append((column.astype(str).to_numpy()[:, None] == np.array(known)).astype(np.float32))
         else:
             if not pd.api.types.is_numeric_dtype(column):
@@ -248,7 +269,9 @@ def histology(
         If any of it is missing or not as the model needs it.
     """
     if len(use_rep) != len(config.embedding_dims):
-        raise ValueError(f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings")
+        raise ValueError(
+            f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings"
+        )
     embeddings = [validate.embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
     names = validate.sections(adata, library_key)
     extra = covariates(adata, encoders)

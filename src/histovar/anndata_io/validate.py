@@ -166,8 +166,8 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
     for label, count in zip(labels, counts, strict=True):
         if count <= most:
             raise ValueError(
-                f"n_neighbors: section {str(label)!r} has {count} spots, fewer than the {most} neighbours asked for and "
-                "the spot itself; drop the section, or train with smaller n_neighbors"
+                f"n_neighbors: section {str(label)!r} has {count} spots, too few for {most} neighbours of each; "
+                "drop the section, or train with smaller n_neighbors"
             )
 
 
@@ -205,7 +205,8 @@ def check_nonnegative(values: NDArray[Any], what: str) -> None:
     check_finite(values, what, "repair the layer")
     if values.size and values.min() < 0:
         raise ValueError(
-            f"{what} has negative values (least {values.min():.3g}); pass log-normalised expression, not scaled or centred"
+            f"{what} has negative values (least {values.min():.3g}); pass log-normalised expression, "
+            "not scaled or centred"
         )
 
 
@@ -221,7 +222,7 @@ def check_genes(adata: AnnData, genes: Sequence[str], argument: str = "adata") -
     missing = [g for g, i in zip(genes, index, strict=True) if i < 0]
     if missing:
         raise KeyError(
-            f"{argument}: {len(missing)} of the {len(genes)} panel genes are missing from var_names, such as {missing[:3]}; "
-            "names must match those the model was trained on (symbols or identifiers, upper and lower case)"
+            f"{argument}: {len(missing)} of the {len(genes)} panel genes are missing from var_names, "
+            f"such as {missing[:3]}; names must match those the model was trained on (symbols or identifiers, upper and lower case)"
         )
     return index.astype(np.int64)

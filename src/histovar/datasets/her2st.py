@@ -36,9 +36,10 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_wid
     Returns
     -------
     AnnData
-        Counts in ``X`` (CSR float32; genes that a section lacks are 0), ``obs["section"]``, ``obs["patient"]``, ``obs["array_row"]``,
-        ``obs["array_col"]``, ``obsm["spatial"]`` in pixels of the full image, ``uns["spatial"][section]``. Spots of the
-        counts without a partner in the selection, and the reverse, are left out.
+        Counts in ``X`` (CSR float32; genes that a section lacks are 0), ``obs["section"]``, ``obs["patient"]``,
+        ``obs["array_row"]``, ``obs["array_col"]``, ``obsm["spatial"]`` in pixels of the full image,
+        ``uns["spatial"][section]``. Spots of the counts without a partner in the selection, and the reverse, are left
+        out.
 
     Raises
     ------

@@ -35,10 +35,10 @@ def hest(
     dataset
         Name of a directory in `path`, such as ``"PRAD"`` or ``"her2st"``.
     embedding
-        Name of the encoder. Embeddings are sought below the data set in files named after the slide, ``{slide}.pt``, ``{slide}.h5`` or
-        ``{slide}_*.pt`` and so on, with the encoder's name in the path where there are several. A ``.pt`` file holds a
-        tensor (n_spots, width), in the order of the slide, or a dictionary with ``embeddings`` and ``barcodes``; a ``.h5``
-        file ``embeddings``, ``coords`` and ``barcodes`` as in HEST-Benchmark.
+        Name of the encoder. Embeddings are sought below the data set in files named after the slide, ``{slide}.pt``,
+        ``{slide}.h5`` or ``{slide}_*.pt`` and so on, with the encoder's name in the path where there are several. A
+        ``.pt`` file holds a tensor (n_spots, width), in the order of the slide, or a dictionary with ``embeddings``
+        and ``barcodes``; a ``.h5`` file ``embeddings``, ``coords`` and ``barcodes`` as in HEST-Benchmark.
     slides
         Slides to read; all by default.
 
@@ -73,7 +73,9 @@ def hest(
         part.var_names_make_unique()
         rows, values = _match(part, *_read(_embedding_file(root, slide, embedding)), slide)
         images[slide] = _image(part)
-        part = AnnData(part.X, obs=part.obs, var=part.var[[]], obsm={"spatial": np.asarray(part.obsm["spatial"])})[rows].copy()
+        part = AnnData(part.X, obs=part.obs, var=part.var[[]], obsm={"spatial": np.asarray(part.obsm["spatial"])})[
+            rows
+        ].copy()
         part.obsm[f"X_{embedding}"] = values
         part.obs["section"] = slide
         part.obs_names = slide + "_" + part.obs_names.astype(str)
@@ -102,7 +104,9 @@ def _embedding_file(root: Path, slide: str, embedding: str) -> Path:
             f"there are {[str(f.relative_to(root)) for f in found]}"
         )
     if len(named) > 1:
-        raise ValueError(f"embedding: several files fit slide {slide!r}: {[str(f.relative_to(root)) for f in named]}; be more exact")
+        raise ValueError(
+            f"embedding: several files fit slide {slide!r}: {[str(f.relative_to(root)) for f in named]}; be more exact"
+        )
     return named[0]
 
 
@@ -143,7 +147,8 @@ def _match(
     rows = np.flatnonzero(order >= 0)
     if not len(rows):
         raise ValueError(
-            f"embedding: no barcode of {file} ({barcodes[:2]}, ...) is a spot of slide {slide!r} ({list(part.obs_names[:2])}, ...)"
+            f"embedding: no barcode of {file} ({barcodes[:2]}, ...) is a spot of slide {slide!r} "
+            f"({list(part.obs_names[:2])}, ...)"
         )
     if len(rows) < part.n_obs:
         logger.info("hest: %d spots of slide %s have no embedding and are left out", part.n_obs - len(rows), slide)

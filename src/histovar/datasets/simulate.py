@@ -49,8 +49,8 @@ def simulate(
     Returns
     -------
     AnnData
-        Counts in ``X`` (CSR float32), ``obs["section"]``, ``obs["region"]``, ``obsm["X_histology"]`` (n_obs, embedding_dim)
-        float32, ``obsm["spatial"]`` in pixels at full resolution, ``obsm["programs"]`` (the truth) and
+        Counts in ``X`` (CSR float32), ``obs["section"]``, ``obs["region"]``, ``obsm["X_histology"]`` (n_obs,
+        embedding_dim) float32, ``obsm["spatial"]`` in pixels at full resolution, ``obsm["programs"]`` (the truth) and
         ``uns["spatial"][section]`` with an image.
 
     Raises
@@ -58,7 +58,12 @@ def simulate(
     ValueError
         If a number is too small.
     """
-    for name, value in (("n_sections", n_sections), ("n_spots", n_spots), ("n_genes", n_genes), ("n_programs", n_programs)):
+    for name, value in (
+        ("n_sections", n_sections),
+        ("n_spots", n_spots),
+        ("n_genes", n_genes),
+        ("n_programs", n_programs),
+    ):
         if value < 2 - (name == "n_sections"):
             raise ValueError(f"{name} must be at least {2 - (name == 'n_sections')}, got {value}")
     rng = np.random.default_rng(random_state)

@@ -48,8 +48,8 @@ class ConditionProcessor(nn.Module):
     """Turns the inputs of a spot into a short memory to which every layer of the transformer attends.
 
     One memory vector for each source (and one for coordinates and covariates, where used). With
-    ``condition="pca"`` sources are standardised and projected onto principal components of the training spots, which are
-    fixed; with ``"mlp"`` the reference's network turns embedding and coordinates into a memory of one.
+    ``condition="pca"`` sources are standardised and projected onto principal components of the training spots, which
+    are fixed; with ``"mlp"`` the reference's network turns embedding and coordinates into a memory of one.
 
     Parameters
     ----------

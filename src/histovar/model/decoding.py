@@ -63,6 +63,12 @@ class Decoding:
             probabilities = kept / kept.sum(-1, keepdim=True)
         return probabilities
 
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw codes by inverting the cumulative distribution: (n, codebook_size) to (n,)."""
+        cumulative = self.filter(logits).cumsum(1)
+        height = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, height, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
 
 class Generation(NamedTuple):
     """What was generated for a batch of spots.
@@ -132,6 +138,10 @@ def generate(
     values = [memory.new_zeros(n_spots, n, c) for n, c in zip(config.scales, config.components, strict=True)]
     variances = [torch.zeros_like(v) for v in values]
     kept = []
+
+    def pick(logits: Tensor) -> Tensor:
+        return logits.argmax(1) if decoding.mode == "greedy" else decoding.draw(logits, generator)
+
     offsets = [sum(config.scales[:k]) for k in range(len(config.scales))]
 
     for scale, start, stop in transformer.blocks:
@@ -143,12 +153,7 @@ def generate(
         if decoding.mode == "expected":
             embedded, value, variances[scale][:, groups], chosen = head.expected(hidden, scale, groups, shift)
         else:
-            logits = head.gated_logits(hidden, scale, groups, shift)
-            if decoding.mode == "greedy":
-                chosen = logits.argmax(-1)
-            else:
-                flat = decoding.filter(logits).flatten(0, 1)
-                chosen = torch.multinomial(flat, 1, generator=generator).view(n_spots, stop - start)
+            chosen = head.choose(hidden, scale, groups, shift, pick)
             embedded = head.embed(chosen, codebook)
             value = values_of[scale][chosen]
         values[scale][:, groups] = value

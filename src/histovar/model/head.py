@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class TokenHead(nn.Module):
         self.config = config
         size, dim = config.codebook_size, config.codebook_dim
         self.tied = config.style == "modern"
+        self.embedding: nn.Module
         if not self.tied:
             self.embedding = nn.Embedding(size, config.width)
             self.output = nn.Linear(config.width, size)
@@ -115,24 +117,23 @@ class TokenHead(nn.Module):
         for k, error in enumerate(errors):
             getattr(self, f"log_spread_{k}").copy_(error.square().mean(0).clamp(min=1e-6).log() / 2)
 
+    @staticmethod
     @torch.no_grad()
-    def set_gate(self, scale: int, values: Tensor, prior: Tensor, expected: Tensor) -> None:
-        """Set how far a scale's mean may move from the prior's: by least squares on spots not trained on, within [0, 1].
+    def best_gate(values: Tensor, prior: Tensor, expected: Tensor) -> Tensor:
+        """How far a scale's mean should move from the prior's: by least squares on spots not trained on, in [0, 1].
 
         The token model improves the shape of the distributions long after it has begun to spoil their
         means, so the two are decided apart.
 
         Parameters
         ----------
-        scale
-            Index of the scale.
         values, prior, expected
             (n_spots, n_groups, components): decoded values of the true tokens, the prior's mean, and the mean of the
             token distributions.
         """
         shift = expected - prior
         share = ((values - prior) * shift).sum() / shift.square().sum().clamp(min=1e-12)
-        self.gate[scale] = share.clamp(0, 1)
+        return share.clamp(0, 1)
 
     def embed(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """Embeddings of tokens: (...) to (..., width)."""
@@ -195,28 +196,55 @@ class TokenHead(nn.Module):
         else:
             logits = self.output(hidden)
             probabilities, likeliest = logits.softmax(-1), logits.argmax(-1)
-            mean, embedding = probabilities @ codes, probabilities @ self.embedding.weight
+            mean, embedding = probabilities @ codes, probabilities @ self.embedding.get_parameter("weight")
         value = mean[..., dim : dim + c]
         variance = (mean[..., dim + c :] - value.square()).clamp(min=0)
         if prior is not None:
             value = torch.lerp(prior, value, self.gate[scale])
         return embedding, value, variance, likeliest
 
-    def gated_logits(self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None) -> Tensor:
-        """Logits tilted so that their mean moves to the gated mean of :meth:`expected`; arguments as in :meth:`logits`.
+    def choose(
+        self,
+        hidden: Tensor,
+        scale: int,
+        groups: slice,
+        prior: Tensor | None,
+        pick: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Choose tokens from their logits, tilted so that their mean is the gated mean of :meth:`expected`.
 
         The tilt, linear in a code's value, is one Newton step: the wanted shift over the variance.
+
+        Parameters
+        ----------
+        hidden, scale, groups, prior
+            As in :meth:`logits`.
+        pick
+            From logits (n, codebook_size) to codes (n,).
+
+        Returns
+        -------
+        Tensor
+            (n_spots, n).
         """
-        logits = self.logits(hidden, scale, groups, prior)
-        if prior is None:
-            return logits
+        chosen = []
+        if not self.tied:
+            chosen = [pick(self.output(chunk)) for chunk in hidden.flatten(0, 1).split(QUERIES_AT_ONCE)]
+            return torch.cat(chosen).view(hidden.shape[:2])
         dim, c = self.config.codebook_dim, self.config.components[scale]
-        codes = getattr(self, f"codes_{scale}")[:, dim:]
-        moments = logits.softmax(-1) @ codes
-        value = moments[..., :c]
-        variance = (moments[..., c:] - value.square()).clamp(min=1e-6)
-        tilt = (1 - self.gate[scale]) * (prior - value) / variance
-        return logits + tilt @ codes[:, :c].T
+        codes, log_weight = getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")
+        query = self._query(hidden, scale, groups, prior).flatten(0, 1)
+        means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(QUERIES_AT_ONCE)
+        for chunk, mean in zip(query.split(QUERIES_AT_ONCE), means, strict=False):
+            logits = torch.addmm(log_weight, chunk, codes.T)
+            if mean is not None:
+                moments = logits.softmax(1) @ codes[:, dim:]
+                value = moments[:, :c]
+                variance = (moments[:, c:] - value.square()).clamp(min=1e-6)
+                tilt = (1 - self.gate[scale]) * (mean - value) / variance
+                logits.addmm_(tilt, codes[:, dim : dim + c].T)
+            chosen.append(pick(logits))
+        return torch.cat(chosen).view(hidden.shape[:2])
 
     def loss(self, hidden: Tensor, scale: int, prior: Tensor | None, tokens: Tensor) -> Tensor:
         """Cross-entropy of a whole scale against the softened targets.

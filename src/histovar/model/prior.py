@@ -56,9 +56,7 @@ class ConditionalMeanPrior(nn.Module):
         super().__init__()
         self.config = config
         n, hidden = config.n_members, config.prior_hidden
-        self.layers = nn.ModuleList(
-            [_EnsembleLinear(n, n_features, hidden), _EnsembleLinear(n, hidden, hidden)]
-        )
+        self.layers = nn.ModuleList([_EnsembleLinear(n, n_features, hidden), _EnsembleLinear(n, hidden, hidden)])
         self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
         self.output = _EnsembleLinear(n, hidden, config.n_genes)
 

@@ -102,9 +102,7 @@ class SharedVectorQuantizer(nn.Module):
         codes = self.codebook
         offset = codes.square().sum(1)
         flat = latents.reshape(-1, codes.shape[1])
-        chunks = [
-            torch.addmm(offset, chunk, codes.T, alpha=-2).argmin(1) for chunk in flat.split(LATENTS_PER_LOOKUP)
-        ]
+        chunks = [torch.addmm(offset, chunk, codes.T, alpha=-2).argmin(1) for chunk in flat.split(LATENTS_PER_LOOKUP)]
         return torch.cat(chunks).reshape(latents.shape[:-1])
 
     def decode(self, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,7 +86,9 @@ def group_genes(
 def _merge(profiles: NDArray, groups: NDArray[np.integer], n: int, random_state: int) -> NDArray[np.int64]:
     """Groups that are unions of the given ones."""
     centres = np.stack([profiles[groups == g].mean(0) for g in range(groups.max() + 1)])
-    labels = np.zeros(len(centres), int) if n == 1 else KMeans(n, n_init=4, random_state=random_state).fit_predict(centres)
+    labels = (
+        np.zeros(len(centres), int) if n == 1 else KMeans(n, n_init=4, random_state=random_state).fit_predict(centres)
+    )
     return labels[groups].astype(np.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -122,7 +123,8 @@ class DecoderLayer(nn.Module):
             attended: Tensor = self.cross_attention(x, *memory)
             return attended
 
-        for norm, step in zip(self.norms, (attend_self, attend_memory, self.feedforward), strict=True):
+        steps: tuple[Callable[[Tensor], Tensor], ...] = (attend_self, attend_memory, self.feedforward)
+        for norm, step in zip(self.norms, steps, strict=True):
             x = x + self.dropout(step(norm(x))) if self.pre_norm else norm(x + self.dropout(step(x)))
         return x
 
@@ -184,7 +186,7 @@ class GeneVARTransformer(nn.Module):
 
     def project_memory(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The condition's keys and values for every layer, computed once a spot."""
-        return [layer.cross_attention.project(memory) for layer in self.layers]
+        return [layer.cross_attention.project(memory) for layer in self.layers]  # type: ignore[union-attr,operator]
 
     def inputs(self, embeddings: Tensor, memory: Tensor, start: int, stop: int) -> Tensor:
         """Inputs of the positions from `start` to `stop`.

@@ -65,7 +65,12 @@ def metrics(
     ax.annotate(f"mean {mean:.3f}", (len(scores), mean), ha="right", va="bottom", color="0.3")
     named = "\n".join(f"{gene}  {value:.2f}" for gene, value in scores.head(n_labels).items())
     ax.text(0.98, 0.97, named, transform=ax.transAxes, ha="right", va="top", fontsize=8, family="monospace")
-    ax.set(xlabel="gene, by rank", ylabel="Pearson correlation", title=f"{len(scores)} genes", xlim=(1, max(2, len(scores))))
+    ax.set(
+        xlabel="gene, by rank",
+        ylabel="Pearson correlation",
+        title=f"{len(scores)} genes",
+        xlim=(1, max(2, len(scores))),
+    )
     ax.spines[["top", "right"]].set_visible(False)
     finish(figure_of(ax), show, save)
     return ax

@@ -37,7 +37,7 @@ def spatial(
     layer: str | None = None,
     cmap: str = "viridis",
     std_cmap: str = "magma",
-    size: float = 1.0,
+    size: float = 1.4,
     img_alpha: float = 0.6,
     ax: Sequence[Axes] | NDArray[Any] | None = None,
     show: bool = False,
@@ -101,11 +101,13 @@ def spatial(
     stored = adata.uns[keys.uns]
     names = validate.sections(adata, library_key or str(stored["params"]["library_key"]) or None)
     rows, label = _rows_of(names, adata.n_obs, section)
-    columns = [panel.index(g) for g in wanted]
+    columns = np.array([panel.index(g) for g in wanted])
     mean, std = (values[np.ix_(rows, columns)] for values in read_prediction(adata, keys, panel))
     measured = _measured(adata, wanted, layer or str(stored["layer"]), rows)
 
-    titles = ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
+    titles = (
+        ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
+    )
     axes = _axes(ax, len(wanted), len(titles))
     canvas = _canvas(adata, rows, label, str(stored["params"]["spatial_key"]))
     for i, gene in enumerate(wanted):
@@ -118,7 +120,9 @@ def spatial(
             if titles[j] == "predicted" and measured is not None:
                 title += f" (r = {pearson(mean[:, [i]], measured[:, [i]])[0]:.2f})"
             last = j == len(titles) - 1
-            _draw(canvas, values, axes[i, j], std_cmap if last else cmap, spread if last else norm, title, size, img_alpha)
+            _draw(
+                canvas, values, axes[i, j], std_cmap if last else cmap, spread if last else norm, title, size, img_alpha
+            )
     finish(figure_of(axes[0, 0]), show, save)
     return axes
 
@@ -188,8 +192,18 @@ def _draw(
     sq.pl.spatial_scatter(
         canvas, color="value", ax=ax, fig=figure_of(ax), cmap=cmap, norm=norm, size=spot_size, frameon=False, **options
     )
-    if not with_image:
-        ax.set_aspect("equal")
-        if not ax.yaxis_inverted():
-            ax.invert_yaxis()
+    ax.set_aspect("equal")
+    _crop(canvas, ax)
     ax.set_title(title, fontsize=11)
+
+
+def _crop(canvas: AnnData, ax: Axes) -> None:
+    """Show the spots and a margin, not the whole slide."""
+    scale = 1.0
+    for image in canvas.uns.get("spatial", {}).values():
+        scale = float(image["scalefactors"]["tissue_hires_scalef"])
+    place = np.asarray(canvas.obsm["spatial"], dtype=float) * scale
+    low, high = place.min(0), place.max(0)
+    margin = 0.06 * max(float((high - low).max()), 1e-9)
+    ax.set_xlim(low[0] - margin, high[0] + margin)
+    ax.set_ylim(high[1] + margin, low[1] - margin)

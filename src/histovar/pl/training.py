@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from histovar.model import TwoStageVARST
@@ -71,5 +72,6 @@ def _lines(axis: Axes, history: Any, name: str) -> None:
         column = f"{part}_{name}"
         if column in history:
             axis.plot(history.index, history[column], label=label, marker=".", markersize=4)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

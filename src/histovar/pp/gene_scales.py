@@ -104,5 +104,7 @@ def _set_of_each(gene_sets: Mapping[str, Sequence[str]], genes: list[str]) -> ND
     for number, members in reversed(list(enumerate(gene_sets.values()))):
         labels[[position[g] for g in members if g in position]] = number
     if (labels == len(gene_sets)).all():
-        raise ValueError(f"gene_sets: none of their genes is in the panel, which has {genes[:3]}, ...; check the naming")
+        raise ValueError(
+            f"gene_sets: none of their genes is in the panel, which has {genes[:3]}, ...; check the naming"
+        )
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)

@@ -54,8 +54,8 @@ def niche(
     Returns
     -------
     AnnData or None
-        Writes ``obsm[f"{key_added}_niche"]``, for each embedding and then each neighbourhood the mean embedding, side by side,
-        and ``uns[key_added]["niche"]``, the parameters.
+        Writes ``obsm[f"{key_added}_niche"]``, for each embedding and then each neighbourhood the mean embedding, side
+        by side, and ``uns[key_added]["niche"]``, the parameters.
 
     Raises
     ------

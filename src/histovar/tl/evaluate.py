@@ -35,19 +35,19 @@ def evaluate(
     layer
         Layer with measured expression; the layer trained on by default.
     library_key
-        Column of ``obs`` with the section; that of :func:`predict` by default. Scores are taken within sections and averaged over
-        them.
+        Column of ``obs`` with the section; that of :func:`predict` by default. Scores are taken within sections and
+        averaged over them.
     table_name
         Table of a SpatialData.
 
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae``, means over the sections, and ``constant``, whether the
-        prediction is constant in any section (its correlation then counts as 0). Also written to
+        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae``, means over the sections, and ``constant``,
+        whether the prediction is constant in any section (its correlation then counts as 0). Also written to
         ``var[f"{key}_pearson"]`` and so on. ``uns[key]["evaluation"]`` gets a DataFrame of ``PCC-10``, ``PCC-50``,
-        ``PCC-200``, ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, ``n_genes`` and ``n_constant`` for each section and their ``mean``;
-        see :func:`histovar.metrics.summary`.
+        ``PCC-200``, ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, ``n_genes`` and ``n_constant`` for each section and
+        their ``mean``; see :func:`histovar.metrics.summary`.
 
     Raises
     ------

@@ -81,10 +81,11 @@ def predict(
     -------
     AnnData or None
         Writes, in the units of the training layer, expected expression and standard deviation: float32
-        ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel, DataFrames of
-        the same names in ``obsm`` otherwise. Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens), where asked for
-        ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``.
-        Negative values, which expression cannot have, are set to 0. See :func:`histovar.get.prediction`.
+        ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel,
+        DataFrames of the same names in ``obsm`` otherwise. Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens),
+        where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
+        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. Negative values, which expression cannot have, are
+        set to 0. See :func:`histovar.get.prediction`.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def predict(
         generator = torch.Generator(where).manual_seed(generator_seed)
         batches = torch.arange(adata.n_obs).split(batch_size)
         for rows in track(batches, "predicting", disable=not show_progress_bar):
-            batch = inputs.map(lambda t, r=rows: t[r].to(where))
+            batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             made = model.predict(batch, rule, generator=generator)
             parts.append(tuple(x.cpu() for x in (made.expression, made.std, made.tokens)))
             if n_samples:
@@ -168,6 +169,8 @@ def predict(
 def _known_section(adata: AnnData, library_key: str | None) -> str | None:
     """The training's section column where the object has it; a single section need not."""
     if library_key is not None and library_key not in adata.obs:
-        logger.warning("no %r in obs: the object is taken to be one section; name another column with library_key", library_key)
+        logger.warning(
+            "no %r in obs: the object is taken to be one section; name another column with library_key", library_key
+        )
         return None
     return library_key

@@ -56,7 +56,8 @@ def train_stage1(
     table_name
         Table of a SpatialData.
     **options
-        Further fields of :class:`histovar.training.TrainingOptions`, such as ``max_epochs``, ``batch_size`` or ``accelerator``.
+        Further fields of :class:`histovar.training.TrainingOptions`, such as ``max_epochs``, ``batch_size`` or
+        ``accelerator``.
 
     Returns
     -------

@@ -38,7 +38,8 @@ def train_stage2(
     model
         A model with a trained stage 1; it is trained in place.
     use_rep
-        Key of ``obsm`` with the embedding of the H&E around each spot; or several, the spot's own first, then wider fields.
+        Key of ``obsm`` with the embedding of the H&E around each spot; or several, the spot's own first, then wider
+        fields.
     library_key
         Column of ``obs`` with the section. Neighbours are sought within it, and one section is held out to watch
         training.
@@ -116,7 +117,9 @@ def _provenance(images: Any) -> dict[str, dict[str, float]]:
     if not isinstance(images, Mapping):
         return {}
     return {
-        str(name): {k: float(v) for k, v in image.get("scalefactors", {}).items() if np.isscalar(v)}
+        str(name): {
+            k: float(v) for k, v in image.get("scalefactors", {}).items() if isinstance(v, int | float | np.number)
+        }
         for name, image in images.items()
         if isinstance(image, Mapping)
     }

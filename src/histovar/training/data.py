@@ -33,14 +33,16 @@ class SpotDataset(Dataset[tuple[Item, ...]]):
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
         index = np.asarray(rows)
-        return tuple(item.map(lambda t: t[index]) if isinstance(item, Histology) else item[index] for item in self.items)
+        return tuple(
+            item.map(lambda t: t[index]) if isinstance(item, Histology) else item[index] for item in self.items
+        )
 
 
 class _EpochBatches(BatchSampler):
     """Batches reshuffled by seed and epoch, so that a resumed run draws what an uninterrupted one would."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def train_loader(

@@ -76,7 +76,10 @@ class Stage1Module(StageModule):
         self.watch("val", 1, usage=(counts > 0).float().mean(), perplexity=perplexity(counts.float()))
         for k, ids in enumerate(tokens.split(config.scales, 1)):
             counts = usage(ids, config.codebook_size)
-            values = {f"usage_scale{k}": (counts > 0).float().mean(), f"perplexity_scale{k}": perplexity(counts.float())}
+            values = {
+                f"usage_scale{k}": (counts > 0).float().mean(),
+                f"perplexity_scale{k}": perplexity(counts.float()),
+            }
             self.watch("val", 1, **values)
         pcc = mean_pearson(self.stage1.decode(tokens).cpu().numpy(), expression.cpu().numpy())
         self.watch("val", 1, pcc=pcc)
@@ -106,9 +109,7 @@ class Stage1Trainer:
         self.model = model
         self.options = TrainingOptions(**{"learning_rate": 1e-4, **options})
 
-    def fit(
-        self, expression: Tensor, groups: NDArray[np.integer], sections: NDArray[Any] | None = None
-    ) -> None:
+    def fit(self, expression: Tensor, groups: NDArray[np.integer], sections: NDArray[Any] | None = None) -> None:
         """Train, restore the best weights, count the codes and keep the history.
 
         Parameters

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from .data import SpotDataset, cross_fit_folds, held_out_spots
 from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)
+
+Batch = tuple[Histology, Tensor, Tensor, Tensor]
 
 # The prior's recipe: one-cycle AdamW, few epochs, strong decay.
 PRIOR_EPOCHS = 30
@@ -75,8 +77,7 @@ class Stage2Module(StageModule):
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
         super().__init__(options)
         self.model = model
-        self._predicted: list[Tensor] = []
-        self._measured: list[Tensor] = []
+        self._batches: list[Batch] = []
 
     def training_step(self, batch: tuple[Histology, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Lightning's hook."""
@@ -91,9 +92,9 @@ class Stage2Module(StageModule):
         self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
         return loss
 
-    def validation_step(self, batch: tuple[Histology, Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Lightning's hook."""
-        histology, tokens, prior, expression = batch
+        histology, tokens, prior, _ = batch
         loss = self.model.token_loss(histology, tokens, prior).mean()
         rank = self.model.token_rank(histology, tokens, prior)
         self.watch(
@@ -104,15 +105,55 @@ class Stage2Module(StageModule):
             accuracy=(rank == 0).float().mean(),
             top5_accuracy=(rank < 5).float().mean(),
         )
-        self._predicted.append(self.model.predict(histology, prior=prior).expression)
-        self._measured.append(expression)
+        self._batches.append(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the correlation of free-running expected decoding over all held-out spots."""
-        pcc = mean_pearson(torch.cat(self._predicted).cpu().numpy(), torch.cat(self._measured).cpu().numpy())
-        self._predicted.clear()
-        self._measured.clear()
-        self.watch("val", 1, pcc=pcc)
+        """Log the correlation of free-running expected decoding over all held-out spots, with the best gate."""
+        self.watch("val", 1, pcc=free_run(self.model, self._batches).pcc)
+        self._batches.clear()
+
+
+class FreeRun(NamedTuple):
+    """Correlation of expected decoding, that of the prior alone, and the gate between them."""
+
+    pcc: float
+    prior_pcc: float
+    gate: list[float]
+
+
+def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
+    """Expected decoding of spots not trained on, without their tokens, gated as suits them best.
+
+    Parameters
+    ----------
+    model
+        The model, its gate open.
+    batches
+        Histology, tokens, prior and expression.
+
+    Returns
+    -------
+    FreeRun
+    """
+    rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
+    measured = []
+    has_prior = model.var_stage.prior is not None
+    for histology, tokens, prior, expression in batches:
+        expected = model.predict(histology, prior=prior).values
+        means = model.prior_mean(prior) if has_prior else expected
+        for k, ids in enumerate(tokens.split(model.config.scales, 1)):
+            rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
+        measured.append(expression)
+    gates, gated, alone = [], [], []
+    for parts in rows:
+        true_values, mean, value = (torch.cat(part) for part in zip(*parts, strict=True))
+        gate = model.var_stage.head.best_gate(true_values, mean, value) if has_prior else torch.ones(())
+        gates.append(float(gate))
+        gated.append(torch.lerp(mean, value, float(gate)))
+        alone.append(mean)
+    truth = torch.cat(measured).cpu().numpy()
+    pcc, prior_pcc = (mean_pearson(model.stage1.assemble(v).cpu().numpy(), truth) for v in (gated, alone))
+    return FreeRun(pcc, prior_pcc, gates)
 
 
 class Stage2Trainer:
@@ -177,7 +218,6 @@ class Stage2Trainer:
             train = SpotDataset(*_rows(items, seen))
             validation = SpotDataset(*_rows([*items, expression], unseen))
             module = Stage2Module(model, options)
-            prior_pcc = self._correlation(validation)
             result = fit(
                 module,
                 train,
@@ -187,15 +227,16 @@ class Stage2Trainer:
                 monitor="val_loss",
             )
         model.eval().requires_grad_(False)
-        if stage2.prior is not None:
-            self._set_gate(validation)
+        rows = torch.arange(len(validation)).split(options.batch_size)
+        run = free_run(model, [validation[chunk.numpy()] for chunk in rows])  # type: ignore[misc]
+        stage2.head.gate.copy_(torch.tensor(run.gate))
         model.history["stage2"] = result.history
         logger.info(
             "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f), gate %s",
             len(result.history),
-            self._correlation(validation),
-            prior_pcc,
-            [round(float(g), 2) for g in stage2.head.gate],
+            run.pcc,
+            run.prior_pcc,
+            [round(g, 2) for g in run.gate],
         )
 
     def _fit_prior(
@@ -226,30 +267,6 @@ class Stage2Trainer:
         model.var_stage.head.set_spread(values)
         return unseen
 
-    def _batches(self, spots: SpotDataset) -> Iterator[tuple[Histology, Tensor, Tensor, Tensor]]:
-        for rows in torch.arange(len(spots)).split(self.options.batch_size):
-            yield spots[rows.numpy()]  # type: ignore[misc]
-
-    def _correlation(self, spots: SpotDataset) -> float:
-        """Correlation of free-running expected decoding."""
-        predicted, measured = [], []
-        for histology, _, prior, expression in self._batches(spots):
-            predicted.append(self.model.predict(histology, prior=prior).expression)
-            measured.append(expression)
-        return mean_pearson(torch.cat(predicted).numpy(), torch.cat(measured).numpy())
-
-    def _set_gate(self, spots: SpotDataset) -> None:
-        """Decide on spots not trained on how far each scale's mean may move from the prior's."""
-        model, head = self.model, self.model.var_stage.head
-        rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
-        for histology, tokens, prior, _ in self._batches(spots):
-            means = model.prior_mean(prior)
-            expected = model.predict(histology, prior=prior).values
-            for k, ids in enumerate(tokens.split(model.config.scales, 1)):
-                rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
-        for k, parts in enumerate(rows):
-            values, means_k, expected_k = (torch.cat(part) for part in zip(*parts, strict=True))
-            head.set_gate(k, values, means_k, expected_k)
 
 def _rows(items: list[Any], chosen: Tensor) -> list[Any]:
     return [item.map(lambda t: t[chosen]) if isinstance(item, Histology) else item[chosen] for item in items]

@@ -115,9 +115,7 @@ class StageModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Lightning's hook."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.options.learning_rate, weight_decay=self.options.weight_decay
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=self.options.learning_rate, weight_decay=self.options.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, min(self.options.warmup_steps, steps // 10))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
@@ -231,9 +229,7 @@ def fit(
             default_root_dir=scratch,
             log_every_n_steps=1,
         )
-        loader = train_loader(
-            train, options.batch_size, options.random_state, trainer.world_size, trainer.global_rank
-        )
+        loader = train_loader(train, options.batch_size, options.random_state, trainer.world_size, trainer.global_rank)
         watched = None if validation is None else validation_loader(validation, options.batch_size)
         checkpoint = options.resume_from if resumable else None
         trainer.fit(module, loader, watched, ckpt_path=checkpoint, weights_only=True if checkpoint else None)

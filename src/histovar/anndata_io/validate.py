@@ -77,8 +77,6 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.
         )
     values: Any = adata.obsm[key]
     if isinstance(values, pd.DataFrame):
-        if not values.index.equals(adata.obs_names):
-            raise ValueError(f"use_rep: the rows of obsm[{key!r}] are not those of obs; reindex it by adata.obs_names")
         values = values.to_numpy()
     if sparse.issparse(values):
         values = values.toarray()
@@ -223,6 +221,7 @@ def check_genes(adata: AnnData, genes: Sequence[str], argument: str = "adata") -
     if missing:
         raise KeyError(
             f"{argument}: {len(missing)} of the {len(genes)} panel genes are missing from var_names, "
-            f"such as {missing[:3]}; names must match those the model was trained on (symbols or identifiers, upper and lower case)"
+            f"such as {missing[:3]}; names must match those the model was trained on "
+            "(symbols or identifiers, upper and lower case)"
         )
     return index.astype(np.int64)

@@ -13,8 +13,13 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 # Pixels between neighbouring spots, and a spot's diameter, at full resolution.
 PITCH = 100.0
-DIAMETER = 70.0
+DIAMETER = 55.0
 IMAGE_WIDTH = 800
+# Embeddings are a mixture of few features that saturate, as those of a network do, so that no linear map
+# reads the programs off them; and noise.
+N_FEATURES = 12
+SHARPNESS = 7.5
+NOISE = 0.7
 
 
 def simulate(
@@ -30,8 +35,7 @@ def simulate(
     """Sections of tissue with regions, gene programs, counts, embeddings and an H&E-like image.
 
     Smooth random fields, sharpened to regions, give every spot a mixture of gene programs. Counts are Poisson with
-    gamma-distributed depth; embeddings are a fixed random non-linear function of the mixture and of cell density, with
-    noise.
+    gamma-distributed depth; embeddings are a fixed random non-linear function of the mixture, with noise.
 
     Parameters
     ----------
@@ -71,8 +75,9 @@ def simulate(
     loadings *= rng.lognormal(0, 1, n_genes)
     loadings /= loadings.sum(1, keepdims=True)
     density_of = rng.uniform(0.3, 1.0, n_programs)
-    first = rng.normal(size=(n_programs + 1, 48))
-    second = rng.normal(size=(48, embedding_dim)) / np.sqrt(48)
+    first = rng.normal(0, SHARPNESS, (n_programs, N_FEATURES))
+    offset = rng.normal(0, 1.5, N_FEATURES)
+    second = rng.normal(size=(N_FEATURES, embedding_dim)) / np.sqrt(N_FEATURES)
 
     parts: dict[str, list[Any]] = {"counts": [], "place": [], "mixture": [], "embedding": [], "section": []}
     images: dict[str, Any] = {}
@@ -86,9 +91,8 @@ def simulate(
         density = mixture @ density_of
         total = depth * density / density.mean() * rng.gamma(4, 1 / 4, n_spots)
         counts = rng.poisson(total[:, None] * (mixture @ loadings))
-        state = np.column_stack([3 * mixture, 2 * density])
-        clean = np.tanh(np.tanh(state @ first) @ second * 1.5)
-        parts["embedding"].append(clean + rng.normal(0, 0.5, clean.shape))
+        clean = np.tanh((mixture - 1 / n_programs) @ first + offset) @ second
+        parts["embedding"].append(clean + rng.normal(0, NOISE, clean.shape))
         parts["counts"].append(counts)
         parts["place"].append(place)
         parts["mixture"].append(mixture)

@@ -105,7 +105,7 @@ class ModelConfig:
     style: Literal["modern", "reference"] = "modern"
     softening: float = 0.1
     n_members: int = 6
-    prior_hidden: int = 160
+    prior_hidden: int = 192
     prior_dropout: float = 0.5
     prior_input_dropout: float = 0.2
 
@@ -130,6 +130,7 @@ class ModelConfig:
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("hierarchical_weight", "vq_weight", "commitment_weight", "softening", "n_members", "n_covariates"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(self.codebook_size < 2**31, f"codebook_size={self.codebook_size} overflows tokens, which are int32")
         require(0 < self.codebook_decay < 1, f"codebook_decay must lie in (0, 1), got {self.codebook_decay}")
         for name, allowed in (
             ("codebook_update", ("ema", "gradient")),

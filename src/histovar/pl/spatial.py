@@ -23,7 +23,7 @@ from histovar.metrics import pearson
 
 from ._figure import figure_of, finish
 
-# Colours end at this percentile, so that a single spot does not decide them.
+# Colours end at this percentile, and begin at its complement, so that a single spot does not decide them.
 TOP_PERCENTILE = 99
 
 
@@ -112,8 +112,9 @@ def spatial(
     canvas = _canvas(adata, rows, label, str(stored["params"]["spatial_key"]))
     for i, gene in enumerate(wanted):
         shown: list[NDArray[Any]] = [mean[:, i]] if measured is None else [measured[:, i], mean[:, i]]
-        top = max(np.nanpercentile(values, TOP_PERCENTILE) for values in shown)
-        norm = Normalize(0, max(float(top), 1e-6))
+        low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in shown))
+        top = float(max(np.percentile(values, TOP_PERCENTILE) for values in shown))
+        norm = Normalize(low, max(top, low + 1e-6))
         spread = Normalize(0, max(float(np.percentile(std[:, i], TOP_PERCENTILE)), 1e-6))
         for j, values in enumerate([*shown, std[:, i]]):
             title = f"{gene}\n{titles[j]}"

@@ -14,7 +14,7 @@ from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp import gene_panel, gene_scales
-from histovar.training import Stage1Trainer
+from histovar.training import Stage1Trainer, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def train_stage1(
     read.check_layer(adata, layer)
     model_of_panel = _checked_config(adata, keys, config)
     trainer_options = {**options, "random_state": random_state}
-    Stage1Trainer(TwoStageVARST(ModelConfig.default(2)), **trainer_options)  # refuses bad options before any work
+    TrainingOptions(**trainer_options)  # refuses bad options before any work
     if layer is None:
         read.add_lognorm(adata)
     _prepare(adata, keys, layer, random_state)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
@@ -62,13 +63,19 @@ def train_loader(
         Number of processes, and which of them this is.
     """
     sampler: Any = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
-    return DataLoader(dataset, sampler=_EpochBatches(sampler, batch_size, drop_last=False), batch_size=None)
+    return _loader(dataset, _EpochBatches(sampler, batch_size, drop_last=False))
 
 
 def validation_loader(dataset: SpotDataset, batch_size: int) -> DataLoader[Any]:
     """All validation spots in order; every process of a distributed run validates on all of them."""
     rows: Any = range(len(dataset))
-    return DataLoader(dataset, sampler=BatchSampler(rows, batch_size, drop_last=False), batch_size=None)
+    return _loader(dataset, BatchSampler(rows, batch_size, drop_last=False))
+
+
+def _loader(dataset: SpotDataset, batches: BatchSampler) -> DataLoader[Any]:
+    # A generator of its own: otherwise every new iterator draws from the global one, at moments that differ
+    # between a resumed and an uninterrupted run.
+    return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
 
 def held_out_spots(sections: NDArray[Any] | None, n_spots: int, random_state: int) -> NDArray[np.bool_]:

@@ -102,7 +102,8 @@ class Stage1Trainer:
         If an option is out of range.
     """
 
-    steps = 120
+    # The warm-up has done most of the work; these let codes, encoders and decoders settle together.
+    steps = 60
     least_epochs = 2
 
     def __init__(self, model: TwoStageVARST, **options: Any) -> None:

@@ -76,8 +76,16 @@ class Stage2Module(StageModule):
 
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
         super().__init__(options)
-        self.model = model
+        self.stage2 = model.var_stage
+        # Not a submodule: averaging, checkpoints and optimiser must not touch the frozen stage 1, not by a bit.
+        object.__setattr__(self, "model", model)
         self._batches: list[Batch] = []
+
+    model: TwoStageVARST
+
+    def on_fit_start(self) -> None:
+        """Lightning's hook."""
+        self.model.stage1.to(self.device)
 
     def training_step(self, batch: tuple[Histology, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Lightning's hook."""
@@ -174,7 +182,7 @@ class Stage2Trainer:
     """
 
     # Enough for the loss on held-out sections of some hundred spots to level off; more data, more steps.
-    steps = 80
+    steps = 60
     least_epochs = 4
 
     def __init__(self, model: TwoStageVARST, **options: Any) -> None:
@@ -226,7 +234,7 @@ class Stage2Trainer:
                 max_epochs=options.epochs(int(seen.sum()), self.steps, self.least_epochs),
                 monitor="val_loss",
             )
-        model.eval().requires_grad_(False)
+        model.cpu().eval().requires_grad_(False)
         rows = torch.arange(len(validation)).split(options.batch_size)
         run = free_run(model, [validation[chunk.numpy()] for chunk in rows])  # type: ignore[misc]
         stage2.head.gate.copy_(torch.tensor(run.gate))

@@ -1,0 +1,79 @@
+"""Small data and one small trained model, shared by all tests."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+import histovar as hv
+
+matplotlib.use("agg")
+torch.set_num_threads(2)
+
+QUICK = {"enable_progress_bar": False, "max_epochs": 2}
+
+
+@pytest.fixture(scope="session")
+def simulated():
+    return hv.datasets.simulate(4, 60, 40, embedding_dim=16, random_state=1)
+
+
+@pytest.fixture
+def training(simulated):
+    return simulated[simulated.obs["section"] != "S4"].copy()
+
+
+@pytest.fixture
+def query(simulated):
+    return simulated[simulated.obs["section"] == "S4"].copy()
+
+
+def small_config(n_genes=30, **changes):
+    values = {
+        "scales": (1, 4, 10, n_genes),
+        "components": (2, 1, 1, 1),
+        "encoder_hidden": (16, 16, 16, 16),
+        "codebook_size": 128,
+        "codebook_dim": 16,
+        "n_neighbors": (4, 8),
+        "n_pcs": 8,
+        "width": 32,
+        "n_heads": 4,
+        "feedforward": 64,
+        "n_members": 3,
+        "prior_hidden": 32,
+    }
+    return hv.ModelConfig.default(n_genes, **{**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def prepared(simulated):
+    adata = simulated[simulated.obs["section"] != "S4"].copy()
+    hv.pp.gene_panel(adata, n_genes=30)
+    hv.pp.gene_scales(adata, scales=(1, 4, 10))
+    return adata
+
+
+@pytest.fixture(scope="session")
+def model(prepared):
+    """Trained; tests must not change it."""
+    return hv.tl.train(
+        prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), **QUICK
+    )
+
+
+@pytest.fixture
+def loaded(model, tmp_path):
+    """A copy of the trained model that tests may change."""
+    model.save(tmp_path / "copy")
+    return hv.TwoStageVARST.load(tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    path = Path(os.environ.get("HISTOVAR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+    if not (path / "her2st" / "paired.h5ad").is_file():
+        pytest.skip(f"real data not found in {path}; set HISTOVAR_DATA")
+    return path

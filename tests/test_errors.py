@@ -1,0 +1,171 @@
+"""Bad input: a message that helps, and an object as it was."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import histovar as hv
+
+from .conftest import QUICK, small_config
+
+
+def snapshot(adata):
+    slots = {"layers": adata.layers, "obsm": adata.obsm, "varm": adata.varm, "uns": adata.uns}
+    keys = {name: sorted(slot) for name, slot in slots.items()}
+    return keys, list(adata.obs.columns), list(adata.var.columns), adata.X.sum()
+
+
+def refuse(adata, call, error, message):
+    before = snapshot(adata)
+    with pytest.raises(error, match=message):
+        call(adata)
+    assert str(snapshot(adata)) == str(before)
+
+
+def with_obsm(value):
+    def change(adata):
+        adata.obsm["X_histology"] = value(adata.obsm["X_histology"].copy())
+
+    return change
+
+
+def put(array, row, value):
+    array[row] = value
+    return array
+
+
+def drop_embedding(adata):
+    del adata.obsm["X_histology"]
+
+
+def drop_place(adata):
+    del adata.obsm["spatial"]
+
+
+def no_place_in_row(adata):
+    adata.obsm["spatial"][3, 0] = np.nan
+
+
+def drop_section(adata):
+    del adata.obs["section"]
+
+
+def missing_section(adata):
+    adata.obs.loc[adata.obs_names[0], "section"] = None
+
+
+def repeat_gene(adata):
+    adata.var_names = ["GENE1", *adata.var_names[:-1]]
+
+
+def repeat_spot(adata):
+    adata.obs_names = ["S", "S", *adata.obs_names[2:]]
+
+
+def small_section(adata):
+    adata.obs["section"] = pd.Categorical(["tiny"] * 5 + ["rest"] * (adata.n_obs - 5))
+
+
+HISTOLOGY = [
+    (drop_embedding, KeyError, "use_rep: no 'X_histology' in obsm"),
+    (with_obsm(lambda x: put(x, 2, np.nan)), ValueError, "NaN or infinite values in 1 rows, first at row 2"),
+    (with_obsm(lambda x: put(x, 0, np.inf)), ValueError, "NaN or infinite"),
+    (with_obsm(lambda x: x.astype(str)), ValueError, "expected numbers"),
+    (drop_place, KeyError, "spatial_key: no 'spatial' in obsm"),
+    (no_place_in_row, ValueError, "spatial_key.*NaN or infinite"),
+    (missing_section, ValueError, "library_key: 1 spots have no value"),
+    (repeat_gene, ValueError, r"var_names: duplicated names such as \['GENE1'\]; mend with adata.var_names_make_unique"),
+    (repeat_spot, ValueError, "obs_names: duplicated names"),
+    (small_section, ValueError, "n_neighbors: section 'tiny' has 5 spots"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), HISTOLOGY)
+def test_training_refuses_histology(prepared, loaded, change, error, message):
+    adata = prepared.copy()
+    change(adata)
+    before = loaded.stage2
+    refuse(adata, lambda a: hv.tl.train_stage2(a, loaded, use_rep="X_histology", library_key="section", **QUICK), error, message)
+    refuse(adata, lambda a: hv.tl.train(a, use_rep="X_histology", library_key="section", config=small_config(), **QUICK), error, message)
+    assert loaded.stage2 is before
+
+
+@pytest.mark.parametrize(("change", "error", "message"), HISTOLOGY)
+def test_prediction_refuses_histology(query, model, change, error, message):
+    change(query)
+    refuse(query, lambda a: hv.tl.predict(a, model), error, message)
+
+
+def test_niche_refuses(query):
+    refuse(query, lambda a: hv.pp.niche(a, use_rep="absent"), KeyError, "use_rep: no 'absent'")
+    refuse(query, lambda a: hv.pp.niche(a, use_rep=[]), ValueError, "use_rep: expected at least one key")
+    refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(60,)), ValueError, "has 60 spots")
+    refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)), ValueError, "n_neighbors must be")
+    refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", library_key="slide"), KeyError, "library_key: no 'slide'")
+
+
+def test_prediction_refuses_another_width_and_number(query, model):
+    query.obsm["X_histology"] = query.obsm["X_histology"][:, :9]
+    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has width 9, the model was trained on width 16")
+    refuse(query, lambda a: hv.tl.predict(a, model, use_rep=["X_histology", "spatial"]), ValueError, "trained on 1 embeddings")
+
+
+def test_prediction_refuses_impossible_requests(query, model):
+    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=-1), ValueError, "n_samples must not be negative")
+    refuse(query, lambda a: hv.tl.predict(a, model, quantiles=(0.5,)), ValueError, "quantiles.*pass n_samples")
+    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=9, quantiles=(5,)), ValueError, "quantiles must lie")
+    refuse(query, lambda a: hv.tl.predict(a, model, decoding="best"), ValueError, "decoding must be one of")
+    refuse(query, lambda a: hv.tl.predict(a, model, device="cuda:9"), ValueError, "device: 'cuda:9' is not available")
+
+
+def test_rows_that_disagree_are_refused(query, model):
+    query.obsm["X_histology"] = query.obsm["X_histology"][:, :, None]
+    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, r"has shape \(60, 16, 1\), expected \(60, width\)")
+
+
+def test_empty_object_is_refused(query, model):
+    with pytest.raises(ValueError, match="adata: the object has no spots"):
+        hv.tl.predict(query[:0].copy(), model)
+    with pytest.raises(ValueError, match="adata: the object has no genes"):
+        hv.tl.train_stage1(query[:, :0].copy())
+
+
+def test_expression_is_checked(training, model):
+    normalised = training.copy()
+    normalised.X = training.X * 0.5
+    refuse(normalised, lambda a: hv.pp.gene_panel(a, n_genes=5), ValueError, "X does not hold counts.*lognorm")
+    refuse(normalised, lambda a: hv.tl.train_stage1(a, **QUICK), ValueError, "X does not hold counts")
+    scaled = training.copy()
+    scaled.layers["scaled"] = training.X.toarray() - 1
+    refuse(scaled, lambda a: hv.tl.train_stage1(a, layer="scaled", **QUICK), ValueError, "layer: 'scaled' has negative values")
+    refuse(scaled, lambda a: hv.tl.tokenize(a, model, layer="scaled"), ValueError, "negative values")
+    refuse(scaled, lambda a: hv.tl.tokenize(a, model, layer="absent"), KeyError, "layer: no 'absent' in layers")
+    broken = training.copy()
+    broken.layers["broken"] = sparse.csr_matrix(np.where(training.X.toarray() > 0, np.nan, 0))
+    refuse(broken, lambda a: hv.tl.train_stage1(a, layer="broken", **QUICK), ValueError, "NaN or infinite")
+
+
+def test_panel_and_scales_are_checked(training):
+    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes asked for, but only")
+    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"), ValueError, "flavor must be")
+    refuse(training, hv.pp.gene_scales, KeyError, "choose genes first with histovar.pp.gene_panel")
+    hv.pp.gene_panel(training, n_genes=30)
+    refuse(training, lambda a: hv.pp.gene_scales(a, scales=(8, 1)), ValueError, "scales must be positive and increase")
+    refuse(training, lambda a: hv.pp.gene_scales(a, gene_sets={"a": ["TP53"]}), ValueError, "none of their genes")
+    refuse(training, lambda a: hv.tl.train_stage1(a, config=small_config(20), **QUICK), ValueError, "made for 20 genes, the panel has 30")
+
+
+def test_missing_genes_are_named(query, model):
+    gene = model.registry["genes"][0]
+    lacking = query[:, query.var_names != gene].copy()
+    refuse(lacking, lambda a: hv.tl.tokenize(a, model), KeyError, f"1 of the 30 panel genes are missing.*{gene}")
+    hv.tl.predict(lacking, model)
+    refuse(lacking, hv.tl.evaluate, KeyError, gene)
+
+
+def test_reading_what_was_not_written(query):
+    refuse(query, hv.tl.evaluate, KeyError, "predict first with histovar.tl.predict")
+    refuse(query, hv.get.prediction, KeyError, "predict first")
+    refuse(query, lambda a: hv.pl.spatial(a, "GENE1"), KeyError, "predict first")
+    refuse(query, hv.pl.metrics, KeyError, "call histovar.tl.evaluate")

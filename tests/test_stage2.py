@@ -1,0 +1,179 @@
+"""What a token may know of others, and that all ways of generating agree."""
+
+import numpy as np
+import pytest
+import torch
+
+from histovar.model import Decoding, Histology, TwoStageVARST
+
+from .conftest import small_config
+
+
+def histology_of(config, n=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sources = tuple(torch.randn(n, d, generator=generator) for d in config.source_dims)
+    place = torch.rand(n, 2 * config.coordinates, generator=generator)
+    return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator))
+
+
+@pytest.fixture(params=["scale", "token"])
+def ordered(request, loaded):
+    """The trained model in either order, its head no longer at its start."""
+    config = loaded.config.replace(order=request.param)
+    state = loaded.stage2.state_dict()
+    loaded.add_stage2(config)
+    loaded.stage2.load_state_dict(state)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(loaded.stage2.head.output.weight, std=0.5)
+    return loaded.eval()
+
+
+def scale_of(config):
+    return np.repeat(np.arange(len(config.scales)), config.scales)
+
+
+@torch.no_grad()
+def test_no_token_sees_itself_or_what_comes_after(ordered):
+    config, scales = ordered.config, scale_of(ordered.config)
+    histology = histology_of(config, 2)
+    tokens = torch.randint(0, config.codebook_size, (2, config.n_tokens))
+    before = ordered.token_logits(histology, tokens)
+    reached = 0
+    for t in range(config.n_tokens):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 17) % config.codebook_size
+        moved = (ordered.token_logits(histology, changed) - before).abs().amax((0, 2)) > 1e-5
+        forbidden = scales <= scales[t] if config.order == "scale" else np.arange(config.n_tokens) <= t
+        assert not moved.numpy()[forbidden].any()
+        reached += int(moved.any())
+    assert reached > 5
+
+
+@torch.no_grad()
+def test_first_token_is_predicted_from_the_condition(ordered):
+    config = ordered.config
+    tokens = torch.zeros(2, config.n_tokens, dtype=torch.long)
+    first = [ordered.token_logits(histology_of(config, 2, seed), tokens)[:, 0] for seed in (0, 1)]
+    assert (first[0] - first[1]).abs().max() > 1e-3
+    assert first[0].std() > 0
+
+
+@torch.no_grad()
+def test_cached_generation_agrees_with_teacher_forcing(ordered):
+    histology = histology_of(ordered.config)
+    made = ordered.predict(histology, Decoding("greedy"), keep_logits=True)
+    torch.testing.assert_close(ordered.token_logits(histology, made.tokens), made.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_both_orders_have_the_same_weights():
+    one, other = (TwoStageVARST(small_config(embedding_dims=(16,), order=order)) for order in ("scale", "token"))
+    other.load_state_dict(one.state_dict())
+    assert [n for n, _ in one.named_parameters()] == [n for n, _ in other.named_parameters()]
+
+
+@torch.no_grad()
+def test_sampling_repeats_with_its_seed_and_varies_without(ordered):
+    histology = histology_of(ordered.config)
+
+    def draw(seed, **rule):
+        return ordered.predict(histology, Decoding("sample", **rule), generator=torch.Generator().manual_seed(seed)).tokens
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+    greedy = ordered.predict(histology, Decoding("greedy")).tokens
+    assert torch.equal(draw(0, top_k=1), greedy)
+    assert torch.equal(draw(0, top_p=1e-6), greedy)
+
+
+@torch.no_grad()
+def test_mean_of_samples_is_the_expected_decoding(model):
+    histology = histology_of(model.config, 4)
+    expected = model.predict(histology)
+    drawn = model.predict(
+        histology, Decoding("sample"), n_samples=600, generator=torch.Generator().manual_seed(0)
+    ).expression.view(4, 600, -1)
+    error = (drawn.mean(1) - expected.expression).abs()
+    assert (error < 0.25 * expected.std).float().mean() > 0.9
+    ratio = drawn.std(1) / expected.std
+    assert 0.8 < ratio.median() < 1.25
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert (Decoding("sample", top_k=2).filter(logits) > 0).tolist() == [[True, True, False, False]]
+    assert (Decoding("sample", top_p=0.7).filter(logits) > 0).tolist() == [[True, True, False, False]]
+    hot = Decoding("sample", temperature=1e4).filter(logits)
+    torch.testing.assert_close(hot, torch.full((1, 4), 0.25), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [({"mode": "best"}, "decoding must be"), ({"temperature": 0}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_k": -1}, "top_k")],
+)
+def test_impossible_rules_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding(**rule)
+
+
+@torch.no_grad()
+def test_gate_decides_between_prior_and_token_model(ordered):
+    histology = histology_of(ordered.config)
+    head, stage2 = ordered.stage2.head, ordered.stage2
+    head.gate.zero_()
+    closed = ordered.predict(histology).expression
+    prior = stage2.prior(stage2.condition.features(histology)).mean(0)
+    torch.testing.assert_close(closed, ordered.stage1.scales.restore(prior), atol=1e-3, rtol=1e-3)
+    head.gate.fill_(1)
+    assert (ordered.predict(histology).expression - closed).abs().max() > 1e-3
+
+
+def test_loss_matches_cross_entropy_with_hard_targets(loaded):
+    config = loaded.config.replace(softening=0.0)
+    loaded.add_stage2(config)
+    loaded.stage2.head.set_codes(loaded.stage1)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(loaded.stage2.head.output.weight, std=0.5)
+    loaded.eval()
+    histology = histology_of(config)
+    used = (loaded.stage1.code_counts[-1] > 0).nonzero()[:, 0]
+    tokens = used[torch.randint(0, len(used), (6, config.n_tokens))]
+    loss = loaded.token_loss(histology, tokens)[:, -config.n_genes :]
+    logits = loaded.token_logits(histology, tokens)[:, -config.n_genes :]
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), tokens[:, -config.n_genes :], reduction="none"
+    )
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-3)
+    weight = loaded.stage2.head.output.weight
+    ours, theirs = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-3)
+
+
+def test_freezing():
+    model = TwoStageVARST(small_config(embedding_dims=(16,)))
+    model.set_training_stage(1)
+    assert all(p.requires_grad for p in model.stage1.parameters())
+    assert not any(p.requires_grad for p in model.stage2.parameters())
+    assert model.stage1.training and not model.stage2.training
+    model.set_training_stage(2)
+    assert not any(p.requires_grad for p in model.stage1.parameters())
+    assert model.stage2.training and not model.stage1.training
+    with pytest.raises(ValueError, match="stage must be 1 or 2"):
+        model.set_training_stage(3)
+    with pytest.raises(ValueError, match="no stage 2"):
+        TwoStageVARST(small_config()).set_training_stage(2)
+
+
+def test_options_of_the_condition_reach_the_prediction(loaded):
+    config = loaded.config.replace(coordinates=True, n_covariates=2)
+    loaded.add_stage2(config)
+    loaded.stage2.head.set_codes(loaded.stage1)
+    histology = histology_of(config)
+    loaded.stage2.condition.fit(histology)
+    loaded.eval()
+    base = loaded.predict(histology).expression
+    for changed in (
+        histology._replace(coordinates=1 - histology.coordinates),
+        histology._replace(covariates=histology.covariates + 1),
+        histology._replace(sources=(*histology.sources[:-1], histology.sources[-1] + 1)),
+    ):
+        assert (loaded.predict(changed).expression - base).abs().max() > 1e-4

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import histovar as hv
+from histovar.training import TrainingOptions
+from histovar.training.data import cross_fit_folds, held_out_spots
+
+from .conftest import QUICK, small_config
+
+
+def weights(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_same_seed_same_model(prepared, model):
+    again = hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), **QUICK)
+    assert_same(weights(model), weights(again))
+    other = hv.tl.train_stage1(prepared.copy(), config=small_config(), random_state=1, **QUICK)
+    assert not torch.equal(model.stage1.quantizer.codebook, other.stage1.quantizer.codebook)
+
+
+def test_training_leaves_the_global_random_state(prepared):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    hv.tl.train_stage1(prepared.copy(), config=small_config(), **QUICK)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_training_one_stage_leaves_the_other(prepared, loaded):
+    before = weights(loaded.stage1)
+    hv.tl.train_stage2(prepared.copy(), loaded, use_rep="X_histology", library_key="section", **QUICK)
+    assert_same(before, weights(loaded.stage1))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+class Interrupt(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise RuntimeError("power cut")
+
+
+LONG = {**QUICK, "max_epochs": 5, "patience": 50}
+
+
+def test_stage1_resumes_to_the_same_result(prepared, tmp_path):
+    def train(**options):
+        return hv.tl.train_stage1(prepared.copy(), library_key="section", config=small_config(), **LONG, **options)
+
+    whole = train()
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(callbacks=[Interrupt()], checkpoint_dir=tmp_path)
+    resumed = train(resume_from=tmp_path / "last.ckpt", checkpoint_dir=tmp_path)
+    assert_same(weights(whole), weights(resumed))
+    np.testing.assert_array_equal(whole.history["stage1"], resumed.history["stage1"])
+
+
+def test_stage2_resumes_to_the_same_result(prepared, model, tmp_path):
+    model.save(tmp_path / "model")
+
+    def train(**options):
+        fresh = hv.TwoStageVARST.load(tmp_path / "model")
+        return hv.tl.train_stage2(
+            prepared.copy(), fresh, use_rep="X_histology", library_key="section", **LONG, **options
+        )
+
+    whole = train()
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(callbacks=[Interrupt()], checkpoint_dir=tmp_path)
+    resumed = train(resume_from=tmp_path / "last.ckpt", checkpoint_dir=tmp_path)
+    assert_same(weights(whole), weights(resumed))
+
+
+def test_history_holds_what_is_watched(model):
+    stage1, stage2 = model.history["stage1"], model.history["stage2"]
+    for part in ("train", "val"):
+        assert {f"{part}_{n}" for n in ("loss", "reconstruction", "hierarchical", "vq")} <= set(stage1)
+    assert {"val_usage", "val_perplexity", "val_usage_scale0", "val_perplexity_scale3"} <= set(stage1)
+    assert {"train_loss", "val_loss", "val_accuracy", "val_top5_accuracy", "val_perplexity", "val_pcc"} <= set(stage2)
+    assert len(stage1) == len(stage2) == 2
+
+
+def test_stage2_learns(prepared, loaded):
+    hv.tl.train_stage2(
+        prepared.copy(), loaded, use_rep="X_histology", library_key="section", **{**QUICK, "max_epochs": 8}
+    )
+    losses = loaded.history["stage2"]["train_loss"]
+    assert losses.iloc[-1] < losses.iloc[0]
+
+
+def test_held_out_spots():
+    sections = np.repeat(["a", "b", "c"], 20)
+    chosen = held_out_spots(sections, 60, 0)
+    assert len(set(sections[chosen])) == 1 and chosen.sum() == 20
+    assert held_out_spots(np.repeat("a", 60), 60, 0).sum() == held_out_spots(None, 60, 0).sum() == 6
+
+
+def test_folds_do_not_tear_neighbours_apart():
+    sections = np.repeat(["a", "b", "c"], 20)
+    place = np.random.default_rng(0).uniform(size=(60, 2)) * [10, 1]
+    folds = cross_fit_folds(sections, place, 6)
+    assert all(len(set(folds[sections == s])) == 1 for s in "abc") and len(set(folds)) == 3
+    strips = cross_fit_folds(None, place, 6)
+    assert sorted(set(strips)) == [0, 1, 2, 3]
+    assert max(place[strips == 0, 0]) < min(place[strips == 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"averaging_decay": 1}, "averaging_decay"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**options)
+
+
+def test_missing_checkpoint_is_refused_before_any_work(training):
+    before = training.copy()
+    with pytest.raises(FileNotFoundError, match="resume_from"):
+        hv.tl.train_stage1(training, resume_from="nowhere.ckpt", **QUICK)
+    assert list(training.var.columns) == list(before.var.columns) and not training.layers
+
+
+def test_auto_accelerator_never_picks_mps():
+    assert TrainingOptions().resolved_accelerator() in ("cpu", "cuda")
+
+
+def test_reference_configuration_trains_a_step_and_predicts(simulated):
+    adata = hv.datasets.simulate(2, 30, 40, embedding_dim=16)
+    hv.pp.gene_panel(adata, n_genes=40, min_fraction=0)
+    config = hv.ModelConfig.reference(
+        n_genes=40, scales=(1, 8, 20, 40), embedding_dims=(16,), n_layers=2, codebook_size=64
+    )
+    hv.pp.gene_scales(adata, scales=(1, 8, 20))
+    model = hv.tl.train(adata, use_rep="X_histology", library_key="section", config=config, **QUICK)
+    before = model.stage1.quantizer.codebook.clone()
+    out = hv.tl.predict(adata[:4], model, copy=True)
+    assert np.isfinite(out.layers["histovar"]).all() and out.layers["histovar"].shape == (4, 40)
+    assert torch.equal(before, model.stage1.quantizer.codebook)

@@ -59,9 +59,7 @@ def prepared(simulated):
 @pytest.fixture(scope="session")
 def model(prepared):
     """Trained; tests must not change it."""
-    return hv.tl.train(
-        prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), **QUICK
-    )
+    return hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), **QUICK)
 
 
 @pytest.fixture

@@ -268,7 +268,9 @@ def test_evaluation_scores_sections_apart_and_counts_constants(simulated, model)
     assert summary.loc["S3", "n_constant"] == 1
     part = adata[adata.obs["section"] == "S3"]
     measured = read.lognorm(part)[:, part.var_names.get_indexer(model.registry["genes"])].toarray()
-    by_hand = [np.corrcoef(a, b)[0, 1] for a, b in zip(part.obsm["histovar"].to_numpy().T[1:], measured.T[1:], strict=True)]
+    by_hand = [
+        np.corrcoef(a, b)[0, 1] for a, b in zip(part.obsm["histovar"].to_numpy().T[1:], measured.T[1:], strict=True)
+    ]
     assert summary.loc["S3", "PCC-all"] == pytest.approx(np.sum(by_hand) / 30, abs=1e-5)
     assert summary.loc["S3", "PCC-10"] == pytest.approx(np.sort(by_hand)[-10:].mean(), abs=1e-5)
 

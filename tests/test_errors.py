@@ -75,7 +75,11 @@ HISTOLOGY = [
     (drop_place, KeyError, "spatial_key: no 'spatial' in obsm"),
     (no_place_in_row, ValueError, "spatial_key.*NaN or infinite"),
     (missing_section, ValueError, "library_key: 1 spots have no value"),
-    (repeat_gene, ValueError, r"var_names: duplicated names such as \['GENE1'\]; mend with adata.var_names_make_unique"),
+    (
+        repeat_gene,
+        ValueError,
+        r"var_names: duplicated names such as \['GENE1'\]; mend with adata.var_names_make_unique",
+    ),
     (repeat_spot, ValueError, "obs_names: duplicated names"),
     (small_section, ValueError, "n_neighbors: section 'tiny' has 5 spots"),
 ]
@@ -86,8 +90,18 @@ def test_training_refuses_histology(prepared, loaded, change, error, message):
     adata = prepared.copy()
     change(adata)
     before = loaded.stage2
-    refuse(adata, lambda a: hv.tl.train_stage2(a, loaded, use_rep="X_histology", library_key="section", **QUICK), error, message)
-    refuse(adata, lambda a: hv.tl.train(a, use_rep="X_histology", library_key="section", config=small_config(), **QUICK), error, message)
+    refuse(
+        adata,
+        lambda a: hv.tl.train_stage2(a, loaded, use_rep="X_histology", library_key="section", **QUICK),
+        error,
+        message,
+    )
+    refuse(
+        adata,
+        lambda a: hv.tl.train(a, use_rep="X_histology", library_key="section", config=small_config(), **QUICK),
+        error,
+        message,
+    )
     assert loaded.stage2 is before
 
 
@@ -101,14 +115,23 @@ def test_niche_refuses(query):
     refuse(query, lambda a: hv.pp.niche(a, use_rep="absent"), KeyError, "use_rep: no 'absent'")
     refuse(query, lambda a: hv.pp.niche(a, use_rep=[]), ValueError, "use_rep: expected at least one key")
     refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(60,)), ValueError, "has 60 spots")
-    refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)), ValueError, "n_neighbors must be")
-    refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", library_key="slide"), KeyError, "library_key: no 'slide'")
+    refuse(
+        query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)), ValueError, "n_neighbors must be"
+    )
+    refuse(
+        query, lambda a: hv.pp.niche(a, use_rep="X_histology", library_key="slide"), KeyError, "library_key: no 'slide'"
+    )
 
 
 def test_prediction_refuses_another_width_and_number(query, model):
     query.obsm["X_histology"] = query.obsm["X_histology"][:, :9]
     refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has width 9, the model was trained on width 16")
-    refuse(query, lambda a: hv.tl.predict(a, model, use_rep=["X_histology", "spatial"]), ValueError, "trained on 1 embeddings")
+    refuse(
+        query,
+        lambda a: hv.tl.predict(a, model, use_rep=["X_histology", "spatial"]),
+        ValueError,
+        "trained on 1 embeddings",
+    )
 
 
 def test_prediction_refuses_impossible_requests(query, model):
@@ -138,7 +161,12 @@ def test_expression_is_checked(training, model):
     refuse(normalised, lambda a: hv.tl.train_stage1(a, **QUICK), ValueError, "X does not hold counts")
     scaled = training.copy()
     scaled.layers["scaled"] = training.X.toarray() - 1
-    refuse(scaled, lambda a: hv.tl.train_stage1(a, layer="scaled", **QUICK), ValueError, "layer: 'scaled' has negative values")
+    refuse(
+        scaled,
+        lambda a: hv.tl.train_stage1(a, layer="scaled", **QUICK),
+        ValueError,
+        "layer: 'scaled' has negative values",
+    )
     refuse(scaled, lambda a: hv.tl.tokenize(a, model, layer="scaled"), ValueError, "negative values")
     refuse(scaled, lambda a: hv.tl.tokenize(a, model, layer="absent"), KeyError, "layer: no 'absent' in layers")
     broken = training.copy()
@@ -153,7 +181,12 @@ def test_panel_and_scales_are_checked(training):
     hv.pp.gene_panel(training, n_genes=30)
     refuse(training, lambda a: hv.pp.gene_scales(a, scales=(8, 1)), ValueError, "scales must be positive and increase")
     refuse(training, lambda a: hv.pp.gene_scales(a, gene_sets={"a": ["TP53"]}), ValueError, "none of their genes")
-    refuse(training, lambda a: hv.tl.train_stage1(a, config=small_config(20), **QUICK), ValueError, "made for 20 genes, the panel has 30")
+    refuse(
+        training,
+        lambda a: hv.tl.train_stage1(a, config=small_config(20), **QUICK),
+        ValueError,
+        "made for 20 genes, the panel has 30",
+    )
 
 
 def test_missing_genes_are_named(query, model):

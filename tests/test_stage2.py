@@ -76,7 +76,9 @@ def test_sampling_repeats_with_its_seed_and_varies_without(ordered):
     histology = histology_of(ordered.config)
 
     def draw(seed, **rule):
-        return ordered.predict(histology, Decoding("sample", **rule), generator=torch.Generator().manual_seed(seed)).tokens
+        return ordered.predict(
+            histology, Decoding("sample", **rule), generator=torch.Generator().manual_seed(seed)
+        ).tokens
 
     assert torch.equal(draw(3), draw(3))
     assert not torch.equal(draw(3), draw(4))
@@ -108,7 +110,12 @@ def test_top_k_and_top_p_keep_what_they_say():
 
 @pytest.mark.parametrize(
     ("rule", "message"),
-    [({"mode": "best"}, "decoding must be"), ({"temperature": 0}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_k": -1}, "top_k")],
+    [
+        ({"mode": "best"}, "decoding must be"),
+        ({"temperature": 0}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
 )
 def test_impossible_rules_are_refused(rule, message):
     with pytest.raises(ValueError, match=message):
@@ -139,9 +146,7 @@ def test_loss_matches_cross_entropy_with_hard_targets(loaded):
     tokens = used[torch.randint(0, len(used), (6, config.n_tokens))]
     loss = loaded.token_loss(histology, tokens)[:, -config.n_genes :]
     logits = loaded.token_logits(histology, tokens)[:, -config.n_genes :]
-    expected = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), tokens[:, -config.n_genes :], reduction="none"
-    )
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, -config.n_genes :], reduction="none")
     torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-3)
     weight = loaded.stage2.head.output.weight
     ours, theirs = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in (loss, expected))

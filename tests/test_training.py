@@ -98,9 +98,14 @@ def test_stage2_learns(prepared, loaded):
 
 def test_held_out_spots():
     sections = np.repeat(["a", "b", "c"], 20)
-    chosen = held_out_spots(sections, 60, 0)
-    assert len(set(sections[chosen])) == 1 and chosen.sum() == 20
-    assert held_out_spots(np.repeat("a", 60), 60, 0).sum() == held_out_spots(None, 60, 0).sum() == 6
+    seen, watched = held_out_spots(sections, 60, 0)
+    assert len(set(sections[watched])) == 1 and len(watched) == 20 and len(seen) == 40
+    assert not set(sections[watched]) & set(sections[seen])
+    for one in (np.repeat("a", 60), None):
+        seen, watched = held_out_spots(one, 60, 0)
+        assert len(watched) == 6 and sorted([*seen, *watched]) == list(range(60))
+    seen, watched = held_out_spots(np.repeat(["a", "b"], 1000), 2000, 0)
+    assert len(seen) == 1000 and len(watched) == 256
 
 
 def test_folds_do_not_tear_neighbours_apart():

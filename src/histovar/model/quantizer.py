@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import loguru
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +66,10 @@ class SharedVectorQuantizer(nn.Module):
         sample = torch.cat([_some(x.flatten(0, 1), LATENTS_PER_START) for x in latents])
         training = self.vq.training
         self.vq.train()
+        # Fewer latents than codes are no cause for alarm: codes start double and are revived elsewhere.
+        loguru.logger.disable("vector_quantize_pytorch")
         self.vq(sample[None])
+        loguru.logger.enable("vector_quantize_pytorch")
         self.vq.train(training)
 
     @torch.no_grad()

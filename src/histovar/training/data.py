@@ -15,6 +15,9 @@ from histovar.model import Histology
 
 Item = Tensor | Histology
 
+# Enough to tell one epoch from another, few enough not to cost more than training on small data.
+WATCHED_SPOTS = 256
+
 
 class SpotDataset(Dataset[tuple[Item, ...]]):
     """Tensors and :class:`Histology` with one row a spot, indexed by lists of rows.
@@ -78,8 +81,10 @@ def _loader(dataset: SpotDataset, batches: BatchSampler) -> DataLoader[Any]:
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
 
-def held_out_spots(sections: NDArray[Any] | None, n_spots: int, random_state: int) -> NDArray[np.bool_]:
-    """Spots on which training is watched: one section, or a random tenth where there is but one.
+def held_out_spots(
+    sections: NDArray[Any] | None, n_spots: int, random_state: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the training spots into those learnt from and those on which training is watched.
 
     Parameters
     ----------
@@ -92,17 +97,21 @@ def held_out_spots(sections: NDArray[Any] | None, n_spots: int, random_state: in
 
     Returns
     -------
-    ndarray
-        (n_spots,), True where held out.
+    seen
+        Rows to learn from.
+    watched
+        Rows of one held-out section (at most ``WATCHED_SPOTS``, at random), or of a random tenth of the spots where
+        there is but one section.
     """
     rng = np.random.default_rng(random_state)
     names = np.unique(sections) if sections is not None else np.zeros(1)
+    order = rng.permutation(n_spots)
     if sections is not None and len(names) > 1:
-        held_out: NDArray[np.bool_] = sections == rng.choice(names)
-        return held_out
-    chosen = np.zeros(n_spots, dtype=bool)
-    chosen[rng.permutation(n_spots)[: max(1, n_spots // 10)]] = True
-    return chosen
+        held_out = sections == rng.choice(names)
+    else:
+        held_out = np.isin(np.arange(n_spots), order[: max(1, n_spots // 10)])
+    watched = order[held_out[order]][:WATCHED_SPOTS]
+    return np.flatnonzero(~held_out), np.sort(watched)
 
 
 def cross_fit_folds(

@@ -124,8 +124,8 @@ class Stage1Trainer:
         """
         options, model = self.options, self.model
         model.set_training_stage(1)
-        held_out = held_out_spots(sections, len(expression), options.random_state)
-        train = expression[~held_out]
+        seen, watched = held_out_spots(sections, len(expression), options.random_state)
+        train = expression[seen]
         with seeded(options.random_state):
             model.stage1.scales.fit(expression, groups, options.random_state)
             module, data = Stage1Module(model, options), SpotDataset(train)
@@ -138,7 +138,7 @@ class Stage1Trainer:
             result = fit(
                 module,
                 data,
-                SpotDataset(expression[held_out]),
+                SpotDataset(expression[watched]),
                 options,
                 max_epochs=options.epochs(len(train), self.steps, self.least_epochs),
                 monitor="val_loss",

@@ -214,24 +214,22 @@ class Stage2Trainer:
         stage2.transformer.parents.copy_(model.stage1.scales.parents())
         stage2.head.set_codes(model.stage1)
         tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
-        held_out = torch.from_numpy(held_out_spots(sections, len(expression), options.random_state))
+        seen, watched = held_out_spots(sections, len(expression), options.random_state)
         with seeded(options.random_state):
             stage2.condition.fit(histology)
             prior = self._fit_prior(histology, expression, tokens, coordinates, sections)
             model.set_training_stage(2)
             if stage2.prior is not None:
                 stage2.prior.requires_grad_(False).eval()
-            items = [histology, tokens, prior]
-            seen, unseen = ~held_out, held_out
-            train = SpotDataset(*_rows(items, seen))
-            validation = SpotDataset(*_rows([*items, expression], unseen))
+            spots = SpotDataset(histology, tokens, prior, expression)
+            train, validation = SpotDataset(*spots[seen][:3]), SpotDataset(*spots[watched])
             module = Stage2Module(model, options)
             result = fit(
                 module,
                 train,
                 validation,
                 options,
-                max_epochs=options.epochs(int(seen.sum()), self.steps, self.least_epochs),
+                max_epochs=options.epochs(len(seen), self.steps, self.least_epochs),
                 monitor="val_loss",
             )
         model.cpu().eval().requires_grad_(False)
@@ -274,7 +272,3 @@ class Stage2Trainer:
         values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(parts)]
         model.var_stage.head.set_spread(values)
         return unseen
-
-
-def _rows(items: list[Any], chosen: Tensor) -> list[Any]:
-    return [item.map(lambda t: t[chosen]) if isinstance(item, Histology) else item[chosen] for item in items]

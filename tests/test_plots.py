@@ -1,0 +1,77 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import histovar as hv
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def scored(query, model):
+    hv.tl.predict(query, model)
+    hv.tl.evaluate(query)
+    return query
+
+
+def values_of(ax):
+    return np.concatenate([np.asarray(c.get_array()) for c in ax.collections if c.get_array() is not None])
+
+
+def test_spatial_draws_measured_predicted_and_deviation(scored, model, tmp_path):
+    genes = model.registry["genes"][:2]
+    axes = hv.pl.spatial(scored, genes, save=tmp_path / "map.png")
+    assert axes.shape == (2, 3) and (tmp_path / "map.png").stat().st_size > 10_000
+    prediction = hv.get.prediction(scored)
+    for row, gene in zip(axes, genes, strict=True):
+        np.testing.assert_allclose(values_of(row[0]), scored[:, gene].layers["lognorm"].toarray()[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(values_of(row[1]), prediction[:, gene].X[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(values_of(row[2]), prediction[:, gene].layers["std"][:, 0], rtol=1e-5)
+        limits = [c.get_clim() for ax in row[:2] for c in ax.collections if c.get_array() is not None]
+        assert limits[0] == limits[1]
+        assert all(ax.images for ax in row)
+
+
+def test_spatial_without_measurement_or_image(query, model):
+    hv.tl.predict(query, model)
+    bare = hv.get.prediction(query)[:, :0].copy()
+    bare.obsm["histovar"], bare.obsm["histovar_std"] = query.obsm["histovar"], query.obsm["histovar_std"]
+    bare.uns = {"histovar": query.uns["histovar"]}
+    axes = hv.pl.spatial(bare, model.registry["genes"][0])
+    assert axes.shape == (1, 2) and not axes[0, 0].images
+
+
+def test_spatial_takes_one_section_and_given_axes(simulated, model):
+    adata = simulated.copy()
+    hv.tl.predict(adata, model)
+    gene = model.registry["genes"][0]
+    with pytest.raises(ValueError, match="section: the object has sections"):
+        hv.pl.spatial(adata, gene)
+    with pytest.raises(ValueError, match="no section 'S9'"):
+        hv.pl.spatial(adata, gene, section="S9")
+    _, given = plt.subplots(1, 3)
+    axes = hv.pl.spatial(adata, gene, section="S2", ax=given)
+    assert list(axes[0]) == list(given) and len(values_of(given[0])) == 60
+    with pytest.raises(ValueError, match="ax: 3 axes given, 2 x 3"):
+        hv.pl.spatial(adata, model.registry["genes"][:2], section="S2", ax=given)
+    with pytest.raises(KeyError, match="not in the predicted panel"):
+        hv.pl.spatial(adata, "absent", section="S2")
+
+
+def test_training_codebook_and_metrics(scored, model, tmp_path):
+    axes = hv.pl.training(model, save=tmp_path / "t.png")
+    assert axes.shape == (2, 3) and all(ax.lines for ax in axes.flat)
+    ax = hv.pl.codebook(model)
+    assert len(ax.lines) == 4
+    used = int((model.stage1.code_counts.sum(0) > 0).sum())
+    assert str(used) in ax.get_title()
+    ax = hv.pl.metrics(scored)
+    assert len(ax.lines[0].get_xdata()) == 30
+    untrained = hv.TwoStageVARST(model.config)
+    for plot in (hv.pl.training, hv.pl.codebook):
+        with pytest.raises(ValueError, match="model: "):
+            plot(untrained)

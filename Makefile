@@ -2,7 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip
+# Wheels are collected in pip's own cache, and installed from there: so that a fresh clone installs without a
+# network, too, once they are.
+WHEELS = $(shell $(BIN)/python -m pip cache dir)/histovar
+QUIET := --quiet --disable-pip-version-check --constraint constraints.txt
+# $(call install,extras)
+define install
+$(PIP) wheel $(QUIET) --wheel-dir "$(WHEELS)" hatchling editables setuptools wheel ".$(1)" \
+	|| echo "no network: installing from $(WHEELS)"
+$(PIP) install $(QUIET) --no-index --find-links "$(WHEELS)" --editable ".$(1)"
+endef
 
 .PHONY: demo test docs clean
 
@@ -19,11 +29,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable .
+	$(call install,)
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable ".[$*]"
+	$(call install,[$*])
 	touch $@ $(VENV)/installed
 
 clean:

@@ -21,7 +21,7 @@ from .trainer import StageModule, TrainingOptions, fit, seeded
 logger = logging.getLogger(__name__)
 
 # Steps of the plain autoencoder, without quantisation, before the codes are placed.
-WARMUP_STEPS = 300
+WARMUP_STEPS = 200
 WARMUP_LEARNING_RATE = 1e-3
 # Spots that place the codes (k-means): plenty for 4096 codes, and quick.
 SPOTS_FOR_START = 4096
@@ -103,7 +103,7 @@ class Stage1Trainer:
     """
 
     # The warm-up has done most of the work; these let codes, encoders and decoders settle together.
-    steps = 60
+    steps = 40
     least_epochs = 2
 
     def __init__(self, model: TwoStageVARST, **options: Any) -> None:

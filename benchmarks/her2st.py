@@ -1,0 +1,135 @@
+"""Stage 1 and stage 2 on her2st, with default settings.
+
+Stage 1: `expression_only.h5ad`, one patient held out, 200 genes chosen on the others; reconstruction of the held-out
+patient and use of the codebook. Stage 2: sections C2, C3, C4 train, C5 is predicted; scores, time, and the map of three
+of the best genes. The data are found by `--data` or the environment variable HISTOVAR_DATA.
+
+    python benchmarks/her2st.py                 # both tables
+    python benchmarks/her2st.py --smoke         # a few minutes: fewer spots and epochs, to see that it runs
+    python benchmarks/her2st.py --reference     # also one step of each stage of the reference configuration
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+
+import histovar as hv
+
+REPS = ["X_squeezenet", "X_squeezenet_wide"]
+
+
+def stage1(data: Path, held_out: str, smoke: bool) -> pd.DataFrame:
+    """Reconstruction of a patient that stage 1 has not seen."""
+    adata = ad.read_h5ad(data / "expression_only.h5ad")
+    if smoke:
+        kept = adata.obs["section"].isin(["A1", "B1", "C1", "C2"])
+        adata = adata[kept & (np.arange(adata.n_obs) % 2 == 0).tolist()].copy()
+    query = adata[adata.obs["patient"] == held_out].copy()
+    training = adata[adata.obs["patient"] != held_out].copy()
+    begin = time.monotonic()
+    hv.pp.gene_panel(training, n_genes=200)
+    model = hv.tl.train_stage1(training, library_key="section", **({"max_epochs": 1} if smoke else {}))
+    seconds = time.monotonic() - begin
+    hv.tl.tokenize(query, model)
+    genes = model.registry["genes"]
+    tokens = torch.from_numpy(query.obsm["histovar_tokens"]).long()
+    values = query[:, genes].layers["lognorm"].toarray()
+    rebuilt = model.decode(tokens).numpy()
+    counts = torch.bincount(tokens.flatten(), minlength=model.config.codebook_size)
+    return pd.DataFrame(
+        {
+            "training spots": training.n_obs,
+            "held-out spots": query.n_obs,
+            "reconstruction PCC": hv.metrics.mean_pearson(rebuilt, values),
+            "codes in use, training": int((model.stage1.code_counts.sum(0) > 0).sum()),
+            "codes in use, held-out": int((counts > 0).sum()),
+            "epochs": len(model.history["stage1"]),
+            "seconds": seconds,
+        },
+        index=[f"stage 1, patient {held_out} held out"],
+    ).T
+
+
+def stage2(data: Path, held_out: str, smoke: bool, picture: Path | None) -> pd.DataFrame:
+    """The main job."""
+    adata = ad.read_h5ad(data / "paired.h5ad")
+    training = adata[adata.obs["section"] != held_out].copy()
+    query = adata[adata.obs["section"] == held_out].copy()
+    options: dict[str, Any] = {"max_epochs": 1} if smoke else {}
+    begin = time.monotonic()
+    hv.pp.gene_panel(training, n_genes=200)
+    model = hv.tl.train(training, use_rep=REPS, library_key="section", **options)
+    trained = time.monotonic()
+    hv.tl.predict(query, model)
+    predicted = time.monotonic()
+    scores = hv.tl.evaluate(query)
+    if picture is not None:
+        hv.pl.spatial(query, scores["pearson"].nlargest(3).index.tolist(), section=held_out, save=picture)
+    summary = query.uns["histovar"]["evaluation"].loc[held_out]
+    times = pd.Series({"training, s": trained - begin, "prediction, s": predicted - trained})
+    return pd.concat([summary, times]).to_frame(f"stage 2, section {held_out} held out")
+
+
+def reference(data: Path) -> pd.DataFrame:
+    """One training step of each stage of the 85,484,996 parameters, and 4 spots predicted end to end."""
+    adata = ad.read_h5ad(data / "paired.h5ad")
+    training = adata[adata.obs["section"] == "C2"][:40].copy()
+    hv.pp.gene_panel(training, n_genes=200)
+    config = hv.ModelConfig.reference()
+    begin = time.monotonic()
+    model = hv.tl.train(training, use_rep=REPS[0], config=config, max_epochs=1, batch_size=36)
+    trained = time.monotonic()
+    query = hv.tl.predict(training[:4], model, copy=True)
+    return pd.DataFrame(
+        {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps of each stage": len(model.history["stage2"]),
+            "predicted": f"{hv.get.prediction(query).shape}",
+            "finite": bool(np.isfinite(hv.get.prediction(query).X).all()),
+            "training, s": trained - begin,
+            "prediction, s": time.monotonic() - trained,
+        },
+        index=["reference configuration"],
+    ).T
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
+    parser.add_argument("--smoke", action="store_true", help="fewer spots and epochs")
+    parser.add_argument("--reference", action="store_true", help="also the reference configuration")
+    parser.add_argument("--patient", default="C", help="patient that stage 1 does not see")
+    parser.add_argument("--section", default="C5", help="section that stage 2 does not see")
+    parser.add_argument("--picture", type=Path, help="file for the map")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("histovar").setLevel(logging.INFO)
+    data = arguments.data / "her2st"
+    if not (data / "paired.h5ad").is_file():
+        print(f"no her2st data in {arguments.data}: nothing measured; set HISTOVAR_DATA or --data")
+        return
+    tables = [
+        stage1(data, arguments.patient, arguments.smoke),
+        stage2(data, arguments.section, arguments.smoke, arguments.picture),
+    ]
+    if arguments.reference:
+        tables.append(reference(data))
+    for table in tables:
+        print(f"\n{table.to_string(float_format=lambda v: f'{v:.4g}')}")
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()

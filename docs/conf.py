@@ -1,0 +1,35 @@
+import histovar
+
+project = "histovar"
+author = copyright = "histovar developers"
+version = release = histovar.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+]
+html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_title = "histovar"
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+
+autosummary_generate = True
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+templates_path = ["_templates"]
+
+nb_execution_mode = "off"  # the notebook is committed with its outputs
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+# Notebooks live at the top level, where users look for them; Sphinx wants them beside its pages.
+import shutil
+from pathlib import Path
+
+shutil.copy(Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb", Path(__file__).parent)

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import histovar
 
 project = "histovar"
@@ -29,7 +32,4 @@ myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 # Notebooks live at the top level, where users look for them; Sphinx wants them beside its pages.
-import shutil
-from pathlib import Path
-
 shutil.copy(Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb", Path(__file__).parent)

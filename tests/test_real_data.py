@@ -30,7 +30,8 @@ def test_default_settings_reach_their_score_on_an_unseen_section(data_dir):
         use_rep=["X_squeezenet", "X_squeezenet_wide"],
         library_key="section",
         enable_progress_bar=False,
-        stage2={"max_epochs": 3},
+        stage1={"max_epochs": 1},
+        stage2={"max_epochs": 2},
     )
     assert (model.stage1.code_counts.sum(0) > 0).float().mean() >= 0.5
     hv.tl.predict(query, model)

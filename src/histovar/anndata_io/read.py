@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -125,16 +124,14 @@ def expression(adata: AnnData, layer: str, columns: NDArray[np.integer]) -> NDAr
 
 @contextmanager
 def _quiet_squidpy() -> Iterator[None]:
-    """Without squidpy's line for every graph and its announcements of future releases."""
+    """Without squidpy's line for every graph."""
     talker = logging.getLogger("spatialdata._logging")
     level = talker.level
     talker.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            yield
-        finally:
-            talker.setLevel(level)
+    try:
+        yield
+    finally:
+        talker.setLevel(level)
 
 
 def neighbor_graphs(
@@ -159,7 +156,7 @@ def neighbor_graphs(
     for n in n_neighbors:
         key = None if names is None else "section"
         with _quiet_squidpy():
-            sq.gr.spatial_neighbors(light, coord_type="generic", n_neighs=n, library_key=key)
+            sq.gr.spatial_neighbors_knn(light, n_neighs=n, library_key=key)
         graph = light.obsp["spatial_connectivities"].astype(np.float32)
         graphs.append(sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph)
     return graphs

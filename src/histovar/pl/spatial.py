@@ -115,7 +115,8 @@ def spatial(
         low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in shown))
         top = float(max(np.percentile(values, TOP_PERCENTILE) for values in shown))
         norm = Normalize(low, max(top, low + 1e-6))
-        spread = Normalize(0, max(float(np.percentile(std[:, i], TOP_PERCENTILE)), 1e-6))
+        ends = np.percentile(std[:, i], [100 - TOP_PERCENTILE, TOP_PERCENTILE])
+        spread = Normalize(ends[0], max(ends[1], ends[0] + 1e-6))
         for j, values in enumerate([*shown, std[:, i]]):
             title = f"{gene}\n{titles[j]}"
             if titles[j] == "predicted" and measured is not None:

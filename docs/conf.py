@@ -20,7 +20,9 @@ html_title = "histovar"
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 
 autosummary_generate = True
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_rtype = False

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,3 +84,11 @@ def test_stage2_cannot_be_put_on_another_stage1(model):
     with pytest.raises(ValueError, match="codebook_size.*differ from the trained stage 1"):
         model.add_stage2(config)
     assert isinstance(model.stage2.transformer.parents, torch.Tensor)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "data").glob("model-*")), ids=lambda p: p.name)
+def test_models_of_every_release_still_predict(path, query):
+    model = hv.TwoStageVARST.load(path)
+    hv.tl.predict(query, model)
+    hv.tl.evaluate(query)
+    assert query.uns["histovar"]["evaluation"].loc["S4", "PCC-all"] > 0.2

@@ -44,6 +44,7 @@ def test_default_takes_any_number_of_genes(n_genes):
         ({"n_neighbors": (8, 8)}, "n_neighbors must be positive and increase"),
         ({"codebook_size": 0}, "codebook_size must be at least 1"),
         ({"codebook_size": 2**31}, "int32"),
+        ({"n_members": 1}, "n_members=1 cannot be cross-fitted"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):

@@ -67,7 +67,8 @@ class ModelConfig:
         Bandwidth of the softened targets, in units of the standard deviation of a scale's values; 0 gives
         hard targets.
     n_members
-        Members of the cross-fitted conditional-mean head whose prediction shifts the token logits; 0 for none.
+        Members of the cross-fitted conditional-mean head whose prediction shifts the token logits: at least 2, or 0
+        for none.
     prior_hidden, prior_dropout, prior_input_dropout
         Width of its two hidden layers and its dropout rates.
 
@@ -152,6 +153,7 @@ class ModelConfig:
         require(
             self.residual or set(self.components) <= {1}, f"plain scales have one component each, got {self.components}"
         )
+        require(self.n_members != 1, "n_members=1 cannot be cross-fitted; use 0 for no prior, or at least 2")
         require(self.width % self.n_heads == 0, f"width={self.width} must be divisible by n_heads={self.n_heads}")
         require(all(d >= 1 for d in self.embedding_dims), f"embedding_dims must be positive, got {self.embedding_dims}")
         require(

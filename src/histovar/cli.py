@@ -47,7 +47,7 @@ UseRep = Annotated[
 LibraryKey = Annotated[
     str | None, typer.Option("--library-key", "--library_key", help="Column of obs that names the tissue section.")
 ]
-Gpus = Annotated[int, typer.Option(help="Number of GPUs; 0 is the CPU.")]
+Gpus = Annotated[int | None, typer.Option(help="Number of GPUs; 0 is the CPU. One where there is any by default.")]
 
 
 @app.command()
@@ -79,7 +79,7 @@ def train(
         int | None, typer.Option(help="Most epochs of a stage; chosen by the amount of data by default.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Spots in a batch.")] = 64,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     strategy: Annotated[str, typer.Option(help="Lightning's strategy, such as ddp.")] = "auto",
     use_rep: UseRep = None,
     library_key: LibraryKey = "section",
@@ -99,7 +99,7 @@ def train(
     from histovar import ModelConfig, TwoStageVARST, pp, tl
 
     accelerator, devices = _hardware(gpus)
-    adata = _training_data(inputs, dataset, data_dir, embedding)
+    adata = _training_data(inputs, dataset, data_dir, None if training_stage == 1 and not use_rep else embedding)
     if hold_out:
         adata = _without(adata, library_key, hold_out)
     options: dict[str, Any] = {
@@ -110,21 +110,20 @@ def train(
         "strategy": strategy,
     }
     shared: dict[str, Any] = {"library_key": library_key, "random_state": seed, **options}
-    reps = use_rep or _embeddings(adata)
     if training_stage == 2:
         if stage1_ckpt is None:
             raise ValueError("--stage1-ckpt: stage 2 needs a trained stage 1; give its model directory")
         trained = TwoStageVARST.load(stage1_ckpt)
-        config = trained.config if preset is Preset.default else _reference(adata, reps, len(trained.registry["genes"]))
+        config = trained.config if preset is Preset.default else _reference(len(trained.registry["genes"]))
     else:
         if "histovar_panel" not in adata.var:
             pp.gene_panel(adata, n_genes=n_genes, library_key=library_key)
         n_panel = int(adata.var["histovar_panel"].sum())
-        config = ModelConfig.default(n_panel) if preset is Preset.default else _reference(adata, reps, n_panel)
+        config = ModelConfig.default(n_panel) if preset is Preset.default else _reference(n_panel)
         pp.gene_scales(adata)
         trained = tl.train_stage1(adata, config=config, **shared)
     if training_stage != 1:
-        tl.train_stage2(adata, trained, use_rep=reps, config=config, **shared)
+        tl.train_stage2(adata, trained, use_rep=use_rep or _embeddings(adata), config=config, **shared)
     trained.save(out)
     typer.echo(f"model written to {out}")
 
@@ -138,7 +137,7 @@ def predict(
     library_key: LibraryKey = None,
     n_samples: Annotated[int, typer.Option("--n-samples", "--n_samples", help="Joint draws to add.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Spots at once.")] = 64,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     seed: Annotated[int, typer.Option(help="Random seed of the draws.")] = 0,
 ) -> None:
     """Predict expression from histology; no measured genes are needed."""
@@ -154,7 +153,7 @@ def predict(
         library_key=library_key,
         n_samples=n_samples,
         batch_size=batch_size,
-        device="cuda" if accelerator == "gpu" else "cpu",
+        device=accelerator,
         random_state=seed,
         show_progress_bar=True,
     )
@@ -215,9 +214,12 @@ def info(model: Annotated[Path, typer.Argument(help="Model directory.")]) -> Non
         typer.echo(f"{name:>15}  {value}")
 
 
-def _hardware(gpus: int) -> tuple[str, int]:
+def _hardware(gpus: int | None) -> tuple[str, int]:
+    """Lightning's accelerator and devices."""
     import torch
 
+    if gpus is None:
+        return "auto", 1
     if gpus < 0:
         raise ValueError(f"--gpus must not be negative, got {gpus}")
     there = torch.cuda.device_count()
@@ -225,10 +227,10 @@ def _hardware(gpus: int) -> tuple[str, int]:
         raise ValueError(
             f"--gpus {gpus}: this machine has {there} CUDA GPUs; use --gpus {there}" + " (the CPU)" * (there == 0)
         )
-    return ("gpu", gpus) if gpus else ("cpu", 1)
+    return ("cuda", gpus) if gpus else ("cpu", 1)
 
 
-def _training_data(inputs: list[Path] | None, dataset: str | None, data_dir: Path, embedding: str) -> AnnData:
+def _training_data(inputs: list[Path] | None, dataset: str | None, data_dir: Path, embedding: str | None) -> AnnData:
     from histovar import datasets
 
     if bool(inputs) == bool(dataset):
@@ -279,7 +281,7 @@ def _embeddings(adata: AnnData) -> list[str]:
     return sorted(found, key=len)
 
 
-def _reference(adata: AnnData, reps: list[str], n_genes: int) -> Any:
+def _reference(n_genes: int) -> Any:
     from histovar import ModelConfig
 
     scales = (*(n for n in (1, 8, 32) if n < n_genes), n_genes)
@@ -288,7 +290,6 @@ def _reference(adata: AnnData, reps: list[str], n_genes: int) -> Any:
         scales=scales,
         components=(1,) * len(scales),
         encoder_hidden=(64, 64, 96, 256)[-len(scales) :],
-        embedding_dims=tuple(adata.obsm[rep].shape[1] for rep in reps),
     )
 
 

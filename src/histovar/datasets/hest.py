@@ -22,7 +22,7 @@ def hest(
     path: str | Path,
     dataset: str | None = None,
     *,
-    embedding: str = "uni",
+    embedding: str | None = "uni",
     slides: Sequence[str] | None = None,
 ) -> AnnData:
     """Read slides in HEST's layout, with embeddings.
@@ -35,10 +35,11 @@ def hest(
     dataset
         Name of a directory in `path`, such as ``"PRAD"`` or ``"her2st"``.
     embedding
-        Name of the encoder. Embeddings are sought below the data set in files named after the slide, ``{slide}.pt``,
-        ``{slide}.h5`` or ``{slide}_*.pt`` and so on, with the encoder's name in the path where there are several. A
-        ``.pt`` file holds a tensor (n_spots, width), in the order of the slide, or a dictionary with ``embeddings``
-        and ``barcodes``; a ``.h5`` file ``embeddings``, ``coords`` and ``barcodes`` as in HEST-Benchmark.
+        Name of the encoder; None reads no embeddings, which stage 1 does not need. Embeddings are sought below the data
+        set in files named after the slide, ``{slide}.pt``, ``{slide}.h5`` or ``{slide}_*.pt`` and so on, with the
+        encoder's name in the path where there are several. A ``.pt`` file holds a tensor (n_spots, width), in the order
+        of the slide, or a dictionary with ``embeddings`` and ``barcodes``; a ``.h5`` file ``embeddings``, ``coords``
+        and ``barcodes`` as in HEST-Benchmark.
     slides
         Slides to read; all by default.
 
@@ -71,12 +72,15 @@ def hest(
     for slide in wanted:
         part = ad.read_h5ad(found[slide])
         part.var_names_make_unique()
-        rows, values = _match(part, *_read(_embedding_file(root, slide, embedding)), slide)
+        rows, values = np.arange(part.n_obs), None
+        if embedding is not None:
+            rows, values = _match(part, *_read(_embedding_file(root, slide, embedding)), slide)
         images[slide] = _image(part)
         part = AnnData(part.X, obs=part.obs, var=part.var[[]], obsm={"spatial": np.asarray(part.obsm["spatial"])})[
             rows
         ].copy()
-        part.obsm[f"X_{embedding}"] = values
+        if values is not None:
+            part.obsm[f"X_{embedding}"] = values
         part.obs["section"] = slide
         part.obs_names = slide + "_" + part.obs_names.astype(str)
         parts.append(part)

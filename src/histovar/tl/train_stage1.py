@@ -131,7 +131,7 @@ def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> M
             f"config: made for {config.n_genes} genes, the panel has {n_panel}; call histovar.pp.gene_panel(adata, "
             f"n_genes={config.n_genes}) or make the configuration for {n_panel}"
         )
-    return config.replace(embedding_dims=()) if config.condition != "mlp" else config
+    return config.replace(embedding_dims=())
 
 
 def _config_for(scales: tuple[int, ...]) -> ModelConfig:

@@ -214,6 +214,22 @@ def test_skipped_steps_are_done(training):
     assert model.registry["units"] == "log1p(counts per 10,000)"
 
 
+def test_a_configuration_decides_the_steps_that_are_skipped(training):
+    model = hv.tl.train_stage1(
+        training, config=small_config(20, scales=(1, 5, 20), components=(2, 1, 1), encoder_hidden=(8, 8, 8)), **QUICK
+    )
+    assert training.var["histovar_panel"].sum() == 20
+    assert (training.varm["histovar_scales"].max(0) + 1).tolist() == [1, 5, 20] == list(model.config.scales)
+
+
+def test_niche_features_outlive_the_spots_they_came_from(training):
+    hv.pp.niche(training, use_rep="X_histology", n_neighbors=(4, 8), library_key="section")
+    few = training[[*range(5), *range(60, 180)]].copy()
+    hv.pp.gene_panel(few, n_genes=30)
+    model = hv.tl.train(few, use_rep="X_histology", library_key="section", config=small_config(), **QUICK)
+    assert model.registry["n_spots_stage2"] == 125
+
+
 def test_several_embeddings_covariates_and_key(training, query):
     rng = np.random.default_rng(0)
     for adata in (training, query):

@@ -189,6 +189,18 @@ def test_panel_and_scales_are_checked(training):
     )
 
 
+def test_configuration_of_other_scales_is_refused(prepared):
+    config = small_config(scales=(1, 5, 10, 30))
+    message = r"made for scales \(1, 5, 10, 30\), varm\['histovar_scales'\] has \(1, 4, 10, 30\)"
+    refuse(prepared.copy(), lambda a: hv.tl.train_stage1(a, config=config, **QUICK), ValueError, message)
+
+
+def test_configuration_of_more_genes_than_there_are_is_refused(training):
+    refuse(
+        training, lambda a: hv.tl.train_stage1(a, config=small_config(41), **QUICK), ValueError, "41 genes asked for"
+    )
+
+
 def test_missing_genes_are_named(query, model):
     gene = model.registry["genes"][0]
     lacking = query[:, query.var_names != gene].copy()

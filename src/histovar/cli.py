@@ -96,7 +96,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the model to.")] = Path("histovar_model"),
 ) -> None:
     """Train a model on sections with measured expression and histology embeddings."""
-    from histovar import ModelConfig, TwoStageVARST, pp, tl
+    from histovar import TwoStageVARST, pp, tl
 
     accelerator, devices = _hardware(gpus)
     adata = _training_data(inputs, dataset, data_dir, None if training_stage == 1 and not use_rep else embedding)
@@ -114,13 +114,13 @@ def train(
         if stage1_ckpt is None:
             raise ValueError("--stage1-ckpt: stage 2 needs a trained stage 1; give its model directory")
         trained = TwoStageVARST.load(stage1_ckpt)
-        config = trained.config if preset is Preset.default else _reference(len(trained.registry["genes"]))
+        n_panel = len(trained.registry["genes"])
     else:
         if "histovar_panel" not in adata.var:
             pp.gene_panel(adata, n_genes=n_genes, library_key=library_key)
         n_panel = int(adata.var["histovar_panel"].sum())
-        config = ModelConfig.default(n_panel) if preset is Preset.default else _reference(n_panel)
-        pp.gene_scales(adata)
+    config = None if preset is Preset.default else _reference(n_panel)
+    if training_stage != 2:
         trained = tl.train_stage1(adata, config=config, **shared)
     if training_stage != 1:
         tl.train_stage2(adata, trained, use_rep=use_rep or _embeddings(adata), config=config, **shared)

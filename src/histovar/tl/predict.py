@@ -113,11 +113,10 @@ def predict(
         "library_key": library_key or _known_section(adata, registry["library_key"]),
     }
     inputs = read.histology(adata, config, **where_from, encoders=registry["covariates"], key=key_added)
-    generator_seed = random_state
     parts: list[tuple[torch.Tensor, ...]] = []
     cubes: list[torch.Tensor] = []
     with on_device(model, device) as where:
-        generator = torch.Generator(where).manual_seed(generator_seed)
+        generator = torch.Generator(where).manual_seed(random_state)
         batches = torch.arange(adata.n_obs).split(batch_size)
         for rows in track(batches, "predicting", disable=not show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023

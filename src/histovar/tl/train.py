@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from histovar._keys import DEFAULT_KEY
+from histovar._keys import DEFAULT_KEY, Keys
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
@@ -52,13 +52,15 @@ def train(
         As :func:`train_stage1` and :func:`train_stage2`; what stage 2 needs is checked before stage 1 is trained.
     """
     adata = as_table(data, table_name)
-    for key in validate.check_keys(use_rep):
+    reps = validate.check_keys(use_rep)
+    for key in reps:
         validate.embedding(adata, key)
     validate.coordinates(adata, spatial_key)
     read.learn_covariates(adata, list(covariates))
-    default_neighbors = ModelConfig.default(2).n_neighbors
-    neighbors = default_neighbors if config is None else config.n_neighbors
-    validate.check_neighbors(validate.sections(adata, library_key), adata.n_obs, neighbors)
+    names = validate.sections(adata, library_key)
+    neighbors = (config or ModelConfig.default(2)).n_neighbors
+    if read.stored_niche(adata, Keys(key_added), reps, neighbors, spatial_key, library_key) is None:
+        validate.check_neighbors(names, adata.n_obs, neighbors)
     shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
     model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})
     return train_stage2(

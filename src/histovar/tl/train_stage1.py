@@ -14,7 +14,7 @@ from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp import gene_panel, gene_scales
-from histovar.training import Stage1Trainer, TrainingOptions
+from histovar.training import Stage1Trainer, TrainingOptions, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def train_stage1(
     library_key
         Column of ``obs`` with the section; one section is held out to watch training.
     config
-        Configuration; :meth:`ModelConfig.default` for the panel by default.
+        Configuration; :meth:`ModelConfig.default` for the panel by default. It decides the number of genes and the
+        scales where they have not been chosen yet.
     key_added
         Prefix of the slots of panel and scales.
     random_state
@@ -70,7 +71,7 @@ def train_stage1(
         If a key is missing.
     ValueError
         If expression is negative or not finite, if there are no counts where they are needed, or if `config` is
-        not for the panel.
+        not for the panel, or the scales, that are there.
     """
     adata = as_table(data, table_name)
     keys = Keys(key_added)
@@ -82,9 +83,7 @@ def train_stage1(
     model_of_panel = _checked_config(adata, keys, config)
     trainer_options = {**options, "random_state": random_state}
     TrainingOptions(**trainer_options)  # refuses bad options before any work
-    if layer is None:
-        read.add_lognorm(adata)
-    _prepare(adata, keys, layer, random_state)
+    _prepare(adata, keys, layer, model_of_panel, random_state)
     genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
     columns = validate.check_genes(adata, genes)
     values = read.expression(adata, layer or LOGNORM, columns)
@@ -94,8 +93,7 @@ def train_stage1(
         model_of_panel = ModelConfig.default(len(genes))
         if scales != model_of_panel.scales:
             model_of_panel = _config_for(scales)
-    with torch.random.fork_rng():
-        torch.manual_seed(random_state)
+    with seeded(random_state):
         model = TwoStageVARST(model_of_panel)
     model.registry = {
         "genes": genes,
@@ -109,28 +107,39 @@ def train_stage1(
     return model
 
 
-def _prepare(adata: AnnData, keys: Keys, layer: str | None, random_state: int) -> None:
-    """Call the `pp` functions that the user has skipped."""
+def _prepare(adata: AnnData, keys: Keys, layer: str | None, config: ModelConfig | None, random_state: int) -> None:
+    """Call the `pp` functions that the user has skipped, for the configuration where there is one."""
     if keys.panel not in adata.var:
-        read.add_lognorm(adata)
-        detected = np.asarray((adata.layers[LOGNORM] > 0).mean(0)).ravel() > MIN_FRACTION
-        n_genes = min(DEFAULT_PANEL, int(detected.sum()))
+        if config is None:
+            read.add_lognorm(adata)
+            detected = np.asarray((adata.layers[LOGNORM] > 0).mean(0)).ravel() > MIN_FRACTION
+        n_genes = min(DEFAULT_PANEL, int(detected.sum())) if config is None else config.n_genes
         logger.info("no var[%r]: calling histovar.pp.gene_panel(adata, n_genes=%d)", keys.panel, n_genes)
         gene_panel(adata, n_genes=n_genes, min_fraction=MIN_FRACTION, key_added=keys.prefix)
+    if layer is None:
+        read.add_lognorm(adata)
     if keys.scales not in adata.varm:
+        wanted: dict[str, Any] = {} if config is None else {"scales": config.scales[:-1]}
         logger.info("no varm[%r]: calling histovar.pp.gene_scales(adata)", keys.scales)
-        gene_scales(adata, layer=layer, key_added=keys.prefix, random_state=random_state)
+        gene_scales(adata, **wanted, layer=layer, key_added=keys.prefix, random_state=random_state)
 
 
 def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> ModelConfig | None:
+    """The configuration of stage 1, refused if panel or scales that are there already are others."""
     if config is None:
         return None
-    n_panel = int(adata.var[keys.panel].sum()) if keys.panel in adata.var else min(DEFAULT_PANEL, adata.n_vars)
-    if config.n_genes != n_panel:
+    if keys.panel in adata.var and config.n_genes != (n_panel := int(adata.var[keys.panel].sum())):
         raise ValueError(
             f"config: made for {config.n_genes} genes, the panel has {n_panel}; call histovar.pp.gene_panel(adata, "
             f"n_genes={config.n_genes}) or make the configuration for {n_panel}"
         )
+    if keys.scales in adata.varm:
+        scales = tuple(int(n) for n in np.asarray(adata.varm[keys.scales]).max(0) + 1)
+        if scales != config.scales:
+            raise ValueError(
+                f"config: made for scales {config.scales}, varm[{keys.scales!r}] has {scales}; call "
+                f"histovar.pp.gene_scales(adata, scales={config.scales[:-1]}) or make the configuration for them"
+            )
     return config.replace(embedding_dims=())
 
 

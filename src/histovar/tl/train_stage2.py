@@ -12,7 +12,7 @@ from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.training import Stage2Trainer
+from histovar.training import Stage2Trainer, seeded
 
 
 def train_stage2(
@@ -81,7 +81,6 @@ def train_stage2(
     widths = tuple(validate.embedding(adata, key).shape[1] for key in reps)
     encoders = read.learn_covariates(adata, list(covariates))
     wanted = (config or model.config).replace(embedding_dims=widths, n_covariates=read.covariate_width(encoders))
-    validate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
     trainer = Stage2Trainer(model, **options, random_state=random_state)
     histology = read.histology(
         adata,
@@ -95,8 +94,7 @@ def train_stage2(
     if layer == LOGNORM:
         read.add_lognorm(adata)
     values = torch.from_numpy(read.expression(adata, layer, columns))
-    with torch.random.fork_rng():
-        torch.manual_seed(random_state)
+    with seeded(random_state):
         model.add_stage2(wanted)
     model.registry |= {
         "use_rep": reps,

@@ -2,6 +2,6 @@
 
 from .stage1 import Stage1Trainer
 from .stage2 import Stage2Trainer
-from .trainer import TrainingOptions
+from .trainer import TrainingOptions, seeded
 
-__all__ = ["Stage1Trainer", "Stage2Trainer", "TrainingOptions"]
+__all__ = ["Stage1Trainer", "Stage2Trainer", "TrainingOptions", "seeded"]

@@ -135,7 +135,7 @@ class Stage1Trainer:
                 settle = Stage1Module(model, replace(options, learning_rate=WARMUP_LEARNING_RATE))
                 fit(settle, data, None, options, max_epochs=warmup, averaging=False, resumable=False)
                 model.stage1.start_codebook(train[torch.randperm(len(train))[:SPOTS_FOR_START]])
-            result = fit(
+            history = fit(
                 module,
                 data,
                 SpotDataset(expression[watched]),
@@ -146,12 +146,12 @@ class Stage1Trainer:
         model.eval().requires_grad_(False)
         tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
         model.stage1.count_codes(tokens)
-        model.history["stage1"] = result.history
+        model.history["stage1"] = history
         used = int((model.stage1.code_counts.sum(0) > 0).sum())
         logger.info(
             "stage 1: %d epochs, inner held-out reconstruction PCC %.3f, %d of %d codes in use",
-            len(result.history),
-            result.history["val_pcc"].max(),
+            len(history),
+            history["val_pcc"].max(),
             used,
             model.config.codebook_size,
         )

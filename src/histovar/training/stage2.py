@@ -213,6 +213,7 @@ class Stage2Trainer:
         stage2 = model.var_stage
         stage2.transformer.parents.copy_(model.stage1.scales.parents())
         stage2.head.set_codes(model.stage1)
+        stage2.head.gate.fill_(1)
         tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
         seen, watched = held_out_spots(sections, len(expression), options.random_state)
         with seeded(options.random_state):
@@ -224,7 +225,7 @@ class Stage2Trainer:
             spots = SpotDataset(histology, tokens, prior, expression)
             train, validation = SpotDataset(*spots[seen][:3]), SpotDataset(*spots[watched])
             module = Stage2Module(model, options)
-            result = fit(
+            history = fit(
                 module,
                 train,
                 validation,
@@ -236,10 +237,10 @@ class Stage2Trainer:
         rows = torch.arange(len(validation)).split(options.batch_size)
         run = free_run(model, [validation[chunk.numpy()] for chunk in rows])  # type: ignore[misc]
         stage2.head.gate.copy_(torch.tensor(run.gate))
-        model.history["stage2"] = result.history
+        model.history["stage2"] = history
         logger.info(
             "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f), gate %s",
-            len(result.history),
+            len(history),
             run.pcc,
             run.prior_pcc,
             [round(g, 2) for g in run.gate],

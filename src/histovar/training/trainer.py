@@ -152,14 +152,6 @@ def seeded(random_state: int) -> Iterator[None]:
         yield
 
 
-@dataclass
-class FitResult:
-    """What a run gives back: the history and the best validation score (None where nothing was validated)."""
-
-    history: pd.DataFrame
-    best_score: float | None
-
-
 def fit(
     module: LightningModule,
     train: SpotDataset,
@@ -168,10 +160,9 @@ def fit(
     *,
     max_epochs: int,
     monitor: str | None = None,
-    mode: str = "min",
     averaging: bool = True,
     resumable: bool = True,
-) -> FitResult:
+) -> pd.DataFrame:
     """Train a module; with a `monitor`, stop early and restore the best weights.
 
     Parameters
@@ -184,12 +175,17 @@ def fit(
         How to train.
     max_epochs
         Most epochs.
-    monitor, mode
-        The validation metric that decides, and whether it should be small (``"min"``) or large (``"max"``).
+    monitor
+        The validation loss that decides.
     averaging
         Whether to average the weights.
     resumable
         Whether `options` about checkpoints apply to this run.
+
+    Returns
+    -------
+    DataFrame
+        The history, one row an epoch.
     """
     history = History()
     callbacks: list[Callback] = [EpochSeed(options.random_state), history, *(options.callbacks if resumable else ())]
@@ -201,12 +197,11 @@ def fit(
         directory = options.checkpoint_dir if resumable and options.checkpoint_dir else scratch
         if monitor:
             callbacks += [
-                EarlyStopping(monitor, mode=mode, patience=options.patience, check_on_train_epoch_end=True),
+                EarlyStopping(monitor, patience=options.patience, check_on_train_epoch_end=True),
                 ModelCheckpoint(
                     directory,
                     filename="best",
                     monitor=monitor,
-                    mode=mode,
                     save_last=True,
                     save_on_train_epoch_end=True,
                     enable_version_counter=False,
@@ -234,10 +229,8 @@ def fit(
         checkpoint = options.resume_from if resumable else None
         trainer.fit(module, loader, watched, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         keeper = trainer.checkpoint_callback
-        score = None
         if isinstance(keeper, ModelCheckpoint) and keeper.best_model_path:
             best = torch.load(keeper.best_model_path, map_location="cpu", weights_only=True)
             module.load_state_dict(best["state_dict"])
-            score = None if keeper.best_model_score is None else float(keeper.best_model_score)
     module.cpu()
-    return FitResult(history.frame(), score)
+    return history.frame()

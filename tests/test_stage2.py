@@ -13,7 +13,7 @@ def histology_of(config, n=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sources = tuple(torch.randn(n, d, generator=generator) for d in config.source_dims)
     place = torch.rand(n, 2 * config.coordinates, generator=generator)
-    return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator))
+    return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator), torch.zeros(n))
 
 
 @pytest.fixture(params=["scale", "token"])
@@ -75,10 +75,11 @@ def test_both_orders_have_the_same_weights():
 def test_sampling_repeats_with_its_seed_and_varies_without(ordered):
     histology = histology_of(ordered.config)
 
+    mean = ordered.prior_members(histology).mean(0, keepdim=True)
+
     def draw(seed, **rule):
-        return ordered.predict(
-            histology, Decoding("sample", **rule), generator=torch.Generator().manual_seed(seed)
-        ).tokens
+        generator = torch.Generator().manual_seed(seed)
+        return ordered.predict(histology, Decoding("sample", **rule), members=mean, generator=generator).tokens
 
     assert torch.equal(draw(3), draw(3))
     assert not torch.equal(draw(3), draw(4))
@@ -125,10 +126,10 @@ def test_impossible_rules_are_refused(rule, message):
 @torch.no_grad()
 def test_gate_decides_between_prior_and_token_model(ordered):
     histology = histology_of(ordered.config)
-    head, stage2 = ordered.stage2.head, ordered.stage2
+    head = ordered.stage2.head
     head.gate.zero_()
     closed = ordered.predict(histology).expression
-    prior = stage2.prior(stage2.condition.features(histology)).mean(0)
+    prior = ordered.prior_members(histology).mean(0)
     torch.testing.assert_close(closed, ordered.stage1.scales.restore(prior), atol=1e-3, rtol=1e-3)
     head.gate.fill_(1)
     assert (ordered.predict(histology).expression - closed).abs().max() > 1e-3
@@ -173,7 +174,7 @@ def test_options_of_the_condition_reach_the_prediction(loaded):
     loaded.add_stage2(config)
     loaded.stage2.head.set_codes(loaded.stage1)
     histology = histology_of(config)
-    loaded.stage2.condition.fit(histology)
+    loaded.stage2.condition.fit(histology, torch.zeros(len(histology.novelty)))
     loaded.eval()
     base = loaded.predict(histology).expression
     for changed in (

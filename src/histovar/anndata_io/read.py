@@ -148,18 +148,23 @@ def neighbor_graphs(
     n_neighbors
         Neighbourhood sizes, one graph each.
     """
+    labels = np.zeros(len(place)) if names is None else names
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    order = np.concatenate(members).argsort()
+    return [
+        sparse.block_diag([_nearest(place[rows], n) for rows in members], format="csr")[order][:, order]
+        for n in n_neighbors
+    ]
+
+
+def _nearest(place: NDArray[np.floating], n_neighbors: int) -> sparse.csr_matrix:
+    """Graph of one section; a neighbourhood larger than it is all of it."""
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
-    if names is not None:
-        light.obs["section"] = pd.Categorical(names)
-    graphs = []
-    for n in n_neighbors:
-        key = None if names is None else "section"
-        with _quiet_squidpy():
-            sq.gr.spatial_neighbors_knn(light, n_neighs=n, library_key=key)
-        graph = light.obsp["spatial_connectivities"].astype(np.float32)
-        graphs.append(sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph)
-    return graphs
+    with _quiet_squidpy():
+        sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, len(place) - 1))
+    graph = light.obsp["spatial_connectivities"].astype(np.float32)
+    return sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph
 
 
 def section_coordinates(place: NDArray[np.floating], names: NDArray[np.str_] | None) -> NDArray[np.float32]:
@@ -287,7 +292,21 @@ def histology(
         means = [flat[i * step : (i + 1) * step] for i in range(len(embeddings))]
     sources = [torch.from_numpy(x) for own, around in zip(embeddings, means, strict=True) for x in (own, *around)]
     where = section_coordinates(place, names) if config.coordinates else np.empty((adata.n_obs, 0), np.float32)
-    return Histology(tuple(sources), torch.from_numpy(where), torch.from_numpy(extra))
+    return Histology(tuple(sources), torch.from_numpy(where), torch.from_numpy(extra), torch.zeros(adata.n_obs))
+
+
+def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
+    """Total count of every spot where X holds counts, else None."""
+    if adata.X is None:
+        return None
+    totals = []
+    for block in _blocks(adata.X, adata.n_obs):
+        try:
+            validate.check_counts(block.data if sparse.issparse(block) else np.asarray(block), "X")
+        except ValueError:
+            return None
+        totals.append(np.asarray(block.sum(1), dtype=np.float64).ravel())
+    return np.concatenate(totals)
 
 
 def stored_niche(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
+
+logger = logging.getLogger(__name__)
 
 
 def check_object(adata: AnnData, *, needs_genes: bool = False) -> None:
@@ -150,7 +153,7 @@ def sections(adata: AnnData, library_key: str | None) -> NDArray[np.str_] | None
 
 
 def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Sequence[int]) -> None:
-    """Refuse sections too small for their neighbourhoods.
+    """Refuse sections too small for their smallest neighbourhood; larger ones end where the section does.
 
     Raises
     ------
@@ -159,14 +162,16 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
     """
     if not n_neighbors:
         return
-    most = max(n_neighbors)
+    least, most = min(n_neighbors), max(n_neighbors)
     labels, counts = np.unique(names, return_counts=True) if names is not None else (["all"], [n_obs])
     for label, count in zip(labels, counts, strict=True):
-        if count <= most:
+        if count <= least:
             raise ValueError(
-                f"n_neighbors: section {str(label)!r} has {count} spots, too few for {most} neighbours of each; "
+                f"n_neighbors: section {str(label)!r} has {count} spots, too few for {least} neighbours of each; "
                 "drop the section, or train with smaller n_neighbors"
             )
+        if count <= most:
+            logger.warning("section %r has %d spots: its neighbourhoods of %d are all of it", str(label), count, most)
 
 
 def check_counts(values: NDArray[Any], what: str) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
 
 from histovar._version import __version__
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="TwoStageVARST")
 
 FORMAT = "histovar"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CARD = "model.json"
 
 
@@ -88,15 +90,28 @@ def read_card(path: Path) -> dict[str, Any]:
             f"path: {str(path)!r} has format {card['format_version']}, written by histovar {card.get('version')}; "
             f"this version reads up to {FORMAT_VERSION}: upgrade histovar"
         )
+    if card["format_version"] == 1:
+        # Then sources were standardised by training's statistics, which the projection held.
+        card["config"]["standardize"] = "training"
     return card
 
 
-def _load_weights(module: Any, path: Path, stage: int) -> None:
+def _from_format_1(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of stage 2 as format 1 had them: no spread, no depth among the prior's outputs, no calibration."""
+    for name in ("prior.output.weight", "prior.output.bias"):
+        if name in state:
+            state[name] = pad(state[name], (0, 1))
+    return wanted | state
+
+
+def _load_weights(module: Any, path: Path, stage: int, version: int) -> None:
     file = path / _weights(stage)
     if not file.is_file():
         raise FileNotFoundError(f"path: {str(path)!r} lacks {file.name}; save the model again")
     try:
         state = load_file(file)
+        if version == 1 and stage == 2:
+            state = _from_format_1(state, module.state_dict())
         module.load_state_dict(state)
     except SafetensorError as error:
         raise ValueError(f"path: {str(file)!r} is truncated or damaged ({error}); save the model again") from None
@@ -112,7 +127,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
         raise ValueError(f"path: {str(path)!r} holds stage 2 alone; use load_stage on a model with its stage 1")
     model = cls(config if 2 in card["stages"] else config.replace(embedding_dims=()))
     for stage in card["stages"]:
-        _load_weights(model.stage1 if stage == 1 else model.stage2, path, stage)
+        _load_weights(model.stage1 if stage == 1 else model.stage2, path, stage, card["format_version"])
     model.registry = card["registry"]
     model.history = {
         k: pd.read_json(StringIO(json.dumps(v)), orient="split") for k, v in card.get("history", {}).items()
@@ -130,11 +145,11 @@ def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
         raise ValueError(f"path: the genes of {str(path)!r} ({theirs[:3]}, ...) are not the model's ({ours[:3]}, ...)")
     config = ModelConfig.from_json(json.dumps(card["config"]))
     if stage == 1:
-        _load_weights(model.stage1, path, 1)
+        _load_weights(model.stage1, path, 1, card["format_version"])
         keys: tuple[str, ...] = ("genes", "layer", "units")
     else:
         model.add_stage2(config)
-        _load_weights(model.stage2, path, 2)
+        _load_weights(model.stage2, path, 2, card["format_version"])
         keys = tuple(k for k in card["registry"] if k not in ("genes", "layer", "units"))
     model.registry.update({k: card["registry"][k] for k in keys if k in card["registry"]})
     model.eval()

@@ -44,7 +44,8 @@ class ModelConfig:
     embedding_dims
         Width of each histology embedding (one for each key of ``use_rep``). Empty: there is no stage 2 yet.
     n_neighbors
-        Sizes of the nested neighbourhoods whose mean embeddings join the condition (the niche).
+        Sizes of the nested neighbourhoods whose mean embeddings join the condition (the niche). A section needs more
+        spots than the smallest; a larger one ends where the section does.
     coordinates
         Whether a spot's coordinates, scaled to its section, join the condition.
     n_covariates
@@ -52,6 +53,9 @@ class ModelConfig:
     condition
         ``"pca"``: each source is standardised and projected onto its leading principal components over the
         training spots. ``"mlp"``: the reference's two-layer network.
+    standardize
+        Of ``condition="pca"``: ``"section"`` standardises by the section's own mean and standard deviation, which takes
+        stain and scanner out; ``"training"`` by those of training.
     n_pcs
         Principal components kept of each source.
     width, n_layers, n_heads, feedforward, dropout
@@ -92,10 +96,11 @@ class ModelConfig:
     vq_weight: float = 0.25
     commitment_weight: float = 0.25
     embedding_dims: tuple[int, ...] = ()
-    n_neighbors: tuple[int, ...] = (8, 24)
+    n_neighbors: tuple[int, ...] = (8, 48)
     coordinates: bool = False
     n_covariates: int = 0
     condition: Literal["pca", "mlp"] = "pca"
+    standardize: Literal["section", "training"] = "section"
     n_pcs: int = 64
     width: int = 96
     n_layers: int = 2
@@ -106,7 +111,7 @@ class ModelConfig:
     style: Literal["modern", "reference"] = "modern"
     softening: float = 0.1
     n_members: int = 6
-    prior_hidden: int = 192
+    prior_hidden: int = 256
     prior_dropout: float = 0.5
     prior_input_dropout: float = 0.2
 
@@ -136,6 +141,7 @@ class ModelConfig:
         for name, allowed in (
             ("codebook_update", ("ema", "gradient")),
             ("condition", ("pca", "mlp")),
+            ("standardize", ("section", "training")),
             ("order", ("scale", "token")),
             ("style", ("modern", "reference")),
         ):

@@ -10,6 +10,11 @@ from torch.nn import functional as F
 
 from .config import ModelConfig
 
+# How much of the predicted depth (in standard deviations) is added to genes (in standard deviations) of a section that
+# is like none of training. Log-normalised values of shallow sections follow depth through their zeros, and how deep
+# such a section was sequenced is not known; more would cost deep sections more than it gives shallow ones.
+DEPTH_SHARE = 0.4
+
 
 class _EnsembleLinear(nn.Module):
     """A linear layer for each member: (n_members, n, n_in) to (n_members, n, n_out)."""
@@ -37,12 +42,15 @@ class _EnsembleNorm(nn.Module):
 
 
 class ConditionalMeanPrior(nn.Module):
-    """Expected standardised expression given the condition's features, by a cross-fitted ensemble.
+    """Expected standardised expression and depth given the condition's features, by a cross-fitted ensemble.
 
     Each member is a multilayer perceptron (two hidden layers, layer norm, GELU, strong dropout) that never
     sees one fold of the training spots. So a training spot can be given the prediction of members that did
     not see it, which is as wrong as the prediction of a new spot, and the token model that builds on it
     learns from honest errors. A new spot gets the mean of all members.
+
+    Depth, the log total count, is one more output. Within a tissue it is left out of expression; where a section is
+    unlike those of training (:attr:`Histology.novelty`), some of it is added.
 
     Parameters
     ----------
@@ -58,21 +66,10 @@ class ConditionalMeanPrior(nn.Module):
         n, hidden = config.n_members, config.prior_hidden
         self.layers = nn.ModuleList([_EnsembleLinear(n, n_features, hidden), _EnsembleLinear(n, hidden, hidden)])
         self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
-        self.output = _EnsembleLinear(n, hidden, config.n_genes)
+        self.output = _EnsembleLinear(n, hidden, config.n_genes + 1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Prediction of every member.
-
-        Parameters
-        ----------
-        features
-            (n_spots, n_features).
-
-        Returns
-        -------
-        Tensor
-            (n_members, n_spots, n_genes), standardised expression.
-        """
+    def _outputs(self, features: Tensor) -> Tensor:
+        """Genes and depth of every member: (n_members, n_spots, n_genes + 1)."""
         x = features.expand(self.config.n_members, -1, -1)
         x = F.dropout(x, self.config.prior_input_dropout, self.training)
         for layer, norm in zip(self.layers, self.norms, strict=True):
@@ -80,21 +77,41 @@ class ConditionalMeanPrior(nn.Module):
         out: Tensor = self.output(x)
         return out
 
-    def loss(self, features: Tensor, genes: Tensor, folds: Tensor, n_folds: int) -> Tensor:
-        """Sum over members of the mean squared error on the spots outside the member's fold.
+    def forward(self, features: Tensor, novelty: Tensor) -> Tensor:
+        """Prediction of every member.
 
         Parameters
         ----------
         features
             (n_spots, n_features).
-        genes
-            (n_spots, n_genes), standardised.
+        novelty
+            (n_spots,) between 0 and 1.
+
+        Returns
+        -------
+        Tensor
+            (n_members, n_spots, n_genes), standardised expression.
+        """
+        genes, depth = self._outputs(features).split([self.config.n_genes, 1], 2)
+        return genes + DEPTH_SHARE * novelty[:, None] * depth
+
+    def loss(self, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor, n_folds: int) -> Tensor:
+        """Sum over members of the weighted mean squared error on the spots outside the member's fold.
+
+        Parameters
+        ----------
+        features
+            (n_spots, n_features).
+        targets
+            (n_spots, n_genes + 1): standardised genes, then depth.
+        weights
+            (n_spots,) weight of each spot.
         folds
             (n_spots,) fold of each spot.
         n_folds
             Number of folds; member ``m`` leaves out fold ``m % n_folds``.
         """
-        errors = (self(features) - genes).square().mean(2)
+        errors = (self._outputs(features) - targets).square().mean(2) * weights
         seen = (~self._unseen(folds, n_folds)).to(errors.dtype)
         return ((errors * seen).sum(1) / seen.sum(1).clamp(min=1)).sum()
 
@@ -102,7 +119,8 @@ class ConditionalMeanPrior(nn.Module):
     def out_of_fold(self, features: Tensor, folds: Tensor, n_folds: int) -> Tensor:
         """Mean prediction of the members that did not see each spot: (n_spots, n_genes)."""
         unseen = self._unseen(folds, n_folds).to(features.dtype)
-        return torch.einsum("mng,mn->ng", self(features), unseen) / unseen.sum(0)[:, None]
+        members = self(features, features.new_zeros(len(features)))
+        return torch.einsum("mng,mn->ng", members, unseen) / unseen.sum(0)[:, None]
 
     def _unseen(self, folds: Tensor, n_folds: int) -> Tensor:
         left_out = torch.arange(self.config.n_members, device=folds.device) % n_folds

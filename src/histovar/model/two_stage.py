@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration
 from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
 from .decoding import Decoding, Generation, generate
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class VARStage(nn.Module):
-    """Stage 2: condition, transformer, token head and prior.
+    """Stage 2: condition, transformer, token head, prior and calibration.
 
     Parameters
     ----------
@@ -37,6 +38,7 @@ class VARStage(nn.Module):
         self.head = TokenHead(config)
         has_prior = config.n_members > 0
         self.prior = ConditionalMeanPrior(config, self.condition.n_features) if has_prior else None
+        self.calibration = Calibration(config.n_genes)
 
 
 class TwoStageVARST(nn.Module):
@@ -225,12 +227,23 @@ class TwoStageVARST(nn.Module):
         return torch.cat(rows, 1)
 
     def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
+        if self.var_stage.prior is None:
+            return None
+        return self.prior_mean(self.prior_members(histology).mean(0) if prior is None else prior)
+
+    def prior_members(self, histology: Histology) -> Tensor:
+        """Standardised expression that each member of the prior expects: (n_members, n_spots, n_genes).
+
+        Raises
+        ------
+        ValueError
+            If the model has no prior.
+        """
         stage2 = self.var_stage
         if stage2.prior is None:
-            return None
-        if prior is None:
-            prior = stage2.prior(stage2.condition.features(histology)).mean(0)
-        return self.prior_mean(prior)
+            raise ValueError("the model has no prior (n_members=0)")
+        members: Tensor = stage2.prior(stage2.condition.features(histology), histology.novelty)
+        return members
 
     @torch.no_grad()
     def predict(
@@ -239,22 +252,25 @@ class TwoStageVARST(nn.Module):
         decoding: Decoding | None = None,
         *,
         n_samples: int = 1,
-        prior: Tensor | None = None,
+        members: Tensor | None = None,
         generator: torch.Generator | None = None,
         keep_logits: bool = False,
     ) -> Generation:
         """Generate expression from histology.
 
+        Expected decoding takes the mean of the prior's members, and adds the variance between them to that of the token
+        distributions. Each draw takes one member at random.
+
         Parameters
         ----------
         histology
-            Inputs of the spots.
+            Inputs of the spots, aligned (:meth:`ConditionProcessor.align`).
         decoding
             How tokens are chosen; expected decoding by default.
         n_samples
             Draws for each spot; the rows of the result are the draws of the first spot, then of the second.
-        prior
-            (n_spots, n_genes): standardised conditional means to use in place of the prior's own.
+        members
+            (n, n_spots, n_genes): standardised conditional means in place of those of all members of the prior.
         generator
             Source of randomness for sampling.
         keep_logits
@@ -265,21 +281,33 @@ class TwoStageVARST(nn.Module):
         Generation
         """
         stage2 = self.var_stage
+        decoding = decoding or Decoding()
         memory = stage2.condition(histology)
-        shifts = self._shifts(histology, prior)
         if n_samples > 1:
             memory = memory.repeat_interleave(n_samples, 0)
-            shifts = None if shifts is None else [s.repeat_interleave(n_samples, 0) for s in shifts]
-        return generate(
+        shifts = None
+        if stage2.prior is not None:
+            members = self.prior_members(histology) if members is None else members
+            if decoding.mode == "sample":
+                n_spots = members.shape[1]
+                drawn = torch.randint(len(members), (n_spots, n_samples), generator=generator, device=members.device)
+                shifts = self.prior_mean(members[drawn, torch.arange(n_spots)[:, None]].flatten(0, 1))
+            else:
+                shifts = self.prior_mean(members.mean(0).repeat_interleave(n_samples, 0))
+        made = generate(
             self.stage1,
             stage2.transformer,
             stage2.head,
             memory,
             shifts,
-            decoding or Decoding(),
+            decoding,
             generator=generator,
             keep_logits=keep_logits,
         )
+        if decoding.mode == "expected" and members is not None and len(members) > 1:
+            disagreement = (members.var(0) * self.stage1.scales.std.square()).repeat_interleave(n_samples, 0)
+            made = made._replace(std=(made.std.square() + disagreement).sqrt())
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write the model to a directory: weights as safetensors, all else as JSON.

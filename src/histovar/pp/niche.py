@@ -20,7 +20,7 @@ def niche(
     data: Data,
     *,
     use_rep: str | Sequence[str],
-    n_neighbors: Sequence[int] = (8, 24),
+    n_neighbors: Sequence[int] = (8, 48),
     library_key: str | None = None,
     spatial_key: str = "spatial",
     key_added: str = DEFAULT_KEY,
@@ -39,7 +39,8 @@ def niche(
     use_rep
         Key of ``obsm``, or several, with embeddings.
     n_neighbors
-        Neighbourhood sizes, increasing; the spot itself is not counted.
+        Neighbourhood sizes, increasing; the spot itself is not counted. A section needs more spots than the smallest;
+        larger ones end where the section does.
     library_key
         Column of ``obs`` with the section; neighbours are sought within it.
     spatial_key

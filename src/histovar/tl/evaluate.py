@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from histovar import metrics
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table, writing
-from histovar.anndata_io.write import merge_uns, predicted_genes, read_prediction
+from histovar.anndata_io.write import merge_uns, predicted_genes, read_distribution, read_prediction
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,20 @@ def evaluate(
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae``, means over the sections, and ``constant``,
-        whether the prediction is constant in any section (its correlation then counts as 0). Also written to
-        ``var[f"{key}_pearson"]`` and so on. ``uns[key]["evaluation"]`` gets a DataFrame of ``PCC-10``, ``PCC-50``,
-        ``PCC-200``, ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, ``n_genes`` and ``n_constant`` for each section and
-        their ``mean``; see :func:`histovar.metrics.summary`.
+        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae``, ``crps`` and ``coverage`` of 90 % intervals, means
+        over the sections, and ``constant``, whether the prediction is constant in any section (its correlation then
+        counts as 0). Where X holds counts also ``partial_pearson``, with depth taken out of both sides. Also written to
+        ``var[f"{key}_pearson"]`` and so on.
+
+        ``uns[key]["evaluation"]`` gets a DataFrame with a row for each section and their ``mean``. Of accuracy:
+        ``PCC-10``, ``PCC-50``, ``PCC-200``, ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, ``PCC-partial``, ``n_genes``,
+        ``n_constant`` (:func:`histovar.metrics.summary`). Of variation and co-expression: ``RVD`` and
+        ``correlation error`` of the expected expression, and of the draws, where there are any. Of uncertainty:
+        ``CRPS``; ``coverage`` and ``width`` of 50, 80, 90 and 95 % intervals; ``PIT deviation``, the mean distance of
+        the PIT's distribution from uniform; ``uncertainty PCC``, the correlation of standard deviation with absolute
+        error over the spots, mean over the genes. They are taken of the draws where there are any, else of the
+        quantiles where they reach from 0.025 to 0.975, else of normal distributions;
+        ``uns[key]["evaluated_distribution"]`` says of which.
 
     Raises
     ------
@@ -60,7 +71,7 @@ def evaluate(
     keys = Keys(key)
     validate.check_object(adata, needs_genes=True)
     genes = predicted_genes(adata, keys)
-    predicted, _ = read_prediction(adata, keys, genes)
+    predicted, std = read_prediction(adata, keys, genes)
     columns = validate.check_genes(adata, genes)
     stored = adata.uns[keys.uns]
     layer = layer or str(stored["layer"])
@@ -68,16 +79,32 @@ def evaluate(
     if layer == LOGNORM:
         read.add_lognorm(adata)
     measured = read.expression(adata, layer, columns)
+    counts = read.total_counts(adata)
+    kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
+    samples = adata.obsm.get(keys.samples)
     labels = np.full(adata.n_obs, "all") if names is None else names
-    tables = {
-        str(label): metrics.per_gene(predicted[labels == label], measured[labels == label], genes)
-        for label in np.unique(labels)
-    }
+    tables, rows = {}, {}
+    for label in np.unique(labels):
+        spots = labels == label
+        truth = measured[spots]
+        table = metrics.per_gene(predicted[spots], truth, genes, None if counts is None else counts[spots])
+        spread = _distribution(quantiles[spots], levels, truth)
+        table["crps"], table["coverage"] = spread.pop("crps"), spread.pop("coverage")
+        table["uncertainty"] = metrics.pearson(std[spots], np.abs(predicted[spots] - truth))
+        rows[str(label)] = {
+            **metrics.summary(table),
+            **_variation(predicted[spots], truth, ""),
+            **({} if samples is None else _variation(np.asarray(samples[spots]), truth, " of draws")),
+            "CRPS": float(table["crps"].mean()),
+            **spread,
+            "uncertainty PCC": float(table.pop("uncertainty").mean()),
+        }
+        tables[str(label)] = table
     trained_on = {str(s) for s in np.asarray(stored["trained_on"]).ravel()}
     seen = sorted(set(tables) & trained_on)
     if seen:
         logger.warning("sections %s were among those trained on: their scores are not those of unseen tissue", seen)
-    summary = pd.DataFrame({label: metrics.summary(table) for label, table in tables.items()}).T
+    summary = pd.DataFrame(rows).T
     summary.loc["mean"] = summary.mean()
     summary.index.name = "section"
     everything = pd.concat(tables)
@@ -88,15 +115,42 @@ def evaluate(
             adata.var[keys.score(str(name))] = scores[name].reindex(adata.var_names)
             if name == "constant":
                 adata.var[keys.score(str(name))] = scores[name].reindex(adata.var_names, fill_value=False).astype(bool)
-    merge_uns(adata, keys, {"evaluation": summary})
+    merge_uns(adata, keys, {"evaluation": summary, "evaluated_distribution": kind})
     mean = summary.loc["mean"]
     best = [c for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if c in mean]
     logger.info(
-        "evaluated on %s, trained on %s: %s, MSE %.3f, %d constant predictions",
+        "evaluated on %s, trained on %s: %s, MSE %.3f, 90 %% intervals cover %.0f %%, %d constant predictions",
         sorted(tables),
         sorted(trained_on),
         ", ".join(f"{c} {mean[c]:.3f}" for c in best),
         mean["MSE"],
+        100 * mean["coverage 90"],
         int(summary.drop(index="mean")["n_constant"].sum()),
     )
+    return scores
+
+
+def _variation(predicted: NDArray[Any], measured: NDArray[Any], what: str) -> dict[str, float]:
+    """How variances and correlations of genes compare, of one value a spot or of draws."""
+    draws = np.moveaxis(predicted, 2, 0) if predicted.ndim == 3 else predicted[None]
+    distances = [metrics.relative_variance_distance(draw, measured) for draw in draws]
+    return {
+        f"RVD{what}": float(np.mean(distances)),
+        f"correlation error{what}": metrics.gene_correlation_error(predicted, measured),
+    }
+
+
+def _distribution(quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArray[Any]) -> dict[str, Any]:
+    """Scores of the predicted distribution: ``crps`` and ``coverage`` of each gene, the rest means over genes."""
+    scores: dict[str, Any] = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
+    for share in metrics.INTERVALS:
+        low, high = metrics.interval(quantiles, levels, share)
+        covered = metrics.coverage(low, high, measured)
+        scores[f"coverage {100 * share:.0f}"] = float(covered.mean())
+        scores[f"width {100 * share:.0f}"] = float((high - low).mean())
+        if share == 0.9:
+            scores["coverage"] = covered
+    place = np.sort(metrics.pit(quantiles, levels, measured), axis=0)
+    even = (np.arange(len(place)) + 0.5) / len(place)
+    scores["PIT deviation"] = float(np.abs(place - even[:, None]).mean())
     return scores

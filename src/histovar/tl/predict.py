@@ -17,6 +17,7 @@ from histovar.anndata_io.table import Data, as_table, copied, writing
 from histovar.anndata_io.write import merge_uns, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
+from histovar.training import section_numbers
 
 from ._device import on_device
 
@@ -57,9 +58,11 @@ def predict(
     decoding
         ``"expected"`` (best for maps), ``"greedy"`` or ``"sample"``, a single draw.
     n_samples
-        Joint draws of each spot to add, which keep co-expression.
+        Joint draws of each spot to add, which keep co-expression. Each draw is of tokens given one member of the model,
+        so that they hold both what the tokens' distribution says and what the members disagree on.
     quantiles
-        Quantiles of the draws to add, such as ``(0.05, 0.95)``; needs `n_samples`.
+        Quantiles to add, such as ``(0.05, 0.95)``: calibrated ones if the model is calibrated, else those of the draws,
+        which needs `n_samples`.
     temperature, top_k, top_p
         Of sampling; see :class:`histovar.model.Decoding`.
     key_added
@@ -84,7 +87,10 @@ def predict(
         ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel,
         DataFrames of the same names in ``obsm`` otherwise. Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens),
         where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
-        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. Negative values, which expression cannot have, are
+        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. The standard deviation is that of the tokens'
+        distribution and of the disagreement between members together. If the model is calibrated (:func:`calibrate`)
+        and decoding is ``"expected"``, standard deviation, draws and quantiles are calibrated ones, and
+        ``uns[key_added]["calibrated"]`` is true. Negative values, which expression cannot have, are
         set to 0. See :func:`histovar.get.prediction`.
 
     Raises
@@ -99,11 +105,15 @@ def predict(
     registry, config = model.registry, model.config
     _ = model.var_stage
     rule = Decoding(decoding, temperature, top_k, top_p)
-    draws = Decoding("sample", temperature, top_k, top_p)
+    chance = Decoding("sample", temperature, top_k, top_p)
     if n_samples < 0:
         raise ValueError(f"n_samples must not be negative, got {n_samples}")
-    if len(quantiles) and n_samples < 2:
-        raise ValueError(f"quantiles: they are taken over draws; pass n_samples, such as 100 (got {n_samples})")
+    calibrated = model.var_stage.calibration.fitted and decoding == "expected"
+    if len(quantiles) and n_samples < 2 and not calibrated:
+        raise ValueError(
+            f"quantiles: without calibration they are taken over draws; pass n_samples, such as 100 (got {n_samples}), "
+            "or calibrate the model with histovar.tl.calibrate"
+        )
     if any(not 0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
     reps = registry["use_rep"] if use_rep is None else validate.check_keys(use_rep)
@@ -113,30 +123,38 @@ def predict(
         "library_key": library_key or _known_section(adata, registry["library_key"]),
     }
     inputs = read.histology(adata, config, **where_from, encoders=registry["covariates"], key=key_added)
+    numbers = section_numbers(validate.sections(adata, where_from["library_key"]), adata.n_obs)
+    calibration = model.var_stage.calibration
+    levels = torch.tensor(quantiles, dtype=torch.float32)
     parts: list[tuple[torch.Tensor, ...]] = []
-    cubes: list[torch.Tensor] = []
     with on_device(model, device) as where:
+        inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(where)), numbers.to(where))
         generator = torch.Generator(where).manual_seed(random_state)
         batches = torch.arange(adata.n_obs).split(batch_size)
         for rows in track(batches, "predicting", disable=not show_progress_bar):
-            batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
+            batch = inputs.map(lambda t: t[rows])  # noqa: B023
             made = model.predict(batch, rule, generator=generator)
-            parts.append(tuple(x.cpu() for x in (made.expression, made.std, made.tokens)))
+            mean, std = made.expression, made.std
+            draws = cube = mean.new_empty(*mean.shape, 0)
             if n_samples:
-                drawn = model.predict(batch, draws, n_samples=n_samples, generator=generator).expression
-                cubes.append(drawn.view(len(rows), n_samples, -1).transpose(1, 2).cpu())
-    mean, std, tokens = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    samples = torch.cat(cubes).clamp(min=0).numpy() if cubes else None
-    if samples is not None and decoding != "expected":
-        std = samples.std(2)
-    levels = None
-    if samples is not None and len(quantiles):
-        levels = np.quantile(samples, quantiles, axis=2).transpose(1, 2, 0).astype(np.float32)
+                drawn = model.predict(batch, chance, n_samples=n_samples, generator=generator).expression
+                draws = drawn.view(len(rows), n_samples, -1).transpose(1, 2)
+            if decoding != "expected":
+                std = draws.std(2, correction=0) if n_samples else std
+            elif calibrated:
+                draws = calibration.draws(draws, mean, std) if n_samples else draws
+                cube = calibration.quantiles(mean, std, levels)
+                std = std * calibration.spread
+            if len(quantiles) and not cube.shape[2]:
+                cube = torch.quantile(draws, levels.to(where), 2).movedim(0, 2)
+            parts.append(tuple(x.cpu() for x in (mean, std, made.tokens, draws, cube)))
+    expected, spread, tokens, *drawn_or_not = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
 
     if copy:
         adata = copied(adata)
     keys, genes = Keys(key_added), registry["genes"]
-    write_prediction(adata, keys, genes, mean.clip(min=0), std, samples, levels)
+    samples, levels_kept = (x.clip(min=0) if x.shape[2] else None for x in drawn_or_not)
+    write_prediction(adata, keys, genes, expected.clip(min=0), spread, samples, levels_kept)
     with writing():
         adata.obsm[keys.tokens] = tokens.astype(np.int32)
     merge_uns(
@@ -146,6 +164,7 @@ def predict(
             "genes": np.array(genes),
             "units": registry["units"],
             "layer": registry["layer"],
+            "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
             "params": {
@@ -161,7 +180,13 @@ def predict(
             },
         },
     )
-    logger.info("predicted %d genes in %d spots, in %s", len(genes), adata.n_obs, registry["units"])
+    logger.info(
+        "predicted %d genes in %d spots, in %s, intervals %s",
+        len(genes),
+        adata.n_obs,
+        registry["units"],
+        "calibrated" if calibrated else "not calibrated",
+    )
     return adata if copy else None
 
 

@@ -10,6 +10,7 @@ from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
 
+from .calibrate import calibrate
 from .train_stage1 import train_stage1
 from .train_stage2 import train_stage2
 
@@ -30,7 +31,7 @@ def train(
     stage2: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TwoStageVARST:
-    """Train stage 1, then stage 2, on the same sections.
+    """Train stage 1, then stage 2, on the same sections, and calibrate the uncertainty on them (:func:`calibrate`).
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ def train(
         validate.check_neighbors(names, adata.n_obs, neighbors)
     shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
     model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})
-    return train_stage2(
+    model = train_stage2(
         adata,
         model,
         use_rep=use_rep,
@@ -73,3 +74,6 @@ def train(
         **shared,
         **{**options, **(stage2 or {})},
     )
+    if model.config.n_members:
+        calibrate(adata, model, library_key, key_added=key_added, random_state=random_state)
+    return model

@@ -13,7 +13,8 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.pp import gene_panel, gene_scales
+from histovar.pp.gene_panel import gene_panel
+from histovar.pp.gene_scales import gene_scales
 from histovar.training import Stage1Trainer, TrainingOptions, seeded
 
 logger = logging.getLogger(__name__)

@@ -106,7 +106,8 @@ def train_stage2(
         "sections_stage2": [] if names is None else np.unique(names).tolist(),
         "images": _provenance(adata.uns.get("spatial", {})),
     }
-    trainer.fit(histology, values, place, names)
+    # Of other layers nothing is known of how depth enters them.
+    trainer.fit(histology, values, place, names, read.total_counts(adata) if layer == LOGNORM else None)
     return model
 
 

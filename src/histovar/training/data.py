@@ -81,6 +81,12 @@ def _loader(dataset: SpotDataset, batches: BatchSampler) -> DataLoader[Any]:
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
 
+def section_numbers(sections: NDArray[Any] | None, n_spots: int) -> torch.Tensor:
+    """Sections numbered from 0, (n_spots,); where none are given all spots are one section."""
+    numbers = np.zeros(n_spots, np.int64) if sections is None else np.unique(sections, return_inverse=True)[1]
+    return torch.from_numpy(numbers)
+
+
 def held_out_spots(
     sections: NDArray[Any] | None, n_spots: int, random_state: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -136,7 +142,7 @@ def cross_fit_folds(
         spots would leave a spot's neighbours in the other folds.
     """
     n_spots = len(coordinates)
-    codes = np.zeros(n_spots, np.int64) if sections is None else np.unique(sections, return_inverse=True)[1]
+    codes = section_numbers(sections, n_spots).numpy()
     n_sections = codes.max() + 1
     if n_sections >= 3 or n_members < 2:
         return codes % max(n_members, 1)

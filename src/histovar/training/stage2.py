@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 
-from .data import SpotDataset, cross_fit_folds, held_out_spots
+from .data import SpotDataset, cross_fit_folds, held_out_spots, section_numbers
 from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,10 @@ Batch = tuple[Histology, Tensor, Tensor, Tensor]
 PRIOR_EPOCHS = 30
 PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
+# Small data need small batches, for there to be steps enough: a sixteenth of the spots, within these.
+PRIOR_BATCH = (16, 64)
+# A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
+HALF_WEIGHT = 0.3
 # Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
 EXPECTED_TEACHER = 0.5
 
@@ -47,11 +52,11 @@ class PriorModule(StageModule):
         self.prior = model.var_stage.prior
         self.n_folds = n_folds
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        features, genes, folds = batch
+        features, targets, weights, folds = batch
         assert self.prior is not None
-        loss = self.prior.loss(features, genes, folds, self.n_folds)
+        loss = self.prior.loss(features, targets, weights, folds, self.n_folds)
         self.watch("prior", len(features), loss=loss / self.prior.config.n_members)
         return loss
 
@@ -147,7 +152,7 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
     measured = []
     has_prior = model.var_stage.prior is not None
     for histology, tokens, prior, expression in batches:
-        expected = model.predict(histology, prior=prior).values
+        expected = model.predict(histology, members=prior[None]).values
         means = model.prior_mean(prior) if has_prior else expected
         for k, ids in enumerate(tokens.split(model.config.scales, 1)):
             rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
@@ -195,6 +200,7 @@ class Stage2Trainer:
         expression: Tensor,
         coordinates: NDArray[np.floating],
         sections: NDArray[Any] | None = None,
+        total_counts: NDArray[np.floating] | None = None,
     ) -> None:
         """Train the prior, then the token model; restore the best weights and keep the history.
 
@@ -208,6 +214,8 @@ class Stage2Trainer:
             (n_spots, 2), for folds within sections.
         sections
             (n_spots,) section of each spot; one of them is held out to watch training.
+        total_counts
+            (n_spots,) total count of every spot, where known: what weighs the spots of the prior, and its depth.
         """
         options, model = self.options, self.model
         stage2 = model.var_stage
@@ -217,8 +225,10 @@ class Stage2Trainer:
         tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
         seen, watched = held_out_spots(sections, len(expression), options.random_state)
         with seeded(options.random_state):
-            stage2.condition.fit(histology)
-            prior = self._fit_prior(histology, expression, tokens, coordinates, sections)
+            numbers = section_numbers(sections, len(expression))
+            stage2.condition.fit(histology, numbers)
+            histology = stage2.condition.align(histology, numbers)._replace(novelty=torch.zeros(len(expression)))
+            prior = self._fit_prior(histology, expression, tokens, coordinates, sections, total_counts)
             model.set_training_stage(2)
             if stage2.prior is not None:
                 stage2.prior.requires_grad_(False).eval()
@@ -253,6 +263,7 @@ class Stage2Trainer:
         tokens: Tensor,
         coordinates: NDArray[np.floating],
         sections: NDArray[Any] | None,
+        total_counts: NDArray[np.floating] | None,
     ) -> Tensor:
         """Train the prior and return what it says of each training spot without having seen it."""
         model = self.model
@@ -263,10 +274,20 @@ class Stage2Trainer:
         folds = torch.from_numpy(cross_fit_folds(sections, coordinates, model.config.n_members))
         n_folds = int(folds.max()) + 1
         features = model.var_stage.condition.features(histology)
-        genes = model.stage1.scales.standardize(expression)
+        depth, weights = torch.zeros(len(expression)), torch.ones(len(expression))
+        if total_counts is not None and total_counts.any():
+            totals = torch.from_numpy(total_counts.astype(np.float32))
+            weights = totals / (totals + HALF_WEIGHT * totals.median().clamp(min=1))
+            weights = weights / weights.mean()
+            depth = totals.log1p()
+            depth = (depth - depth.mean()) / depth.std(correction=0).clamp(min=1e-6)
+        targets = torch.cat([model.stage1.scales.standardize(expression), depth[:, None]], 1)
         module = PriorModule(model, self.options, n_folds)
-        data = SpotDataset(features, genes, folds)
-        fit(module, data, None, self.options, max_epochs=PRIOR_EPOCHS, averaging=False, resumable=False)
+        data = SpotDataset(features, targets, weights, folds)
+        least, most = PRIOR_BATCH
+        batch_size = min(self.options.batch_size, max(least, min(most, len(features) // 16)))
+        options = replace(self.options, batch_size=batch_size)
+        fit(module, data, None, options, max_epochs=PRIOR_EPOCHS, averaging=False, resumable=False)
         prior.eval()
         unseen = prior.out_of_fold(features, folds, n_folds)
         parts = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)

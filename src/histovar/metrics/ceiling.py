@@ -1,0 +1,71 @@
+"""The best that any predictor could score against counts as noisy as these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from histovar._keys import TARGET_SUM
+
+from .accuracy import pearson
+
+
+def noise_ceiling(
+    counts: Any,
+    genes: NDArray[np.integer] | None = None,
+    *,
+    n_splits: int = 10,
+    log_counts: bool = False,
+    random_state: int = 0,
+) -> NDArray[np.float64]:
+    r"""Bound on the Pearson correlation that any prediction can reach, gene by gene.
+
+    Every count is split in two binomial halves, which measure the same spot twice, independently given what is
+    true of it (for Poisson counts exactly). Both halves are normalised as the expression is, and correlated: the
+    reliability :math:`r` of a measurement of half the depth. Spearman-Brown's formula gives that of the whole, and its
+    square root bounds the correlation of the measurement with anything that is not the measurement itself:
+
+    .. math:: \mathrm{ceiling} = \sqrt{\frac{2 r}{1 + r}}
+
+    Depth that varies from spot to spot is part of what both halves share, and a spot of low depth is noisier than the
+    formula's one reliability for all says; so it is an estimate.
+
+    Parameters
+    ----------
+    counts
+        (n_spots, n_measured) raw counts of one section, dense or sparse, all genes.
+    genes
+        Columns of interest; all by default.
+    n_splits
+        Splits to average :math:`r` over.
+    log_counts
+        Score log1p of the counts themselves in place of log1p of counts per 10,000.
+    random_state
+        Seed.
+
+    Returns
+    -------
+    ndarray
+        (n_genes,); 0 where the halves do not correlate.
+    """
+    rng = np.random.default_rng(random_state)
+    whole = sparse.csr_matrix(counts).astype(np.int64)
+    columns = np.arange(whole.shape[1]) if genes is None else np.asarray(genes)
+
+    def normalised(half: sparse.csr_matrix) -> NDArray[np.float64]:
+        values = half[:, columns].toarray().astype(np.float64)
+        if not log_counts:
+            values *= TARGET_SUM / np.maximum(np.asarray(half.sum(1), dtype=np.float64), 1)
+        return np.log1p(values)
+
+    total = np.zeros(len(columns))
+    for _ in range(n_splits):
+        first = whole.copy()
+        first.data = rng.binomial(whole.data, 0.5)
+        total += pearson(normalised(first), normalised(whole - first))
+    reliability = np.clip(total / n_splits, 0, None)
+    ceiling: NDArray[np.float64] = np.sqrt(2 * reliability / (1 + reliability))
+    return ceiling

@@ -1,0 +1,161 @@
+"""Whether a predicted distribution deserves belief: sharp, and right as often as it says.
+
+A predictive distribution is given as quantiles at known levels, (n_spots, n_genes, n_levels). Draws are quantiles once
+sorted (:func:`sample_quantiles`), and a mean with a standard deviation is a normal distribution
+(:func:`normal_quantiles`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+INTERVALS = (0.5, 0.8, 0.9, 0.95)
+
+
+def crps_samples(samples: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+    r"""Continuous ranked probability score of draws, in the units of expression; smaller is better.
+
+    ``E|X - y| - E|X - X'| / 2`` over the draws (Gneiting & Raftery 2007, equation 21), which is the score of their
+    empirical distribution, in closed form from the sorted draws.
+
+    Parameters
+    ----------
+    samples
+        (n_spots, n_genes, n_samples).
+    measured
+        (n_spots, n_genes).
+
+    Returns
+    -------
+    ndarray
+        (n_spots, n_genes).
+    """
+    ordered = np.sort(np.asarray(samples), axis=2)
+    n = ordered.shape[2]
+    error = np.abs(ordered - np.asarray(measured)[..., None]).mean(2, dtype=np.float64)
+    weights = (2 * np.arange(n) - n + 1) / n**2
+    spread: NDArray[np.float64] = ordered @ weights
+    return error - spread
+
+
+def crps_quantiles(
+    quantiles: NDArray[Any], levels: Sequence[float] | NDArray[Any], measured: NDArray[Any]
+) -> NDArray[np.float64]:
+    """CRPS of a distribution given by quantiles: twice the pinball loss, integrated over the levels.
+
+    Integration is by the trapezoidal rule between the levels given, the outermost of which stand for what lies
+    beyond; with few levels it is rough.
+
+    Parameters
+    ----------
+    quantiles
+        (n_spots, n_genes, n_levels), increasing.
+    levels
+        (n_levels,).
+    measured
+        (n_spots, n_genes).
+
+    Returns
+    -------
+    ndarray
+        (n_spots, n_genes).
+    """
+    tau = np.asarray(levels, dtype=np.float64)
+    edges = np.concatenate([[0.0], (tau[1:] + tau[:-1]) / 2, [1.0]])
+    error = np.asarray(measured, dtype=np.float64)[..., None] - quantiles
+    pinball = np.maximum(tau * error, (tau - 1) * error)
+    score: NDArray[np.float64] = 2 * pinball @ np.diff(edges)
+    return score
+
+
+def crps_normal(mean: NDArray[Any], std: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+    """CRPS of normal distributions in closed form (Gneiting et al. 2005, equation 5), all (n_spots, n_genes)."""
+    spread = np.maximum(np.asarray(std, dtype=np.float64), 1e-12)
+    z = (np.asarray(measured) - mean) / spread
+    score: NDArray[np.float64] = spread * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+    return score
+
+
+def normal_quantiles(
+    mean: NDArray[Any], std: NDArray[Any], levels: Sequence[float] | NDArray[Any]
+) -> NDArray[np.float64]:
+    """Quantiles of normal distributions cut off at 0: (n_spots, n_genes) to (n_spots, n_genes, n_levels)."""
+    values = np.asarray(mean)[..., None] + np.asarray(std)[..., None] * norm.ppf(np.asarray(levels))
+    return np.clip(values, 0, None)
+
+
+def interval(
+    quantiles: NDArray[Any], levels: Sequence[float] | NDArray[Any], share: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Ends of the central interval that should hold `share` of the values, each (n_spots, n_genes).
+
+    Raises
+    ------
+    ValueError
+        If `levels` do not reach as far out.
+    """
+    tau = np.asarray(levels, dtype=np.float64)
+    ends = ((1 - share) / 2, (1 + share) / 2)
+    if ends[0] < tau[0] - 1e-9 or ends[1] > tau[-1] + 1e-9:
+        raise ValueError(f"levels from {tau[0]:g} to {tau[-1]:g} have no central interval of {share:g}")
+    low, high = (_at(quantiles, tau, level) for level in ends)
+    return low, high
+
+
+def _at(quantiles: NDArray[Any], tau: NDArray[np.float64], level: float) -> NDArray[Any]:
+    """The quantile at one level, linear between those given."""
+    right = min(max(int(np.searchsorted(tau, level)), 1), len(tau) - 1)
+    share = np.clip((level - tau[right - 1]) / (tau[right] - tau[right - 1]), 0, 1)
+    value: NDArray[Any] = quantiles[..., right - 1] * (1 - share) + quantiles[..., right] * share
+    return value
+
+
+def coverage(low: NDArray[Any], high: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+    """Share of spots whose measured value lies in the interval, ends included: (n_genes,)."""
+    y = np.asarray(measured)
+    share: NDArray[np.float64] = ((y >= low) & (y <= high)).mean(0)
+    return share
+
+
+def pit(
+    quantiles: NDArray[Any], levels: Sequence[float] | NDArray[Any], measured: NDArray[Any], random_state: int = 0
+) -> NDArray[np.float64]:
+    """Probability integral transform: the level at which the measured value lies; uniform if calibrated.
+
+    Where several quantiles equal the measured value, as they do at zero, a level is drawn between theirs (Czado et
+    al. 2009), and one between the outermost level and 0 or 1 where it lies beyond all of them.
+
+    Parameters
+    ----------
+    quantiles
+        (n_spots, n_genes, n_levels), increasing.
+    levels
+        (n_levels,).
+    measured
+        (n_spots, n_genes).
+    random_state
+        Seed of the draws between levels.
+
+    Returns
+    -------
+    ndarray
+        (n_spots, n_genes), between 0 and 1.
+    """
+    y = np.asarray(measured)[..., None]
+    tau = np.concatenate([[0.0], np.asarray(levels, dtype=np.float64), [1.0]])
+    below = (quantiles < y).sum(2)
+    not_above = (quantiles <= y).sum(2)
+    height = np.random.default_rng(random_state).random(below.shape)
+    low, high = tau[below], tau[np.minimum(not_above + 1, len(tau) - 1)]
+    return low + height * (high - low)
+
+
+def sample_quantiles(samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Sorted draws, and the levels (i + 1/2) / n that they stand for."""
+    n = np.shape(samples)[2]
+    return np.sort(samples, axis=2), (np.arange(n) + 0.5) / n

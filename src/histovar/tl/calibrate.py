@@ -1,0 +1,151 @@
+"""Intervals that cover as often as they say."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from rich.progress import track
+
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table
+from histovar.model import TwoStageVARST
+from histovar.training import cross_fit_folds, section_numbers
+
+from ._device import on_device
+
+logger = logging.getLogger(__name__)
+
+# Enough for quantiles in steps of half a per cent.
+MOST_SPOTS = 4000
+
+
+def calibrate(
+    data: Data,
+    model: TwoStageVARST,
+    library_key: str | None = None,
+    *,
+    key_added: str = DEFAULT_KEY,
+    batch_size: int = 64,
+    device: str = "auto",
+    random_state: int = 0,
+    show_progress_bar: bool = False,
+    table_name: str | None = None,
+) -> None:
+    """Calibrate a model's uncertainty, gene by gene, on spots that its prediction has not seen.
+
+    Split conformal prediction with normalised residuals; see :class:`histovar.model.Calibration`. Afterwards
+    quantiles, draws and standard deviations of :func:`predict` are calibrated, and ``uns[key_added]["calibrated"]``
+    says so. :func:`train` calls it on its training sections; call it again with sections that were held out, which are
+    the better judges: of another individual, if that is what the model is for.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData with expression, embeddings and coordinates: sections held out from training, or those
+        trained on. Of the latter each spot is predicted by the members of the model that have not seen its section.
+    model
+        A model with both stages trained; its calibration is set in place.
+    library_key
+        Column of ``obs`` with the section; that of training by default.
+    key_added
+        Prefix of the slots, for niche features computed before.
+    batch_size
+        Spots at once.
+    device
+        ``"auto"`` or a torch device.
+    random_state
+        Seed of the choice of 4,000 spots, where there are more.
+    show_progress_bar
+        Show progress.
+    table_name
+        Table of a SpatialData.
+
+    Raises
+    ------
+    KeyError
+        If embeddings, coordinates, sections, the layer or genes of the panel are missing.
+    ValueError
+        If the model has no stage 2 or its prior has no members to leave out, there are fewer than 20 spots, or part of
+        the training sections is missing where training sections are given.
+    """
+    adata = as_table(data, table_name)
+    validate.check_object(adata, needs_genes=True)
+    registry, config = model.registry, model.config
+    stage2 = model.var_stage
+    if adata.n_obs < 20:
+        raise ValueError(f"adata: {adata.n_obs} spots are too few to calibrate on; give at least 20")
+    columns = validate.check_genes(adata, registry["genes"])
+    library_key = library_key or registry["library_key"]
+    names = validate.sections(adata, library_key)
+    unseen = _unseen_members(adata, model, names)
+    inputs = read.histology(
+        adata,
+        config,
+        use_rep=registry["use_rep"],
+        spatial_key=registry["spatial_key"],
+        library_key=library_key,
+        encoders=registry["covariates"],
+        key=key_added,
+    )
+    if registry["layer"] == LOGNORM:
+        read.add_lognorm(adata)
+    measured = torch.from_numpy(read.expression(adata, registry["layer"], columns))
+    chosen = np.sort(np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS])
+    parts: list[tuple[torch.Tensor, ...]] = []
+    with on_device(model, device) as where:
+        numbers = section_numbers(names, adata.n_obs).to(where)
+        inputs = stage2.condition.align(inputs.map(lambda t: t.to(where)), numbers)
+        groups = np.unique(unseen[chosen], axis=0)
+        batches = [
+            (members, rows)
+            for members in groups
+            for rows in torch.from_numpy(chosen[(unseen[chosen] == members).all(1)]).split(batch_size)
+        ]
+        for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
+            batch = inputs.map(lambda t: t[rows])  # noqa: B023
+            some = None if stage2.prior is None else model.prior_members(batch)[torch.from_numpy(members)]
+            made = model.predict(batch, members=some)
+            parts.append((measured[rows], made.expression.cpu(), made.std.cpu()))
+    truth, mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    before = _coverage(truth, mean, std)
+    stage2.calibration.fit(truth, mean, std)
+    sections = [] if names is None else np.unique(names).tolist()
+    registry["calibration"] = {"sections": sections, "n_spots": len(truth)}
+    logger.info(
+        "calibrated on %d spots of %s: normal intervals of 90 %% had covered %.1f %%",
+        len(truth),
+        sections or "one section",
+        100 * before,
+    )
+
+
+def _coverage(truth: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> float:
+    return float(((truth - mean).abs() <= 1.645 * std).float().mean())
+
+
+def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None) -> NDArray[np.bool_]:
+    """Which members of the prior have not seen each spot: (n_obs, n_members)."""
+    registry, n_members = model.registry, model.config.n_members
+    known = registry["sections_stage2"]
+    labels = np.full(adata.n_obs, "") if names is None else names
+    trained_on = np.isin(labels, known) if known else np.full(adata.n_obs, registry["n_spots_stage2"] == adata.n_obs)
+    unseen = np.ones((adata.n_obs, n_members), bool)
+    if not trained_on.any() or n_members == 0:
+        return unseen
+    if int(trained_on.sum()) != registry["n_spots_stage2"]:
+        raise ValueError(
+            f"adata: {int(trained_on.sum())} spots are of sections the model was trained on, which had "
+            f"{registry['n_spots_stage2']}; give all of them, so that it is known which member has seen which, or "
+            "held-out sections"
+        )
+    rows = np.flatnonzero(trained_on)
+    place = validate.coordinates(adata, registry["spatial_key"])[rows]
+    folds = cross_fit_folds(labels[rows] if known else None, place, n_members)
+    left_out = np.arange(n_members) % (folds.max() + 1)
+    unseen[rows] = folds[:, None] == left_out
+    return unseen

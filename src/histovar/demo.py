@@ -6,11 +6,7 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
-
-from histovar import datasets, get, metrics, pl, pp, tl
-from histovar._keys import Keys
-from histovar.baselines import ridge
+from histovar import datasets, metrics, pl, pp, tl
 
 HELD_OUT = "S4"
 EMBEDDING = "X_histology"
@@ -56,16 +52,10 @@ def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
     query.write_h5ad(out / "prediction.h5ad")
     model.save(out / "model")
 
-    genes = get.prediction(query).var_names
-    sections = training.obs["section"].astype(str).to_numpy()
-    features = {}
-    for name, part in (("training", training), ("query", query)):
-        pp.niche(part, use_rep=EMBEDDING, library_key="section")
-        features[name] = np.hstack([part.obsm[EMBEDDING], part.obsm[Keys().niche]])
-    floor = ridge(features["training"], training[:, genes].layers["lognorm"].toarray(), features["query"], sections)
-    truth = query[:, genes].layers["lognorm"].toarray()
+    floor = tl.baseline(training, "ridge", use_rep=EMBEDDING, library_key="section")
+    floor.predict(query)
     ours = metrics.summary(scores)
-    theirs = metrics.summary(metrics.per_gene(floor, truth, genes))
+    theirs = metrics.summary(tl.evaluate(query, key="ridge"))
     summary = {"histovar": ours, "ridge": theirs, "seconds": seconds}
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     name = "PCC-200" if "PCC-200" in ours else "PCC-all"

@@ -1,5 +1,10 @@
-"""Methods to compare with."""
+"""Methods to compare with, behind one interface; see :func:`histovar.tl.baseline`."""
 
-from .ridge import ridge
+from .linear import HestRidge, TunedRidge, pls
+from .mfbp import MFBP
+from .mlp import MLP
+from .model import METHODS, Baseline
+from .neighbors import kernel_ridge, knn
+from .var_st import VARST
 
-__all__ = ["ridge"]
+__all__ = ["METHODS", "MFBP", "MLP", "VARST", "Baseline", "HestRidge", "TunedRidge", "kernel_ridge", "knn", "pls"]

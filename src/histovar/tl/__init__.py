@@ -1,5 +1,6 @@
 """Tools: train, calibrate, tokenise, predict, evaluate, compare with baselines."""
 
+from .baseline import baseline
 from .calibrate import calibrate
 from .evaluate import evaluate
 from .predict import predict
@@ -8,4 +9,4 @@ from .train import train
 from .train_stage1 import train_stage1
 from .train_stage2 import train_stage2
 
-__all__ = ["calibrate", "evaluate", "predict", "tokenize", "train", "train_stage1", "train_stage2"]
+__all__ = ["baseline", "calibrate", "evaluate", "predict", "tokenize", "train", "train_stage1", "train_stage2"]

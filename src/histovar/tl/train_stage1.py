@@ -13,15 +13,14 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.pp.gene_panel import gene_panel
 from histovar.pp.gene_scales import gene_scales
 from histovar.training import Stage1Trainer, TrainingOptions, seeded
+
+from ._panel import ensure_panel
 
 logger = logging.getLogger(__name__)
 
 # What is done for a user who has not chosen genes.
-DEFAULT_PANEL = 200
-MIN_FRACTION = 0.1
 
 
 def train_stage1(
@@ -110,13 +109,7 @@ def train_stage1(
 
 def _prepare(adata: AnnData, keys: Keys, layer: str | None, config: ModelConfig | None, random_state: int) -> None:
     """Call the `pp` functions that the user has skipped, for the configuration where there is one."""
-    if keys.panel not in adata.var:
-        if config is None:
-            read.add_lognorm(adata)
-            detected = np.asarray((adata.layers[LOGNORM] > 0).mean(0)).ravel() > MIN_FRACTION
-        n_genes = min(DEFAULT_PANEL, int(detected.sum())) if config is None else config.n_genes
-        logger.info("no var[%r]: calling histovar.pp.gene_panel(adata, n_genes=%d)", keys.panel, n_genes)
-        gene_panel(adata, n_genes=n_genes, min_fraction=MIN_FRACTION, key_added=keys.prefix)
+    ensure_panel(adata, keys, None if config is None else config.n_genes)
     if layer is None:
         read.add_lognorm(adata)
     if keys.scales not in adata.varm:

@@ -1,0 +1,68 @@
+"""A multilayer perceptron with strong dropout, the mean of four."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, RegressorMixin
+from torch import Tensor, nn
+
+from ._torch import shuffled, tensor, train
+from .neighbors import UnitPCA
+
+
+class MLP(RegressorMixin, BaseEstimator):
+    """Mean of four perceptrons: 128 components, two hidden layers of 256 (layer norm, GELU, dropout 0.5), 30 epochs.
+
+    Input dropout 0.2, AdamW at 2e-3 with weight decay 0.1 and a one-cycle schedule, batches of 64, squared error on
+    standardised genes.
+
+    Parameters
+    ----------
+    random_state
+        Seed.
+    """
+
+    def __init__(self, random_state: int = 0) -> None:
+        self.random_state = random_state
+
+    def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
+        """Fit to (n_spots, n_features) and (n_spots, n_genes)."""
+        self.components_ = UnitPCA().fit(features)
+        x = self._inputs(features)
+        y = tensor(expression)
+        self.mean_, self.std_ = y.mean(0), y.std(0).clamp(min=1e-6)
+        y = (y - self.mean_) / self.std_
+
+        def make() -> nn.Module:
+            def block(n_in: int) -> list[nn.Module]:
+                return [nn.Linear(n_in, 256), nn.LayerNorm(256), nn.GELU(), nn.Dropout(0.5)]
+
+            return nn.Sequential(nn.Dropout(0.2), *block(x.shape[1]), *block(256), nn.Linear(256, y.shape[1]))
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            return ((x[rows], y[rows]) for rows in shuffled(len(x)))
+
+        def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return nn.functional.mse_loss(network(batch[0]), batch[1])
+
+        how: dict[str, Any] = {"epochs": 30, "learning_rate": 2e-3, "weight_decay": 0.1}
+        self.networks_ = [
+            train(make, loss, batches, **how, random_state=4 * self.random_state + seed) for seed in range(4)
+        ]
+        return self
+
+    def _inputs(self, features: NDArray[Any]) -> Tensor:
+        """Components of unit mean square, not unit norm: what a network expects."""
+        components = self.components_.transform(features)
+        return tensor(components * np.sqrt(components.shape[1]))
+
+    def predict(self, features: NDArray[Any]) -> NDArray[Any]:
+        """(n_spots, n_genes)."""
+        x = self._inputs(features)
+        predicted: Tensor = torch.stack([network(x) for network in self.networks_]).mean(0)
+        return (predicted * self.std_ + self.mean_).numpy()

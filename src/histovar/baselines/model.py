@@ -1,0 +1,202 @@
+"""A fitted baseline, which predicts into AnnData as the model does."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.model_selection import GroupKFold, KFold
+
+from histovar._keys import Keys
+from histovar.anndata_io import read, validate
+from histovar.anndata_io.table import Data, as_table, copied
+from histovar.anndata_io.write import merge_uns, write_prediction
+
+from .linear import HestRidge, TunedRidge, pls
+from .mfbp import MFBP
+from .mlp import MLP
+from .neighbors import kernel_ridge, knn
+from .var_st import VARST
+
+logger = logging.getLogger(__name__)
+
+Standardize = Literal["section", "training"]
+
+
+class Method(NamedTuple):
+    """How a baseline is made, and what it sees of a spot."""
+
+    make: Callable[[int], Any]
+    niche: tuple[tuple[int, ...], tuple[int, ...]] | None
+    """Neighbourhoods of the first embedding and of each further one; None: the first embedding alone."""
+
+
+METHODS: dict[str, Method] = {
+    "ridge_hest": Method(lambda _: HestRidge(), None),
+    "ridge": Method(lambda _: TunedRidge(), ((8, 24), ())),
+    "pls": Method(lambda _: pls(), ((8, 24), ())),
+    "kernel_ridge": Method(lambda _: kernel_ridge(), ((8, 24), ())),
+    "knn": Method(lambda _: knn(), ((8, 24), ())),
+    "mlp": Method(lambda seed: MLP(seed), ((8, 24), (8,))),
+    "mfbp": Method(lambda seed: MFBP(seed), None),
+    "var_st": Method(lambda seed: VARST(seed), None),
+}
+
+
+@dataclass
+class Baseline:
+    """A baseline and what it was trained on. :func:`histovar.tl.baseline` makes one.
+
+    Parameters
+    ----------
+    method
+        Its name.
+    genes, layer, units
+        What it predicts.
+    use_rep, library_key, spatial_key
+        What it predicts from.
+    standardize
+        Whether features are standardised within sections first.
+    random_state
+        Seed.
+
+    Attributes
+    ----------
+    std : ndarray
+        (n_genes,) standard deviation of the errors on training spots left out.
+    """
+
+    method: str
+    genes: list[str]
+    layer: str
+    units: str
+    use_rep: list[str]
+    library_key: str | None
+    spatial_key: str
+    standardize: Standardize
+    random_state: int
+
+    def fit(self, adata: AnnData, expression: NDArray[np.floating]) -> Self:
+        """Fit, once without a third of the training spots (whole sections), whose errors give `std`, and once on all.
+
+        Parameters
+        ----------
+        adata
+            Training sections.
+        expression
+            (n_spots, n_genes).
+        """
+        names = validate.sections(adata, self.library_key)
+        self.sections = [] if names is None else np.unique(names).tolist()
+        features = self.features(adata)
+        estimator = METHODS[self.method].make(self.random_state)
+        labels = np.full(adata.n_obs, "all") if names is None else names
+        n_sections = len(np.unique(labels))
+        splits: Any = GroupKFold(min(3, n_sections)) if n_sections > 1 else KFold(3, shuffle=True, random_state=0)
+        seen, left = next(splits.split(features, groups=labels))
+        fitted = _fit(clone(estimator), features[seen], expression[seen], labels[seen])
+        errors = expression[left] - _predict(fitted, features[left], labels[left])
+        self.std = np.sqrt((errors**2).mean(0))
+        self.estimator = _fit(estimator, features, expression, labels)
+        return self
+
+    def features(self, adata: AnnData) -> NDArray[np.float32]:
+        """What the method sees, (n_spots, n_features): embeddings and means over neighbours, side by side."""
+        niche = METHODS[self.method].niche
+        embeddings = [validate.embedding(adata, key) for key in self.use_rep]
+        names = validate.sections(adata, self.library_key)
+        if niche is None:
+            parts = embeddings[:1]
+        else:
+            sizes = sorted({n for own in niche for n in own})
+            validate.check_neighbors(names, adata.n_obs, sizes)
+            graphs = dict(
+                zip(
+                    sizes,
+                    read.neighbor_graphs(validate.coordinates(adata, self.spatial_key), names, sizes),
+                    strict=True,
+                )
+            )
+            parts = list(embeddings)
+            for i, embedding in enumerate(embeddings):
+                parts += [graphs[n] @ embedding for n in niche[min(i, 1)]]
+        features = np.concatenate(parts, 1).astype(np.float32)
+        if self.standardize == "section":
+            labels = np.zeros(adata.n_obs) if names is None else names
+            for label in np.unique(labels):
+                rows = labels == label
+                features[rows] = (features[rows] - features[rows].mean(0)) / (features[rows].std(0) + 1e-6)
+        return features
+
+    def predict(
+        self, data: Data, *, key_added: str | None = None, table_name: str | None = None, copy: bool = False
+    ) -> AnnData | None:
+        """Predict expression into the slots of :func:`histovar.tl.predict`.
+
+        Parameters
+        ----------
+        data
+            AnnData or SpatialData with embeddings and coordinates.
+        key_added
+            Prefix of the slots; the method's name by default.
+        table_name
+            Table of a SpatialData.
+        copy
+            Return a copy of the table instead of writing in place.
+
+        Returns
+        -------
+        AnnData or None
+            Writes expected expression and its standard deviation, the same for every spot, and ``uns[key_added]``.
+        """
+        adata = as_table(data, table_name)
+        validate.check_object(adata)
+        names = validate.sections(adata, self.library_key)
+        labels = np.full(adata.n_obs, "all") if names is None else names
+        mean = _predict(self.estimator, self.features(adata), labels).astype(np.float32).clip(min=0)
+        if copy:
+            adata = copied(adata)
+        keys = Keys(key_added or self.method)
+        write_prediction(
+            adata, keys, self.genes, mean, np.tile(self.std.astype(np.float32), (len(mean), 1)), None, None
+        )
+        entries = {
+            "genes": np.array(self.genes),
+            "units": self.units,
+            "layer": self.layer,
+            "calibrated": False,
+            "quantiles": np.array([]),
+            "trained_on": np.array(self.sections, dtype=str),
+            "params": {
+                "method": self.method,
+                "use_rep": np.array(self.use_rep),
+                "spatial_key": self.spatial_key,
+                "library_key": self.library_key or "",
+                "standardize": self.standardize,
+            },
+        }
+        merge_uns(adata, keys, entries)
+        logger.info("%s predicted %d genes in %d spots, in %s", self.method, len(self.genes), adata.n_obs, self.units)
+        return adata if copy else None
+
+
+def _takes_sections(function: Any) -> bool:
+    return "sections" in inspect.signature(function).parameters
+
+
+def _fit(estimator: Any, features: Any, expression: Any, labels: Any) -> Any:
+    more = {"sections": labels} if _takes_sections(estimator.fit) else {}
+    return estimator.fit(features, expression, **more)
+
+
+def _predict(estimator: Any, features: Any, labels: Any) -> NDArray[Any]:
+    more = {"sections": labels} if _takes_sections(estimator.predict) else {}
+    predicted: NDArray[Any] = estimator.predict(features, **more)
+    return predicted

@@ -1,0 +1,39 @@
+"""The panel, chosen for whoever skipped that step."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from anndata import AnnData
+
+from histovar._keys import LOGNORM, Keys
+from histovar.anndata_io import read
+from histovar.pp.gene_panel import gene_panel
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PANEL = 200
+MIN_FRACTION = 0.1
+
+
+def ensure_panel(adata: AnnData, keys: Keys, n_genes: int | None = None) -> None:
+    """Call :func:`histovar.pp.gene_panel` where there is no panel yet, with a log line.
+
+    Parameters
+    ----------
+    adata
+        Training sections.
+    keys
+        Slot names.
+    n_genes
+        Number of genes; by default 200, or as many as are detected in a tenth of the spots.
+    """
+    if keys.panel in adata.var:
+        return
+    if n_genes is None:
+        read.add_lognorm(adata)
+        detected = np.asarray((adata.layers[LOGNORM] > 0).mean(0)).ravel() > MIN_FRACTION
+        n_genes = min(DEFAULT_PANEL, int(detected.sum()))
+    logger.info("no var[%r]: calling histovar.pp.gene_panel(adata, n_genes=%d)", keys.panel, n_genes)
+    gene_panel(adata, n_genes=n_genes, min_fraction=MIN_FRACTION, key_added=keys.prefix)

@@ -34,4 +34,5 @@ myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 # Notebooks live at the top level, where users look for them; Sphinx wants them beside its pages.
-shutil.copy(Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb", Path(__file__).parent)
+for notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
+    shutil.copy(notebook, Path(__file__).parent)

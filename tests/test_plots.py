@@ -75,3 +75,27 @@ def test_training_codebook_and_metrics(scored, model, tmp_path):
     for plot in (hv.pl.training, hv.pl.codebook):
         with pytest.raises(ValueError, match="model: "):
             plot(untrained)
+
+
+def test_calibration_plot_shows_coverage_of_what_there_is(query, model):
+    hv.tl.predict(query, model)
+    left, right = hv.pl.calibration(query)
+    promised, covered = left.get_lines()[1].get_data()
+    assert "normal, calibrated" in left.get_title()
+    assert promised.min() < 0.1 and promised.max() > 0.9
+    assert (np.diff(covered) > 0).all() and np.abs(covered - promised).max() < 0.25
+    assert sum(p.get_height() * p.get_width() for p in right.patches) == pytest.approx(1)
+    hv.tl.predict(query, model, n_samples=25)
+    assert "draws" in hv.pl.calibration(query)[0].get_title()
+    with pytest.raises(ValueError, match="two axes are needed"):
+        hv.pl.calibration(query, ax=plt.figure().add_subplot())
+
+
+def test_gene_correlation_plot_has_draws_where_there_are_any(query, model):
+    hv.tl.predict(query, model)
+    measured, expected = hv.pl.gene_correlation(query)
+    assert measured.get_title() == "measured" and "expected, error" in expected.get_title()
+    hv.tl.predict(query, model, n_samples=5)
+    titles = [ax.get_title() for ax in hv.pl.gene_correlation(query)]
+    errors = [float(t.split()[-1]) for t in titles[1:]]
+    assert len(titles) == 3 and errors[1] < errors[0]

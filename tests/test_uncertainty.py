@@ -165,3 +165,16 @@ def test_shifted_and_scaled_embeddings_of_a_section_change_little(query, model):
     after = hv.tl.predict(query, model, copy=True).obsm["histovar"]
     within = hv.metrics.pearson(after.to_numpy(), before.to_numpy())
     assert np.median(within) > 0.85
+
+
+def test_depth_is_added_where_a_section_is_unlike_training(prepared, query, loaded):
+    prior = loaded.stage2.prior
+    condition = loaded.stage2.condition
+    with torch.no_grad():
+        prior.output.bias[:, :, -1] = 2.0  # every spot predicted two standard deviations deep
+    home = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
+    # The same embeddings, turned: sections whose mean is elsewhere.
+    query.obsm["X_histology"] = query.obsm["X_histology"] + 5 * query.obsm["X_histology"].std(0)
+    abroad = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
+    assert float(condition.familiar) >= 0.1
+    assert ((abroad - home).mean() > 0).mean() > 0.9

@@ -1,8 +1,10 @@
-"""Plots."""
+"""Plots: maps, training, codebook, scores, calibration, co-expression."""
 
+from .calibration import calibration
 from .codebook import codebook
+from .gene_correlation import gene_correlation
 from .metrics import metrics
 from .spatial import spatial
 from .training import training
 
-__all__ = ["codebook", "metrics", "spatial", "training"]
+__all__ = ["calibration", "codebook", "gene_correlation", "metrics", "spatial", "training"]

@@ -10,10 +10,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._keys import DEFAULT_KEY, Keys
 from histovar.anndata_io import read, validate
+from histovar.anndata_io.scored import read_scored
 from histovar.anndata_io.table import Data, as_table, writing
-from histovar.anndata_io.write import merge_uns, predicted_genes, read_distribution, read_prediction
+from histovar.anndata_io.write import merge_uns, read_distribution
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +70,9 @@ def evaluate(
     """
     adata = as_table(data, table_name)
     keys = Keys(key)
-    validate.check_object(adata, needs_genes=True)
-    genes = predicted_genes(adata, keys)
-    predicted, std = read_prediction(adata, keys, genes)
-    columns = validate.check_genes(adata, genes)
+    genes, layer, predicted, std, measured = read_scored(adata, keys, layer)
     stored = adata.uns[keys.uns]
-    layer = layer or str(stored["layer"])
     names = validate.sections(adata, library_key or str(stored["params"]["library_key"]) or None)
-    if layer == LOGNORM:
-        read.add_lognorm(adata)
-    measured = read.expression(adata, layer, columns)
     counts = read.total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = adata.obsm.get(keys.samples)

@@ -1,0 +1,103 @@
+"""Whether intervals cover as often as they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from histovar import metrics
+from histovar._keys import DEFAULT_KEY, Keys
+from histovar.anndata_io.scored import read_scored
+from histovar.anndata_io.table import Data, as_table
+from histovar.anndata_io.write import read_distribution
+
+from ._figure import figure_of, finish
+
+SHARES = np.arange(0.05, 1, 0.05)
+
+
+def calibration(
+    data: Data,
+    *,
+    key: str = DEFAULT_KEY,
+    layer: str | None = None,
+    ax: Any = None,
+    show: bool = False,
+    save: str | Path | None = None,
+    table_name: str | None = None,
+) -> NDArray[Any]:
+    """Coverage of central intervals against what they promise, and the PIT histogram.
+
+    Left: share of measured values inside intervals of 5 to 95 %, over all spots, mean and the middle 80 % of the genes;
+    on the diagonal is right, above it too wide, below it too narrow. Right: at which level of its predicted
+    distribution each measured value lies; level is right, a hump too wide, a bowl too narrow, a slope biased.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData that :func:`histovar.tl.predict` has written to, with measured expression. The
+        distribution is taken from draws where there are any, else from quantiles, else as normal.
+    key
+        Prefix of the slots.
+    layer
+        Layer with measured expression; that of training by default.
+    ax
+        Two axes to draw on.
+    show
+        Call ``plt.show()``.
+    save
+        File to write.
+    table_name
+        Table of a SpatialData.
+
+    Returns
+    -------
+    ndarray of Axes
+        (2,).
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction or no measured expression.
+    """
+    adata = as_table(data, table_name)
+    keys = Keys(key)
+    scored = read_scored(adata, keys, layer)
+    kind, quantiles, levels = read_distribution(adata, keys, scored.mean, scored.std)
+    shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
+    covered = np.array(
+        [metrics.coverage(*metrics.interval(quantiles, levels, share), scored.measured) for share in shares]
+    )
+    place = metrics.pit(quantiles, levels, scored.measured)
+    if ax is None:
+        _, ax = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    axes: NDArray[Any] = np.asarray(ax, dtype=object).ravel()
+    if len(axes) != 2:
+        raise ValueError(f"ax: two axes are needed, got {len(axes)}")
+    left, right = axes
+    _coverage(left, np.array(shares), covered)
+    right.hist(place.ravel(), bins=20, range=(0, 1), density=True, alpha=0.6)
+    right.axhline(1, color="0.4", linestyle="--", linewidth=1)
+    right.set(
+        xlabel="level of the measured value (PIT)", ylabel="density", title=f"{place.shape[1]} genes", xlim=(0, 1)
+    )
+    calibrated = "calibrated" if adata.uns[keys.uns].get("calibrated", False) else "not calibrated"
+    left.set_title(f"intervals from {kind}, {calibrated}")
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    finish(figure_of(left), show, save)
+    return axes
+
+
+def _coverage(ax: Axes, shares: NDArray[Any], covered: NDArray[Any]) -> None:
+    low, high = np.quantile(covered, [0.1, 0.9], axis=1)
+    ax.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
+    ax.fill_between(shares, low, high, alpha=0.25, label="middle 80 % of genes")
+    ax.plot(shares, covered.mean(1), "o-", markersize=3, label="mean over genes")
+    ax.set(xlabel="share an interval promises", ylabel="share of spots inside", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(frameon=False, loc="upper left")

@@ -1,0 +1,90 @@
+"""Which genes go together: measured, in the expected expression, in the draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from histovar import metrics
+from histovar._keys import DEFAULT_KEY, Keys
+from histovar.anndata_io.scored import read_scored
+from histovar.anndata_io.table import Data, as_table
+
+from ._figure import figure_of, finish
+
+
+def gene_correlation(
+    data: Data,
+    *,
+    key: str = DEFAULT_KEY,
+    layer: str | None = None,
+    ax: Any = None,
+    show: bool = False,
+    save: str | Path | None = None,
+    table_name: str | None = None,
+) -> NDArray[Any]:
+    """Correlation between genes over the spots: measured, of the expected expression, of the draws.
+
+    Expected expression leaves out what histology does not tell, so its genes correlate too much; draws put it back.
+    Genes are ordered by clustering the measured correlation (average linkage).
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData that :func:`histovar.tl.predict` has written to, with measured expression of at least 2
+        genes; with `n_samples` there is a third panel for the draws.
+    key
+        Prefix of the slots.
+    layer
+        Layer with measured expression; that of training by default.
+    ax
+        Axes to draw on, one a panel.
+    show
+        Call ``plt.show()``.
+    save
+        File to write.
+    table_name
+        Table of a SpatialData.
+
+    Returns
+    -------
+    ndarray of Axes
+        (2,), or (3,) with draws.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction or no measured expression.
+    ValueError
+        If there are fewer than 2 genes, or `ax` are not as many as there are panels.
+    """
+    adata = as_table(data, table_name)
+    keys = Keys(key)
+    scored = read_scored(adata, keys, layer)
+    if len(scored.genes) < 2:
+        raise ValueError(f"key: the prediction has {len(scored.genes)} gene; correlations need 2")
+    panels = {"measured": scored.measured, "expected": scored.mean}
+    if keys.samples in adata.obsm:
+        panels["draws"] = np.asarray(adata.obsm[keys.samples])
+    matrices = {name: metrics.gene_correlation(values) for name, values in panels.items()}
+    distance = squareform(1 - matrices["measured"], checks=False)
+    order = leaves_list(linkage(distance, "average"))
+    if ax is None:
+        _, ax = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.8, 3.8), layout="constrained")
+    axes: NDArray[Any] = np.asarray(ax, dtype=object).ravel()
+    if len(axes) != len(panels):
+        raise ValueError(f"ax: {len(panels)} axes are needed, got {len(axes)}")
+    for panel, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        image = panel.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        error = metrics.gene_correlation_error(panels[name], scored.measured)
+        panel.set(xticks=[], yticks=[], title=name if name == "measured" else f"{name}, error {error:.2f}")
+    axes[0].set_ylabel(f"{len(scored.genes)} genes")
+    figure_of(axes[0]).colorbar(image, ax=list(axes), label="Pearson correlation", shrink=0.8)
+    finish(figure_of(axes[0]), show, save)
+    return axes

@@ -142,11 +142,12 @@ def main() -> None:
     for name in TEXTS:
         if (arguments.results / f"{name}.csv").is_file():
             parts.append(section(name, pd.read_csv(arguments.results / f"{name}.csv"), arguments.results))
-    parts.append(
-        "## Uncertainty and maps\n\nA model trained on one mouse, applied to the other, with the intervals that "
-        "`tl.train` calibrated on the training sections.\n\n![Calibration](_static/results/mob_calibration.png)\n\n"
-        "![Measured, predicted and standard deviation of the two best genes](_static/results/mob_map.png)\n"
-    )
+    if (arguments.results / "mob_map.png").is_file():
+        parts.append(
+            "## Uncertainty and maps\n\nA model trained on one mouse, applied to the other, with the intervals that "
+            "`tl.train` calibrated on the training sections.\n\n![Calibration](_static/results/mob_calibration.png)\n\n"
+            "![Measured, predicted and standard deviation of the two best genes](_static/results/mob_map.png)\n"
+        )
     arguments.page.write_text("\n".join(parts))
 
 

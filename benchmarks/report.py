@@ -35,7 +35,9 @@ on sections inside the training data.
 TEXTS = {
     "her2st_table": (
         "## Another section of the same patient",
-        "her2st (Andersson et al. 2021), sections C2 to C5 of one patient, 732 spots; one section is left out in turn.",
+        "her2st (Andersson et al. 2021), sections C2 to C5 of one patient, 732 spots; one section is left out in turn. "
+        "MFBP and VAR_ST are written and trained here from a short description; VAR_ST in this size learns next to "
+        "nothing from so few spots, which says little of the original.",
     ),
     "mob_table": (
         "## Another individual",

@@ -24,7 +24,7 @@ DRAWS = ["RVD of draws", "correlation error of draws"]
 
 HEAD = """# How good is it?
 
-Every number on this page was measured by `benchmarks/compare.py`, and the page was written by `benchmarks/report.py`.
+Every number on this page was measured by `benchmarks/compare.py`; `benchmarks/report.py` wrote it and drew the maps.
 Methods see the same training spots, the same 200 most variable genes and the same embeddings. "PCC-200" is the mean
 over genes of the Pearson correlation over the held-out spots, "PCC-partial" the same after sequencing depth (log
 total count, linear and squared) was taken out of prediction and measurement. The *noise ceiling* is what binomial
@@ -111,7 +111,7 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
         parts.append(f"Training histovar took {seconds[OURS]:.0f} s a fold on 2 CPU cores.")
     if {"PCC-200", "PCC-partial"} <= set(numbers):
         plot(rows, figures / f"{name}.png")
-        parts.append(f"![{title[3:]}]({figures.name}/{name}.png)".replace("](", "](_static/"))
+        parts.append(f"![{title[3:]}](_static/{figures.name}/{name}.png)")
     return "\n\n".join(parts) + "\n"
 
 

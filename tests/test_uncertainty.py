@@ -9,6 +9,8 @@ from scipy.stats import norm
 import histovar as hv
 from histovar.model import Calibration
 
+from .conftest import QUICK, small_config
+
 
 def test_crps_is_the_integral_it_stands_for():
     def integral(cdf, y):
@@ -167,14 +169,24 @@ def test_shifted_and_scaled_embeddings_of_a_section_change_little(query, model):
     assert np.median(within) > 0.85
 
 
-def test_depth_is_added_where_a_section_is_unlike_training(prepared, query, loaded):
+def test_depth_is_added_where_a_section_is_unlike_training(query, loaded):
     prior = loaded.stage2.prior
     condition = loaded.stage2.condition
     with torch.no_grad():
         prior.output.bias[:, :, -1] = 2.0  # every spot predicted two standard deviations deep
     home = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
-    # The same embeddings, turned: sections whose mean is elsewhere.
+    # The same embeddings with the mean elsewhere: alike after standardisation, unlike training.
     query.obsm["X_histology"] = query.obsm["X_histology"] + 5 * query.obsm["X_histology"].std(0)
     abroad = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
     assert float(condition.familiar) >= 0.1
     assert ((abroad - home).mean() > 0).mean() > 0.9
+
+
+def test_without_a_prior_only_held_out_sections_calibrate(prepared, query):
+    config = small_config(n_members=0)
+    model = hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=config, **QUICK)
+    assert not model.stage2.calibration.fitted
+    with pytest.raises(ValueError, match="no prior.*held-out sections"):
+        hv.tl.calibrate(prepared.copy(), model)
+    hv.tl.calibrate(query, model)
+    assert model.stage2.calibration.fitted

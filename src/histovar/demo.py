@@ -27,8 +27,7 @@ def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
     Returns
     -------
     str
-        What was found, with a line that compares with ridge regression on the same split, embeddings and
-        neighbourhoods.
+        What was found, with a line that compares with ridge regression on the same split, genes and embeddings.
     """
     begin = time.monotonic()
     out = Path(out)

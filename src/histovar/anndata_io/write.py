@@ -10,14 +10,10 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from histovar import metrics
 from histovar._keys import Keys
 from histovar._version import __version__
 
 from .table import writing
-
-# Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a normal distribution.
-LEAST_DRAWS, ENDS, NORMAL_LEVELS = 20, (0.025, 0.975), 100
 
 
 def merge_uns(adata: AnnData, keys: Keys, values: Mapping[str, Any]) -> None:
@@ -87,40 +83,6 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
         f"key: neither layers nor obsm has {keys.mean!r}; predict first with histovar.tl.predict(adata, model, "
         f"key_added={keys.prefix!r})"
     )
-
-
-def read_distribution(
-    adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any]
-) -> tuple[str, NDArray[Any], NDArray[Any]]:
-    """The predicted distribution as quantiles, from the best there is: draws, quantiles, or mean and deviation.
-
-    Parameters
-    ----------
-    adata
-        The object.
-    keys
-        Slot names.
-    mean, std
-        What :func:`read_prediction` gave.
-
-    Returns
-    -------
-    kind
-        ``"draws"``, ``"quantiles"`` or ``"normal"``.
-    quantiles
-        (n_obs, n_genes, n_levels), increasing.
-    levels
-        (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
-    """
-    if keys.samples in adata.obsm and np.shape(adata.obsm[keys.samples])[2] >= LEAST_DRAWS:
-        return "draws", *metrics.sample_quantiles(np.asarray(adata.obsm[keys.samples]))
-    if keys.quantiles in adata.obsm:
-        levels = np.asarray(adata.uns[keys.uns]["quantiles"], dtype=float)
-        order = levels.argsort()
-        if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
-            return "quantiles", np.asarray(adata.obsm[keys.quantiles])[:, :, order], levels[order]
-    levels = (np.arange(NORMAL_LEVELS) + 0.5) / NORMAL_LEVELS
-    return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels
 
 
 def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor, nn
 
 from histovar.training import seeded
@@ -15,6 +16,39 @@ from histovar.training import seeded
 def tensor(values: NDArray[Any]) -> Tensor:
     """Single-precision copy."""
     return torch.as_tensor(values).float().clone()
+
+
+class TorchRegressor(RegressorMixin, BaseEstimator):
+    """Standardised features and genes in, genes in their own units out.
+
+    Parameters
+    ----------
+    random_state
+        Seed.
+    """
+
+    def __init__(self, random_state: int = 0) -> None:
+        self.random_state = random_state
+
+    def _fit_inputs(self, features: NDArray[Any]) -> Self:
+        """Learn how features, (n_spots, n_features), are standardised."""
+        self.centre_, self.scale_ = features.mean(0), features.std(0) + 1e-6
+        return self
+
+    def _inputs(self, features: NDArray[Any]) -> Tensor:
+        """What the network takes: (n_spots, n_inputs)."""
+        return tensor((features - self.centre_) / self.scale_)
+
+    def _fit_targets(self, expression: NDArray[Any]) -> Tensor:
+        """Learn how genes are standardised, and standardise them: (n_spots, n_genes)."""
+        y = tensor(expression)
+        self.mean_, self.std_ = y.mean(0), y.std(0).clamp(min=1e-6)
+        return (y - self.mean_) / self.std_
+
+    def _restored(self, genes: Tensor) -> NDArray[Any]:
+        """Standardised genes in the units of the expression."""
+        restored: NDArray[Any] = (genes * self.std_ + self.mean_).numpy()
+        return restored
 
 
 def train(

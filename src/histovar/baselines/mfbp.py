@@ -8,10 +8,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor, nn
 
-from ._torch import shuffled, tensor, train
+from ._torch import TorchRegressor, shuffled, train
 
 # Vectors that a section is pooled to.
 N_CONTEXT = 8
@@ -38,7 +37,7 @@ class _Network(nn.Module):
         return out
 
 
-class MFBP(RegressorMixin, BaseEstimator):
+class MFBP(TorchRegressor):
     """Attention-pooled context of the section, cross-attention to it from each spot, concatenated; MLP; squared error.
 
     Hidden layers of 1,024 and 512 as described; not described and chosen here: 8 context vectors, dropout 0.1, AdamW at
@@ -50,15 +49,10 @@ class MFBP(RegressorMixin, BaseEstimator):
         Seed.
     """
 
-    def __init__(self, random_state: int = 0) -> None:
-        self.random_state = random_state
-
     def fit(self, features: NDArray[Any], expression: NDArray[Any], sections: NDArray[Any]) -> Self:
         """Fit to (n_spots, n_features) and (n_spots, n_genes), with the section of each spot."""
-        self.centre_, self.scale_ = features.mean(0), features.std(0) + 1e-6
-        x, y = self._inputs(features), tensor(expression)
-        self.mean_, self.std_ = y.mean(0), y.std(0).clamp(min=1e-6)
-        y = (y - self.mean_) / self.std_
+        x = self._fit_inputs(features)._inputs(features)
+        y = self._fit_targets(expression)
         groups = [torch.from_numpy(np.flatnonzero(sections == s)) for s in np.unique(sections)]
 
         def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -79,9 +73,6 @@ class MFBP(RegressorMixin, BaseEstimator):
         )
         return self
 
-    def _inputs(self, features: NDArray[Any]) -> Tensor:
-        return tensor((features - self.centre_) / self.scale_)
-
     def predict(self, features: NDArray[Any], sections: NDArray[Any]) -> NDArray[Any]:
         """(n_spots, n_genes)."""
         x = self._inputs(features)
@@ -89,4 +80,4 @@ class MFBP(RegressorMixin, BaseEstimator):
         for section in np.unique(sections):
             rows = torch.from_numpy(np.flatnonzero(sections == section))
             predicted[rows] = self.network_(x[rows], x[rows])
-        return (predicted * self.std_ + self.mean_).numpy()
+        return self._restored(predicted)

@@ -8,14 +8,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor, nn
 
-from ._torch import shuffled, tensor, train
+from ._torch import TorchRegressor, shuffled, tensor, train
 from .neighbors import UnitPCA
 
 
-class MLP(RegressorMixin, BaseEstimator):
+class MLP(TorchRegressor):
     """Mean of four perceptrons: 128 components, two hidden layers of 256 (layer norm, GELU, dropout 0.5), 30 epochs.
 
     Input dropout 0.2, AdamW at 2e-3 with weight decay 0.1 and a one-cycle schedule, batches of 64, squared error on
@@ -27,16 +26,10 @@ class MLP(RegressorMixin, BaseEstimator):
         Seed.
     """
 
-    def __init__(self, random_state: int = 0) -> None:
-        self.random_state = random_state
-
     def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
         """Fit to (n_spots, n_features) and (n_spots, n_genes)."""
-        self.components_ = UnitPCA().fit(features)
-        x = self._inputs(features)
-        y = tensor(expression)
-        self.mean_, self.std_ = y.mean(0), y.std(0).clamp(min=1e-6)
-        y = (y - self.mean_) / self.std_
+        x = self._fit_inputs(features)._inputs(features)
+        y = self._fit_targets(expression)
 
         def make() -> nn.Module:
             def block(n_in: int) -> list[nn.Module]:
@@ -56,6 +49,10 @@ class MLP(RegressorMixin, BaseEstimator):
         ]
         return self
 
+    def _fit_inputs(self, features: NDArray[Any]) -> Self:
+        self.components_ = UnitPCA().fit(features)
+        return self
+
     def _inputs(self, features: NDArray[Any]) -> Tensor:
         """Components of unit mean square, not unit norm: what a network expects."""
         components = self.components_.transform(features)
@@ -65,4 +62,4 @@ class MLP(RegressorMixin, BaseEstimator):
         """(n_spots, n_genes)."""
         x = self._inputs(features)
         predicted: Tensor = torch.stack([network(x) for network in self.networks_]).mean(0)
-        return (predicted * self.std_ + self.mean_).numpy()
+        return self._restored(predicted)

@@ -93,11 +93,10 @@ class Baseline:
         expression
             (n_spots, n_genes).
         """
-        names = validate.sections(adata, self.library_key)
-        self.sections = [] if names is None else np.unique(names).tolist()
+        labels = self._labels(adata)
+        self.sections = [] if self.library_key is None else np.unique(labels).tolist()
         features = self.features(adata)
         estimator = METHODS[self.method].make(self.random_state)
-        labels = np.full(adata.n_obs, "all") if names is None else names
         n_sections = len(np.unique(labels))
         splits: Any = GroupKFold(min(3, n_sections)) if n_sections > 1 else KFold(3, shuffle=True, random_state=0)
         seen, left = next(splits.split(features, groups=labels))
@@ -106,6 +105,11 @@ class Baseline:
         self.std = np.sqrt((errors**2).mean(0))
         self.estimator = _fit(estimator, features, expression, labels)
         return self
+
+    def _labels(self, adata: AnnData) -> NDArray[np.str_]:
+        """Section of each spot; without `library_key` all are one."""
+        names = validate.sections(adata, self.library_key)
+        return np.full(adata.n_obs, "all") if names is None else names
 
     def features(self, adata: AnnData) -> NDArray[np.float32]:
         """What the method sees, (n_spots, n_features): embeddings and means over neighbours, side by side."""
@@ -129,7 +133,7 @@ class Baseline:
                 parts += [graphs[n] @ embedding for n in niche[min(i, 1)]]
         features = np.concatenate(parts, 1).astype(np.float32)
         if self.standardize == "section":
-            labels = np.zeros(adata.n_obs) if names is None else names
+            labels = self._labels(adata)
             for label in np.unique(labels):
                 rows = labels == label
                 features[rows] = (features[rows] - features[rows].mean(0)) / (features[rows].std(0) + 1e-6)
@@ -158,9 +162,7 @@ class Baseline:
         """
         adata = as_table(data, table_name)
         validate.check_object(adata)
-        names = validate.sections(adata, self.library_key)
-        labels = np.full(adata.n_obs, "all") if names is None else names
-        mean = _predict(self.estimator, self.features(adata), labels).astype(np.float32).clip(min=0)
+        mean = _predict(self.estimator, self.features(adata), self._labels(adata)).astype(np.float32).clip(min=0)
         if copy:
             adata = copied(adata)
         keys = Keys(key_added or self.method)

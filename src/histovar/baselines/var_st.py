@@ -8,12 +8,11 @@ from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
-from ._torch import shuffled, tensor, train
+from ._torch import TorchRegressor, shuffled, train
 
 CODES, DIM, WIDTH, LAYERS = 512, 32, 64, 2
 
@@ -101,7 +100,7 @@ class _NextScale(nn.Module):
         return out
 
 
-class VARST(RegressorMixin, BaseEstimator):
+class VARST(TorchRegressor):
     """Genes in panel order as a square one-channel image; VQ-VAE over scales 1 to 14; next-scale transformer.
 
     The image is padded where the number of genes is no square (the original takes 196 genes). Not described and
@@ -114,16 +113,12 @@ class VARST(RegressorMixin, BaseEstimator):
         Seed.
     """
 
-    def __init__(self, random_state: int = 0) -> None:
-        self.random_state = random_state
-
     def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
         """Fit to (n_spots, n_features) and (n_spots, n_genes)."""
-        self.centre_, self.scale_ = features.mean(0), features.std(0) + 1e-6
-        x, y = self._inputs(features), tensor(expression)
-        self.mean_, self.std_ = y.mean(0), y.std(0).clamp(min=1e-6)
+        x = self._fit_inputs(features)._inputs(features)
+        y = self._fit_targets(expression)
         side = math.ceil(math.sqrt(y.shape[1]))
-        images = F.pad((y - self.mean_) / self.std_, (0, side * side - y.shape[1])).view(-1, 1, side, side)
+        images = F.pad(y, (0, side * side - y.shape[1])).view(-1, 1, side, side)
 
         def image_batches() -> Iterator[Tensor]:
             return (images[rows] for rows in shuffled(len(images)))
@@ -154,9 +149,6 @@ class VARST(RegressorMixin, BaseEstimator):
         )
         return self
 
-    def _inputs(self, features: NDArray[Any]) -> Tensor:
-        return tensor((features - self.centre_) / self.scale_)
-
     def _codes(self) -> Tensor:
         codes: Tensor = self.vqvae_.quantizer.codebook
         return codes
@@ -173,7 +165,7 @@ class VARST(RegressorMixin, BaseEstimator):
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:
         """(n_spots, n_genes)."""
-        return torch.cat([self._predict(part) for part in self._inputs(features).split(256)]).numpy()
+        return self._restored(torch.cat([self._predict(part) for part in self._inputs(features).split(256)]))
 
     def _predict(self, x: Tensor) -> Tensor:
         codes = self._codes()
@@ -185,4 +177,4 @@ class VARST(RegressorMixin, BaseEstimator):
             vectors.append(logits.softmax(-1) @ codes)
         total = sum(self.vqvae_.up(v, s) for v, s in zip(vectors, self.vqvae_.sides, strict=True))
         genes: Tensor = self.vqvae_.decoder(total).flatten(1)[:, : len(self.mean_)]
-        return genes * self.std_ + self.mean_
+        return genes

@@ -21,7 +21,7 @@ def crps_samples(samples: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.fl
     r"""Continuous ranked probability score of draws, in the units of expression; smaller is better.
 
     ``E|X - y| - E|X - X'| / 2`` over the draws (Gneiting & Raftery 2007, equation 21), which is the score of their
-    empirical distribution, in closed form from the sorted draws.
+    empirical distribution: :func:`crps_quantiles` of the sorted draws, exactly.
 
     Parameters
     ----------
@@ -35,12 +35,7 @@ def crps_samples(samples: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.fl
     ndarray
         (n_spots, n_genes).
     """
-    ordered = np.sort(np.asarray(samples), axis=2)
-    n = ordered.shape[2]
-    error = np.abs(ordered - np.asarray(measured)[..., None]).mean(2, dtype=np.float64)
-    weights = (2 * np.arange(n) - n + 1) / n**2
-    spread: NDArray[np.float64] = ordered @ weights
-    return error - spread
+    return crps_quantiles(*sample_quantiles(samples), measured)
 
 
 def crps_quantiles(

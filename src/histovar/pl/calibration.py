@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from histovar import metrics
 from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io.scored import read_scored
+from histovar.anndata_io.scored import read_distribution, read_scored
 from histovar.anndata_io.table import Data, as_table
-from histovar.anndata_io.write import read_distribution
 
 from ._figure import figure_of, finish
 

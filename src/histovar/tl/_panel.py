@@ -13,6 +13,7 @@ from histovar.pp.gene_panel import gene_panel
 
 logger = logging.getLogger(__name__)
 
+# What is done for a user who has not chosen genes.
 DEFAULT_PANEL = 200
 MIN_FRACTION = 0.1
 

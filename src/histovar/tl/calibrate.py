@@ -70,8 +70,8 @@ def calibrate(
     KeyError
         If embeddings, coordinates, sections, the layer or genes of the panel are missing.
     ValueError
-        If the model has no stage 2 or its prior has no members to leave out, there are fewer than 20 spots, or part of
-        the training sections is missing where training sections are given.
+        If the model has no stage 2, there are fewer than 20 spots, or training sections are given and the model has no
+        prior, or part of them is missing.
     """
     adata = as_table(data, table_name)
     validate.check_object(adata, needs_genes=True)
@@ -97,9 +97,9 @@ def calibrate(
     measured = torch.from_numpy(read.expression(adata, registry["layer"], columns))
     chosen = np.sort(np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS])
     parts: list[tuple[torch.Tensor, ...]] = []
+    home = model.device
+    inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), section_numbers(names, adata.n_obs).to(home))
     with on_device(model, device) as where:
-        numbers = section_numbers(names, adata.n_obs).to(where)
-        inputs = stage2.condition.align(inputs.map(lambda t: t.to(where)), numbers)
         groups = np.unique(unseen[chosen], axis=0)
         batches = [
             (members, rows)
@@ -107,7 +107,7 @@ def calibrate(
             for rows in torch.from_numpy(chosen[(unseen[chosen] == members).all(1)]).split(batch_size)
         ]
         for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
-            batch = inputs.map(lambda t: t[rows])  # noqa: B023
+            batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             some = None if stage2.prior is None else model.prior_members(batch)[torch.from_numpy(members)]
             made = model.predict(batch, members=some)
             parts.append((measured[rows], made.expression.cpu(), made.std.cpu()))
@@ -135,8 +135,13 @@ def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_
     labels = np.full(adata.n_obs, "") if names is None else names
     trained_on = np.isin(labels, known) if known else np.full(adata.n_obs, registry["n_spots_stage2"] == adata.n_obs)
     unseen = np.ones((adata.n_obs, n_members), bool)
-    if not trained_on.any() or n_members == 0:
+    if not trained_on.any():
         return unseen
+    if n_members == 0:
+        raise ValueError(
+            "model: it has no prior (n_members=0), so no member that has not seen the sections it was trained on; "
+            "calibrate on held-out sections"
+        )
     if int(trained_on.sum()) != registry["n_spots_stage2"]:
         raise ValueError(
             f"adata: {int(trained_on.sum())} spots are of sections the model was trained on, which had "

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from histovar import metrics
 from histovar._keys import DEFAULT_KEY, Keys
 from histovar.anndata_io import read, validate
-from histovar.anndata_io.scored import read_scored
+from histovar.anndata_io.scored import read_distribution, read_scored
 from histovar.anndata_io.table import Data, as_table, writing
-from histovar.anndata_io.write import merge_uns, read_distribution
+from histovar.anndata_io.write import merge_uns
 
 logger = logging.getLogger(__name__)
 

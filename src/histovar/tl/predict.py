@@ -127,12 +127,13 @@ def predict(
     calibration = model.var_stage.calibration
     levels = torch.tensor(quantiles, dtype=torch.float32)
     parts: list[tuple[torch.Tensor, ...]] = []
+    home = model.device
+    inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
     with on_device(model, device) as where:
-        inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(where)), numbers.to(where))
         generator = torch.Generator(where).manual_seed(random_state)
         batches = torch.arange(adata.n_obs).split(batch_size)
         for rows in track(batches, "predicting", disable=not show_progress_bar):
-            batch = inputs.map(lambda t: t[rows])  # noqa: B023
+            batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             made = model.predict(batch, rule, generator=generator)
             mean, std = made.expression, made.std
             draws = cube = mean.new_empty(*mean.shape, 0)
@@ -140,7 +141,7 @@ def predict(
                 drawn = model.predict(batch, chance, n_samples=n_samples, generator=generator).expression
                 draws = drawn.view(len(rows), n_samples, -1).transpose(1, 2)
             if decoding != "expected":
-                std = draws.std(2, correction=0) if n_samples else std
+                std = draws.clamp(min=0).std(2, correction=0) if n_samples else std
             elif calibrated:
                 draws = calibration.draws(draws, mean, std) if n_samples else draws
                 cube = calibration.quantiles(mean, std, levels)

@@ -20,8 +20,6 @@ from ._panel import ensure_panel
 
 logger = logging.getLogger(__name__)
 
-# What is done for a user who has not chosen genes.
-
 
 def train_stage1(
     data: Data,

@@ -92,6 +92,7 @@ class ConditionProcessor(nn.Module):
             self.register_buffer(f"spread_{i}", torch.ones(dim))
             self.register_buffer(f"projection_{i}", torch.zeros(dim, config.n_pcs))
         self.register_buffer("familiar", torch.tensor(FAMILIAR))
+        self.register_buffer("own_statistics", torch.tensor(config.standardize != "training"))
         self.inputs = nn.ModuleList(nn.Linear(width, config.width) for width in self.feature_widths)
         self.norm = nn.LayerNorm(config.width)
 
@@ -102,9 +103,10 @@ class ConditionProcessor(nn.Module):
         return widths + [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
 
     familiar: Tensor
+    own_statistics: Tensor
 
     @torch.no_grad()
-    def fit(self, histology: Histology, sections: Tensor) -> None:
+    def fit(self, histology: Histology, sections: Tensor, own_statistics: bool = True) -> None:
         """Take means, standard deviations within sections and principal components from the training spots.
 
         Features of every source are standardised within their section, projected onto their leading principal
@@ -116,9 +118,12 @@ class ConditionProcessor(nn.Module):
             Inputs of the training spots.
         sections
             (n_spots,) number of each spot's section.
+        own_statistics
+            Standardise sections by their own mean and standard deviation, not by those of training.
         """
         if self.config.condition == "mlp":
             return
+        self.own_statistics.fill_(own_statistics)
         labels = sections.unique()
         for i, source in enumerate(histology.sources):
             within = torch.stack([source[sections == s].var(0, correction=0) for s in labels])
@@ -143,8 +148,9 @@ class ConditionProcessor(nn.Module):
     def align(self, histology: Histology, sections: Tensor) -> Histology:
         """Standardise every source, and set the novelty of every section.
 
-        With ``standardize="section"`` a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)``
-        of means and of variances, so that a section of few spots falls back on what training had.
+        With own statistics a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)`` of means and
+        of variances, so that a section of few spots falls back on what training had. Without, a section is so only as
+        far as it is novel (unless ``standardize="training"`` rules that out).
 
         Parameters
         ----------
@@ -165,9 +171,14 @@ class ConditionProcessor(nn.Module):
         for section in sections.unique():
             rows = torch.nonzero(sections == section)[:, 0]
             few = SHRINKAGE / (len(rows) + SHRINKAGE)
-            weight = few if self.config.standardize == "section" else 1.0
             shift = self._shift(histology.sources[0][rows]) * (1 - few)
-            novelty[rows] = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
+            novel = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
+            novelty[rows] = novel
+            if self.config.standardize == "training":
+                own_share = torch.zeros_like(novel)
+            else:
+                own_share = torch.where(self.own_statistics, torch.ones_like(novel), novel)
+            weight = 1 - own_share * (1 - few)
             for i, source in enumerate(histology.sources):
                 centre, spread = getattr(self, f"centre_{i}"), getattr(self, f"spread_{i}")
                 own = source[rows]
@@ -183,6 +194,11 @@ class ConditionProcessor(nn.Module):
         if self.config.n_covariates:
             parts.append(histology.covariates)
         return parts
+
+    @property
+    def uses_own_statistics(self) -> bool:
+        """Whether sections are standardised by their own mean and standard deviation."""
+        return self.config.condition == "pca" and bool(self.own_statistics)
 
     @property
     def n_features(self) -> int:

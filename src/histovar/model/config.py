@@ -55,7 +55,9 @@ class ModelConfig:
         training spots. ``"mlp"``: the reference's two-layer network.
     standardize
         Of ``condition="pca"``: ``"section"`` standardises by the section's own mean and standard deviation, which takes
-        stain and scanner out; ``"training"`` by those of training.
+        stain and scanner out; ``"training"`` by those of training, which keeps what sets a section's tissue apart;
+        ``"auto"`` takes what predicts training sections better from each other, and the section's own where a section
+        is unlike those of training.
     n_pcs
         Principal components kept of each source.
     width, n_layers, n_heads, feedforward, dropout
@@ -100,7 +102,7 @@ class ModelConfig:
     coordinates: bool = False
     n_covariates: int = 0
     condition: Literal["pca", "mlp"] = "pca"
-    standardize: Literal["section", "training"] = "section"
+    standardize: Literal["auto", "section", "training"] = "auto"
     n_pcs: int = 64
     width: int = 96
     n_layers: int = 2
@@ -141,7 +143,7 @@ class ModelConfig:
         for name, allowed in (
             ("codebook_update", ("ema", "gradient")),
             ("condition", ("pca", "mlp")),
-            ("standardize", ("section", "training")),
+            ("standardize", ("auto", "section", "training")),
             ("order", ("scale", "token")),
             ("style", ("modern", "reference")),
         ):

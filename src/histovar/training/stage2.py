@@ -16,6 +16,7 @@ from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 
 from .data import SpotDataset, cross_fit_folds, held_out_spots, section_numbers
+from .standardization import fit_condition
 from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,8 @@ class Stage2Trainer:
         seen, watched = held_out_spots(sections, len(expression), options.random_state)
         with seeded(options.random_state):
             numbers = section_numbers(sections, len(expression))
-            stage2.condition.fit(histology, numbers)
+            targets = model.stage1.scales.standardize(expression)
+            fit_condition(stage2.condition, histology, numbers, targets, options.random_state)
             histology = stage2.condition.align(histology, numbers)._replace(novelty=torch.zeros(len(expression)))
             prior = self._fit_prior(histology, expression, tokens, coordinates, sections, total_counts)
             model.set_training_stage(2)
@@ -249,11 +251,12 @@ class Stage2Trainer:
         stage2.head.gate.copy_(torch.tensor(run.gate))
         model.history["stage2"] = history
         logger.info(
-            "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f), gate %s",
+            "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f), gate %s, %s statistics",
             len(history),
             run.pcc,
             run.prior_pcc,
             [round(g, 2) for g in run.gate],
+            "each section's own" if stage2.condition.uses_own_statistics else "training's",
         )
 
     def _fit_prior(

@@ -2,6 +2,8 @@
 
 import anndata as ad
 import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
 
 import histovar as hv
 
@@ -21,24 +23,69 @@ def test_reader_agrees_with_the_paired_object(data_dir):
         assert abs(ours - theirs) < 10
 
 
-def test_default_settings_reach_their_score_on_an_unseen_section(data_dir):
+REPS = ["X_squeezenet", "X_squeezenet_wide"]
+SHORT = {"enable_progress_bar": False, "stage1": {"max_epochs": 1}, "stage2": {"max_epochs": 2}}
+
+
+@pytest.fixture(scope="module")
+def sections(data_dir):
+    """Three sections with their panel, and a fourth."""
     adata = ad.read_h5ad(data_dir / "her2st" / "paired.h5ad")
     training, query = (adata[adata.obs["section"].isin(s)].copy() for s in (["C2", "C3", "C4"], ["C5"]))
     hv.pp.gene_panel(training, n_genes=200)
-    model = hv.tl.train(
-        training,
-        use_rep=["X_squeezenet", "X_squeezenet_wide"],
-        library_key="section",
-        enable_progress_bar=False,
-        stage1={"max_epochs": 1},
-        stage2={"max_epochs": 2},
-    )
-    assert (model.stage1.code_counts.sum(0) > 0).float().mean() >= 0.5
-    hv.tl.predict(query, model)
+    return training, query
+
+
+@pytest.fixture(scope="module")
+def trained(sections):
+    return hv.tl.train(sections[0].copy(), use_rep=REPS, library_key="section", **SHORT)
+
+
+def pcc(predictor, query):
+    """Mean correlation of a model's or a baseline's prediction with log-normalised counts."""
+    query = query.copy()
+    if isinstance(predictor, hv.TwoStageVARST):
+        hv.tl.predict(query, predictor, key_added="made")
+    else:
+        predictor.predict(query, key_added="made")
+    made = hv.get.prediction(query, key="made")
+    total = np.asarray(query.X.sum(1)).clip(1)
+    measured = np.log1p(query[:, made.var_names].X.toarray() / total * 1e4)
+    return hv.metrics.mean_pearson(np.asarray(made.X), measured)
+
+
+def test_default_settings_reach_their_score_on_an_unseen_section(sections, trained):
+    query = sections[1].copy()
+    assert (trained.stage1.code_counts.sum(0) > 0).float().mean() >= 0.5
+    hv.tl.predict(query, trained)
     hv.tl.evaluate(query)
     summary = query.uns["histovar"]["evaluation"].loc["C5"]
     assert summary["PCC-200"] >= 0.36 and summary["MSE"] < 0.48
-    measured = query[:, model.registry["genes"]].layers["lognorm"].toarray()
+    measured = query[:, trained.registry["genes"]].layers["lognorm"].toarray()
     made = hv.get.prediction(query)
     inside = np.abs(measured - made.X) < 1.645 * made.layers["std"]
     assert 0.82 < inside.mean() < 0.96
+
+
+def test_a_shallow_shifted_section_is_predicted_no_worse_than_by_ridge_of_either_units(sections, trained):
+    training, query = (adata.copy() for adata in sections)
+    rng = np.random.default_rng(0)
+    counts = query.X.toarray().astype(int)
+    thinned = rng.binomial(counts, 650 / np.median(counts.sum(1)))
+    query.X = csr_matrix(thinned.astype(np.float32))
+    for key in REPS:
+        values = query.obsm[key]
+        query.obsm[key] = (values + rng.normal(size=values.shape[1]) * values.std(0)).astype(np.float32)
+    training.layers["log_counts"] = training.X.log1p()
+    ours = pcc(trained, query)
+    for layer in (None, "log_counts"):
+        ridge = hv.tl.baseline(training, "ridge", layer=layer, use_rep=REPS, library_key="section")
+        assert ours >= pcc(ridge, query)
+
+
+def test_a_hundred_spots_are_used_no_worse_than_by_ridge(sections):
+    training, query = sections
+    chosen = np.random.default_rng(0).permutation(training.n_obs)[:100]
+    few = training[np.sort(chosen)].copy()
+    model = hv.tl.train(few, use_rep=REPS, library_key="section", **SHORT)
+    assert pcc(model, query) >= pcc(hv.tl.baseline(few, "ridge", use_rep=REPS, library_key="section"), query)

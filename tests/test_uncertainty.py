@@ -174,6 +174,7 @@ def test_depth_is_added_where_a_section_is_unlike_training(query, loaded):
     condition = loaded.stage2.condition
     with torch.no_grad():
         prior.output.bias[:, :, -1] = 2.0  # every spot predicted two standard deviations deep
+    condition.own_statistics.fill_(True)
     home = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
     # The same embeddings with the mean elsewhere: alike after standardisation, unlike training.
     query.obsm["X_histology"] = query.obsm["X_histology"] + 5 * query.obsm["X_histology"].std(0)
@@ -190,3 +191,30 @@ def test_without_a_prior_only_held_out_sections_calibrate(prepared, query):
         hv.tl.calibrate(prepared.copy(), model)
     hv.tl.calibrate(query, model)
     assert model.stage2.calibration.fitted
+
+
+def stained(adata, seed):
+    """Embeddings of every section shifted and scaled by random amounts of its own."""
+    rng = np.random.default_rng(seed)
+    values = adata.obsm["X_histology"].copy()
+    for section in adata.obs["section"].unique():
+        rows = (adata.obs["section"] == section).to_numpy()
+        shift = 4 * rng.normal(size=values.shape[1]) * values.std(0)
+        values[rows] = values[rows] * rng.uniform(0.6, 1.6, values.shape[1]) + shift
+    adata = adata.copy()
+    adata.obsm["X_histology"] = values.astype(np.float32)
+    return adata
+
+
+def test_what_sets_sections_apart_is_used_where_it_is_tissue_and_not_where_it_is_stain(prepared, query, model):
+    def score(trained, adata):
+        made = hv.tl.predict(adata, trained, copy=True)
+        return hv.tl.evaluate(made)["pearson"].mean()
+
+    assert not model.stage2.condition.uses_own_statistics
+    options = {"use_rep": "X_histology", "library_key": "section", "config": small_config(), **QUICK}
+    other = hv.tl.train(stained(prepared, 0), **options)
+    assert other.stage2.condition.uses_own_statistics
+    assert score(other, stained(query, 1)) > 0.8 * score(model, query)
+    # Stain that training did not have is taken out of a new section all the same.
+    assert score(model, stained(query, 1)) > 0.6 * score(model, query)

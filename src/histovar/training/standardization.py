@@ -57,7 +57,5 @@ def fit_condition(
 def _score(features: NDArray[np.float32], targets: NDArray[np.float32], sections: NDArray[np.int64]) -> float:
     """Negative mean squared error on held-out sections, at the best penalty."""
     folds = GroupKFold(min(5, len(np.unique(sections))))
-    search = GridSearchCV(
-        Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=folds, refit=False
-    )
+    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=folds, refit=False)
     return float(search.fit(features, targets, groups=sections).best_score_)

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
-from compare import OURS, plot
+from compare import OURS, TRAINING, plot
 
 import histovar as hv
 
 MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "MSE", "RVD", "correlation error", "CRPS", "coverage 90"]
+BOUNDS = ["noise ceiling", "depth oracle", TRAINING]
 DRAWS = ["RVD of draws", "correlation error of draws"]
 
 HEAD = """# How good is it?
@@ -89,7 +90,7 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
                 f"{score} of every held-out group:",
                 markdown(by_group.loc[[m for m in means.index if m in by_group.index]]),
             ]
-            rivals = by_group.drop(index=[OURS, "noise ceiling", "depth oracle"], errors="ignore")
+            rivals = by_group.drop(index=[OURS, *BOUNDS], errors="ignore")
             behind = [g for g in by_group if by_group.loc[OURS, g] < rivals[g].max()]
             if behind:
                 best = ", ".join(f"{g} ({rivals[g].idxmax()} {rivals[g].max():.3f})" for g in behind)
@@ -99,13 +100,19 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     ours = rows[rows["method"] == OURS]
     if set(DRAWS) <= set(numbers) and ours[DRAWS].notna().any().all():
         draws = ours[DRAWS].mean()
-        rivals = rows[~rows["method"].isin([OURS, "noise ceiling", "depth oracle"])]
+        rivals = rows[~rows["method"].isin([OURS, *BOUNDS])]
         least = rivals.groupby("method")["correlation error"].mean()
         parts.append(
             f"Joint draws of histovar have a gene-gene correlation error of {draws.iloc[1]:.3f} and an RVD of "
             f"{draws.iloc[0]:.3f}. The smallest correlation error of another method's prediction is "
             f"{least.min():.3f} ({least.idxmin()})."
         )
+        floor = rows.loc[rows["method"] == TRAINING, "correlation error"].mean()
+        if pd.notna(floor):
+            parts.append(
+                f"That measured in the training sections is itself {floor:.3f} away from that measured in the held-out "
+                "ones: noise and biology, below which no model that learns from those sections can be expected to get."
+            )
     seconds = rows.groupby("method")["training, s"].mean() if "training, s" in rows else None
     if seconds is not None and OURS in seconds and "spots" not in rows:
         parts.append(f"Training histovar took {seconds[OURS]:.0f} s a fold on 2 CPU cores.")

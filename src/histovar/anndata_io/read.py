@@ -146,7 +146,7 @@ def neighbor_graphs(
     names
         (n_obs,) sections, or None.
     n_neighbors
-        Neighbourhood sizes, one graph each; in a section of fewer than twice as many spots it is half the section.
+        Neighbourhood sizes, one graph each; a size above a quarter of a section's spots is that quarter there.
     """
     labels = np.zeros(len(place)) if names is None else names
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -158,15 +158,15 @@ def neighbor_graphs(
 
 
 def _nearest(place: NDArray[np.floating], n_neighbors: int) -> sparse.csr_matrix:
-    """Graph of one section; a neighbourhood is at most half of it.
+    """Graph of one section; a neighbourhood is at most a quarter of it.
 
     The mean over all other spots would say of a spot the contrary of what its neighbours say: it is low where the spot
-    itself is high.
+    itself is high. And where a section was sampled sparsely, more spots would reach too far.
     """
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
     with _quiet_squidpy():
-        sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, max(len(place) // 2, 1)))
+        sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, max(len(place) // 4, 1)))
     graph = light.obsp["spatial_connectivities"].astype(np.float32)
     return sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph
 

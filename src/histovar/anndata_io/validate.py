@@ -153,7 +153,7 @@ def sections(adata: AnnData, library_key: str | None) -> NDArray[np.str_] | None
 
 
 def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Sequence[int]) -> None:
-    """Refuse sections too small for their smallest neighbourhood; larger ones are cut to half of the section.
+    """Refuse sections too small for their smallest neighbourhood; larger ones are cut to a quarter of the section.
 
     Raises
     ------
@@ -170,10 +170,10 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
                 f"n_neighbors: section {str(label)!r} has {count} spots, too few for {least} neighbours of each; "
                 "drop the section, or train with smaller n_neighbors"
             )
-        if count // 2 < most:
+        if count // 4 < most:
             logger.warning(
                 "section %r has %d spots: its neighbourhoods of %d are cut to %d",
-                *(str(label), count, most, count // 2),
+                *(str(label), count, most, max(count // 4, 1)),
             )
 
 

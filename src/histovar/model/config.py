@@ -45,7 +45,7 @@ class ModelConfig:
         Width of each histology embedding (one for each key of ``use_rep``). Empty: there is no stage 2 yet.
     n_neighbors
         Sizes of the nested neighbourhoods whose mean embeddings join the condition (the niche). A section needs more
-        spots than the smallest; a larger one is at most half of its section.
+        spots than the smallest; one is at most a quarter of its section.
     coordinates
         Whether a spot's coordinates, scaled to its section, join the condition.
     n_covariates

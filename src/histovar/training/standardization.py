@@ -23,8 +23,9 @@ def fit_condition(
 
     Standardising a section by its own mean and standard deviation takes stain and scanner out, and with them what sets
     the section's tissue apart. Which matters more differs between data sets. Ridge regression with a tuned penalty on
-    the condition's features, each training section (at most five groups of them) predicted from the others, decides.
-    With a single section there is nothing to decide by, and sections are standardised by their own statistics.
+    the condition's features, each training section (or one of five groups of them) predicted from the others, decides:
+    sections are standardised by their own statistics, unless those of training predict every one of them better. With a
+    single section there is nothing to decide by.
 
     Parameters
     ----------
@@ -49,13 +50,17 @@ def fit_condition(
     for own in (False, True):
         condition.fit(histology, sections, own_statistics=own)
         features = condition.features(condition.align(histology, sections))
-        scores.append(_score(*(t[rows].numpy() for t in (features, targets, sections))))
-    if scores[0] > scores[1]:
+        scores.append(_scores(*(t[rows].numpy() for t in (features, targets, sections))))
+    if (scores[0] > scores[1]).all():
         condition.fit(histology, sections, own_statistics=False)
 
 
-def _score(features: NDArray[np.float32], targets: NDArray[np.float32], sections: NDArray[np.int64]) -> float:
-    """Negative mean squared error on held-out sections, at the best penalty."""
+def _scores(
+    features: NDArray[np.float32], targets: NDArray[np.float32], sections: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Negative mean squared error on each held-out section, at the penalty that is best on average."""
     folds = GroupKFold(min(5, len(np.unique(sections))))
     search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=folds, refit=False)
-    return float(search.fit(features, targets, groups=sections).best_score_)
+    search.fit(features, targets, groups=sections)
+    results = search.cv_results_
+    return np.array([results[f"split{i}_test_score"][search.best_index_] for i in range(folds.get_n_splits())])

@@ -326,7 +326,10 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
             for method, part in rows.groupby("method", sort=False):
                 means = part.groupby("spots")[score].mean()
                 axis.plot(means.index, means, "o-", label=method)
+            sizes = sorted(rows["spots"].unique())
             axis.set(xscale="log", xlabel="training spots", ylabel=score)
+            axis.set_xticks(sizes, labels=[str(n) for n in sizes], rotation=45)
+            axis.minorticks_off()
             axis.legend()
         else:
             part = rows.groupby(["method", "held out"], sort=False)[score].mean().unstack()

@@ -52,7 +52,8 @@ TEXTS = {
     ),
     "her2st_curve": (
         "## Few training spots",
-        "her2st, section C2 held out, over the number of training spots.",
+        "her2st, section C2 held out, over the number of training spots, which are drawn at random from the other "
+        "sections; neighbours are looked for among the spots drawn.",
     ),
     "her2st_ablations": ("## What each part does", "histovar with one thing changed, her2st."),
 }

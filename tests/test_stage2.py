@@ -16,10 +16,11 @@ def histology_of(config, n=6, seed=0):
     return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator), torch.zeros(n))
 
 
-@pytest.fixture(params=["scale", "token"])
+@pytest.fixture(params=[("scale", 64), ("scale", 1), ("token", 1)], ids=["scale", "wide", "token"])
 def ordered(request, loaded):
-    """The trained model in either order, its head no longer at its start."""
-    config = loaded.config.replace(order=request.param)
+    """The trained model in either order, or with scales that do not attend to themselves; its head not at its start."""
+    order, limit = request.param
+    config = loaded.config.replace(order=order, attention_limit=limit)
     state = loaded.stage2.state_dict()
     loaded.add_stage2(config)
     loaded.stage2.load_state_dict(state)

@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from histovar import TwoStageVARST
+
 
 app = typer.Typer(
     name="histovar",
@@ -130,7 +132,10 @@ def train(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[Path], typer.Argument(help="Sections with histology embeddings, as .h5ad files.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="Sections with histology embeddings, as .h5ad files or .zarr stores."),
+    ],
     model: Annotated[Path, typer.Option("--model", "-m", help="Model directory.")] = Path("histovar_model"),
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .h5ad or .zarr.")] = Path("predicted.h5ad"),
     use_rep: UseRep = None,
@@ -139,25 +144,35 @@ def predict(
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Spots at once.")] = 64,
     gpus: Gpus = None,
     seed: Annotated[int, typer.Option(help="Random seed of the draws.")] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a dask.distributed scheduler for .zarr stores; threads by default.")
+    ] = None,
 ) -> None:
-    """Predict expression from histology; no measured genes are needed."""
+    """Predict expression from histology; no measured genes are needed.
+
+    A .zarr store is streamed to a .zarr store, chunk by chunk, with the panel's genes and without the embeddings. What
+    was interrupted is continued when the same command is given again.
+    """
     from histovar import TwoStageVARST, tl
 
     accelerator, _ = _hardware(gpus)
     trained = TwoStageVARST.load(model)
-    adata = _read(inputs)
-    tl.predict(
-        adata,
-        trained,
-        use_rep=use_rep or None,
-        library_key=library_key,
-        n_samples=n_samples,
-        batch_size=batch_size,
-        device=accelerator,
-        random_state=seed,
-        show_progress_bar=True,
-    )
-    _write(adata, out)
+    options: dict[str, Any] = {
+        "use_rep": use_rep or None,
+        "library_key": library_key,
+        "n_samples": n_samples,
+        "batch_size": batch_size,
+        "device": accelerator,
+        "random_state": seed,
+    }
+    if len(inputs) == 1 and inputs[0].suffix == out.suffix == ".zarr":
+        _stream(inputs[0], trained, model, out, options, scheduler)
+    elif scheduler:
+        raise ValueError("--scheduler is for one .zarr store and --out .zarr")
+    else:
+        adata = _read(inputs)
+        tl.predict(adata, trained, **options, show_progress_bar=True)
+        _write(adata, out)
     typer.echo(f"prediction written to {out}")
 
 
@@ -252,6 +267,36 @@ def _read(files: list[Path]) -> AnnData:
     if len(parts) == 1:
         return parts[0]
     return ad.concat(parts, join="inner", uns_merge="unique", merge="same")
+
+
+def _stream(
+    store: Path, trained: TwoStageVARST, model: Path, out: Path, options: dict[str, Any], scheduler: str | None
+) -> None:
+    """From store to store, in the order and by the workers of dask's scheduler."""
+    from contextlib import ExitStack
+    from hashlib import sha256
+
+    from dask.diagnostics.progress import ProgressBar
+
+    from histovar import tl
+    from histovar.anndata_io import stream
+
+    if store.resolve() == out.resolve():
+        raise ValueError(f"--out: {str(out)!r} is the input itself; write to another store")
+    adata = stream.read_zarr(store, trained.registry["genes"])
+    weights = b"".join(file.read_bytes() for file in sorted(model.iterdir()))
+    with ExitStack() as stack:
+        if scheduler is None:
+            stack.enter_context(ProgressBar())
+        else:
+            from distributed import Client
+
+            stack.enter_context(Client(scheduler))
+        tl.predict(adata, trained, **options)
+        for key in options["use_rep"] or trained.registry["use_rep"]:
+            del adata.obsm[key]
+        identity = {"input": str(store.resolve()), "model": sha256(weights).hexdigest(), **options}
+        stream.write_zarr(adata, out, identity)
 
 
 def _write(adata: AnnData, out: Path) -> None:

@@ -151,10 +151,9 @@ def neighbor_graphs(
     labels = np.zeros(len(place)) if names is None else names
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     order = np.concatenate(members).argsort()
-    return [
-        sparse.block_diag([_nearest(place[rows], n) for rows in members], format="csr")[order][:, order]
-        for n in n_neighbors
-    ]
+    in_order = np.array_equal(order, np.arange(len(order)))
+    graphs = [sparse.block_diag([_nearest(place[rows], n) for rows in members], format="csr") for n in n_neighbors]
+    return graphs if in_order else [graph[order][:, order] for graph in graphs]
 
 
 def _nearest(place: NDArray[np.floating], n_neighbors: int) -> sparse.csr_matrix:
@@ -244,6 +243,20 @@ def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
     return np.concatenate(parts, 1)
 
 
+def check_number_of_embeddings(use_rep: Sequence[str], config: ModelConfig) -> None:
+    """Refuse more or fewer embeddings than the model was trained on.
+
+    Raises
+    ------
+    ValueError
+        If so.
+    """
+    if len(use_rep) != len(config.embedding_dims):
+        raise ValueError(
+            f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings"
+        )
+
+
 def histology(
     adata: AnnData,
     config: ModelConfig,
@@ -274,10 +287,7 @@ def histology(
     KeyError, ValueError
         If any of it is missing or not as the model needs it.
     """
-    if len(use_rep) != len(config.embedding_dims):
-        raise ValueError(
-            f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings"
-        )
+    check_number_of_embeddings(use_rep, config)
     embeddings = [validate.embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
     names = validate.sections(adata, library_key)
     extra = covariates(adata, encoders)

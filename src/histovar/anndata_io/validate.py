@@ -86,17 +86,28 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.
     if hasattr(values, "compute"):
         values = values.compute()
     array = np.asarray(values)
-    if array.ndim != 2 or len(array) != adata.n_obs:
-        raise ValueError(f"use_rep: obsm[{key!r}] has shape {array.shape}, expected ({adata.n_obs}, width)")
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"use_rep: obsm[{key!r}] has data type {array.dtype}, expected numbers")
-    if width is not None and array.shape[1] != width:
-        raise ValueError(
-            f"use_rep: obsm[{key!r}] has width {array.shape[1]}, the model was trained on width {width}; "
-            "use the embedding of the same encoder"
-        )
+    check_embedding(key, array.shape, array.dtype, adata.n_obs, width)
     check_finite(array, f"use_rep: obsm[{key!r}]", "drop those spots or embed them again")
     return array.astype(np.float32, copy=False)
+
+
+def check_embedding(key: str, shape: tuple[int, ...], dtype: np.dtype, n_obs: int, width: int | None) -> None:
+    """Refuse shapes and data types that no embedding has, and another width than that of training.
+
+    Raises
+    ------
+    ValueError
+        If so.
+    """
+    if len(shape) != 2 or shape[0] != n_obs:
+        raise ValueError(f"use_rep: obsm[{key!r}] has shape {shape}, expected ({n_obs}, width)")
+    if dtype.kind not in "fiu":
+        raise ValueError(f"use_rep: obsm[{key!r}] has data type {dtype}, expected numbers")
+    if width is not None and shape[1] != width:
+        raise ValueError(
+            f"use_rep: obsm[{key!r}] has width {shape[1]}, the model was trained on width {width}; "
+            "use the embedding of the same encoder"
+        )
 
 
 def check_finite(values: NDArray[Any], what: str, mend: str) -> None:

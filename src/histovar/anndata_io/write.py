@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,15 +22,39 @@ def merge_uns(adata: AnnData, keys: Keys, values: Mapping[str, Any]) -> None:
         adata.uns[keys.uns] = {**adata.uns.get(keys.uns, {}), **values, "version": __version__}
 
 
-def write_prediction(
-    adata: AnnData,
-    keys: Keys,
-    genes: Sequence[str],
-    mean: NDArray[np.float32],
-    std: NDArray[np.float32],
-    samples: NDArray[np.float32] | None,
-    quantiles: NDArray[np.float32] | None,
-) -> None:
+class Prediction(NamedTuple):
+    """What was predicted, in memory or as dask arrays, in panel order.
+
+    Parameters
+    ----------
+    mean, std
+        (n_obs, n_genes).
+    tokens
+        (n_obs, n_tokens).
+    samples
+        (n_obs, n_genes, n_samples), or None.
+    quantiles
+        (n_obs, n_genes, n_quantiles), or None.
+    """
+
+    mean: Any
+    std: Any
+    tokens: Any
+    samples: Any
+    quantiles: Any
+
+    @classmethod
+    def empty(cls, n_obs: int, n_genes: int, n_tokens: int, n_samples: int, n_quantiles: int) -> Prediction:
+        """Room for a prediction; None for what was not asked for."""
+
+        def room(n: int) -> NDArray[np.float32] | None:
+            return np.empty((n_obs, n_genes, n), np.float32) if n else None
+
+        mean, std = np.empty((2, n_obs, n_genes), np.float32)
+        return cls(mean, std, np.empty((n_obs, n_tokens), np.int32), room(n_samples), room(n_quantiles))
+
+
+def write_prediction(adata: AnnData, keys: Keys, genes: Sequence[str], made: Prediction) -> None:
     """Write predicted expression: layers where the object's genes are exactly the panel, else ``obsm``.
 
     Parameters
@@ -41,29 +65,28 @@ def write_prediction(
         Slot names.
     genes
         The panel.
-    mean, std
-        (n_obs, n_genes).
-    samples
-        (n_obs, n_genes, n_samples), or None.
-    quantiles
-        (n_obs, n_genes, n_quantiles), or None.
+    made
+        What was predicted.
     """
     with writing():
         for store in (adata.layers, adata.obsm):
             for key in (keys.mean, keys.std):
                 if key in store:
                     del store[key]
-        for key, cube in ((keys.samples, samples), (keys.quantiles, quantiles)):
+        for key, cube in ((keys.tokens, made.tokens), (keys.samples, made.samples), (keys.quantiles, made.quantiles)):
             if key in adata.obsm:
                 del adata.obsm[key]
             if cube is not None:
                 adata.obsm[key] = cube
         if set(genes) == set(adata.var_names) and len(genes) == adata.n_vars:
             order = pd.Index(genes).get_indexer(adata.var_names)
-            adata.layers[keys.mean], adata.layers[keys.std] = mean[:, order], std[:, order]
+            unchanged = np.array_equal(order, np.arange(len(order)))
+            for key, values in ((keys.mean, made.mean), (keys.std, made.std)):
+                adata.layers[key] = values if unchanged else values[:, order]
         else:
-            for key, values in ((keys.mean, mean), (keys.std, std)):
-                adata.obsm[key] = pd.DataFrame(values, index=adata.obs_names, columns=list(genes))
+            for key, values in ((keys.mean, made.mean), (keys.std, made.std)):
+                named = isinstance(values, np.ndarray)  # dask arrays have no names for their columns
+                adata.obsm[key] = pd.DataFrame(values, adata.obs_names, list(genes)) if named else values
 
 
 def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -75,7 +98,10 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
         If they are missing.
     """
     if keys.mean in adata.obsm:
-        return tuple(np.asarray(adata.obsm[k][list(genes)]) for k in (keys.mean, keys.std))  # type: ignore[return-value]
+        mean, std = (adata.obsm[k] for k in (keys.mean, keys.std))
+        if isinstance(mean, pd.DataFrame):
+            mean, std = mean[list(genes)], std[list(genes)]
+        return np.asarray(mean), np.asarray(std)
     if keys.mean in adata.layers:
         order = adata.var_names.get_indexer(pd.Index(genes))
         return np.asarray(adata.layers[keys.mean])[:, order], np.asarray(adata.layers[keys.std])[:, order]

@@ -17,7 +17,7 @@ from sklearn.model_selection import GroupKFold, KFold
 from histovar._keys import Keys
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table, copied
-from histovar.anndata_io.write import merge_uns, write_prediction
+from histovar.anndata_io.write import Prediction, merge_uns, write_prediction
 
 from .linear import HestRidge, TunedRidge, pls
 from .mfbp import MFBP
@@ -166,9 +166,8 @@ class Baseline:
         if copy:
             adata = copied(adata)
         keys = Keys(key_added or self.method)
-        write_prediction(
-            adata, keys, self.genes, mean, np.tile(self.std.astype(np.float32), (len(mean), 1)), None, None
-        )
+        std = np.tile(self.std.astype(np.float32), (len(mean), 1))
+        write_prediction(adata, keys, self.genes, Prediction(mean, std, None, None, None))
         entries = {
             "genes": np.array(self.genes),
             "units": self.units,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="TwoStageVARST")
 
 FORMAT = "histovar"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CARD = "model.json"
 
 
@@ -93,6 +93,9 @@ def read_card(path: Path) -> dict[str, Any]:
     if card["format_version"] == 1:
         # Then sources were standardised by training's statistics, which the projection held.
         card["config"]["standardize"] = "training"
+    if card["format_version"] <= 2:
+        # Then every scale attended to itself.
+        card["config"]["attention_limit"] = card["config"]["n_genes"]
     return card
 
 

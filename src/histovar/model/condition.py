@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,33 @@ def sine_cosine(positions: Tensor, width: int, period: float = 10000.0) -> Tenso
     rates = torch.exp(-torch.log(torch.tensor(period)) * torch.arange(half, device=positions.device) / half)
     angles = positions[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class Moments(NamedTuple):
+    """Number of spots of a section, and mean and variance of each of their sources, (dim,) each."""
+
+    n: int
+    means: tuple[Tensor, ...]
+    variances: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[Tensor]) -> Moments:
+        """Those of some spots."""
+        return cls(len(sources[0]), tuple(s.mean(0) for s in sources), tuple(s.var(0, correction=0) for s in sources))
+
+    @classmethod
+    def combined(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of all spots of several parts (Chan, Golub & LeVeque 1979)."""
+        n = sum(part.n for part in parts)
+        shares = torch.tensor([part.n / n for part in parts], dtype=torch.double)[:, None]
+        means, variances = [], []
+        for i in range(len(parts[0].means)):
+            each = torch.stack([part.means[i] for part in parts]).double()
+            mean = (shares * each).sum(0)
+            within = (shares * torch.stack([part.variances[i] for part in parts]).double()).sum(0)
+            means.append(mean.float())
+            variances.append((within + (shares * (each - mean).square()).sum(0)).float())
+        return cls(n, tuple(means), tuple(variances))
 
 
 class ConditionProcessor(nn.Module):
@@ -131,7 +158,7 @@ class ConditionProcessor(nn.Module):
             getattr(self, f"centre_{i}").copy_(source.mean(0))
             getattr(self, f"spread_{i}").copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
         own = histology.sources[0]
-        shifts = torch.stack([self._shift(own[sections == s]) for s in labels])
+        shifts = torch.stack([self._shift(own[sections == s].mean(0)) for s in labels])
         self.familiar.copy_((2 * shifts.mean()).clamp(min=FAMILIAR))
         for i, source in enumerate(self.align(histology, sections).sources):
             axes = torch.linalg.svd(source, full_matrices=False).Vh[: self.config.n_pcs].T
@@ -140,12 +167,12 @@ class ConditionProcessor(nn.Module):
             projection[:, : axes.shape[1]] = axes / scale
             getattr(self, f"projection_{i}").copy_(projection)
 
-    def _shift(self, own: Tensor) -> Tensor:
+    def _shift(self, mean: Tensor) -> Tensor:
         """Mean squared shift of a section's mean embedding from that of training."""
-        return ((own.mean(0) - self.get_buffer("centre_0")) / self.get_buffer("spread_0")).square().mean()
+        return ((mean - self.get_buffer("centre_0")) / self.get_buffer("spread_0")).square().mean()
 
     @torch.no_grad()
-    def align(self, histology: Histology, sections: Tensor) -> Histology:
+    def align(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments] | None = None) -> Histology:
         """Standardise every source, and set the novelty of every section.
 
         With own statistics a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)`` of means and
@@ -158,6 +185,8 @@ class ConditionProcessor(nn.Module):
             Inputs as they were read.
         sections
             (n_spots,) number of each spot's section.
+        moments
+            Those of each section, where the spots are but some of it.
 
         Returns
         -------
@@ -170,8 +199,9 @@ class ConditionProcessor(nn.Module):
         novelty = torch.zeros_like(histology.novelty)
         for section in sections.unique():
             rows = torch.nonzero(sections == section)[:, 0]
-            few = SHRINKAGE / (len(rows) + SHRINKAGE)
-            shift = self._shift(histology.sources[0][rows]) * (1 - few)
+            own = moments[int(section)] if moments else Moments.of([source[rows] for source in histology.sources])
+            few = SHRINKAGE / (own.n + SHRINKAGE)
+            shift = self._shift(own.means[0]) * (1 - few)
             novel = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
             novelty[rows] = novel
             if self.config.standardize == "training":
@@ -181,10 +211,9 @@ class ConditionProcessor(nn.Module):
             weight = 1 - own_share * (1 - few)
             for i, source in enumerate(histology.sources):
                 centre, spread = getattr(self, f"centre_{i}"), getattr(self, f"spread_{i}")
-                own = source[rows]
-                mean = torch.lerp(own.mean(0), centre, weight)
-                variance = torch.lerp(own.var(0, correction=0), spread.square(), weight)
-                aligned[i][rows] = (own - mean) / variance.sqrt()
+                mean = torch.lerp(own.means[i], centre, weight)
+                variance = torch.lerp(own.variances[i], spread.square(), weight)
+                aligned[i][rows] = (source[rows] - mean) / variance.sqrt()
         return histology._replace(sources=tuple(aligned), novelty=novelty)
 
     def _parts(self, histology: Histology) -> list[Tensor]:

@@ -66,6 +66,9 @@ class ModelConfig:
     order
         ``"scale"``: all tokens of a scale at once, given every coarser scale.
         ``"token"``: one token after another.
+    attention_limit
+        With ``order="scale"``, scales of more groups than this attend to coarser scales and the condition, not to
+        themselves, for cost to grow linearly with genes. The coarsest scale always attends to itself.
     style
         ``"modern"``: pre-norm, GELU, learned positions, token embedding and head tied to the codebook.
         ``"reference"``: post-norm, ReLU, sine-cosine positions, free token embedding and head.
@@ -110,6 +113,7 @@ class ModelConfig:
     feedforward: int = 384
     dropout: float = 0.3
     order: Literal["scale", "token"] = "scale"
+    attention_limit: int = 64
     style: Literal["modern", "reference"] = "modern"
     softening: float = 0.1
     n_members: int = 6
@@ -136,7 +140,15 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout", "prior_dropout", "prior_input_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("hierarchical_weight", "vq_weight", "commitment_weight", "softening", "n_members", "n_covariates"):
+        nonnegative = (
+            "hierarchical_weight",
+            "vq_weight",
+            "commitment_weight",
+            "softening",
+            "n_members",
+            "n_covariates",
+        )
+        for name in (*nonnegative, "attention_limit"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.codebook_size < 2**31, f"codebook_size={self.codebook_size} overflows tokens, which are int32")
         require(0 < self.codebook_decay < 1, f"codebook_decay must lie in (0, 1), got {self.codebook_decay}")
@@ -185,6 +197,15 @@ class ModelConfig:
     def n_tokens(self) -> int:
         """Number of tokens of one spot."""
         return sum(self.scales)
+
+    @property
+    def n_feeding(self) -> int:
+        """How many tokens, from the first, are inputs of others: with ``order="scale"``, all but the finest scale's."""
+        return self.n_tokens - (self.scales[-1] if self.order == "scale" else 1)
+
+    def is_wide(self, scale: int) -> bool:
+        """Whether the tokens of a scale do not attend to each other."""
+        return self.order == "scale" and 0 < scale and self.scales[scale] > self.attention_limit
 
     @property
     def source_dims(self) -> tuple[int, ...]:

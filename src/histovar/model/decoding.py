@@ -134,7 +134,10 @@ def generate(
     values_of = [stage1.code_values(k) for k in range(len(config.scales))]
     projected, caches = transformer.project_memory(memory), transformer.caches(memory)
     n_spots = len(memory)
-    embeddings = memory.new_zeros(n_spots, config.n_tokens, config.width)
+    # The condition, which feeds the first block, then the tokens that feed later ones.
+    inputs = memory.new_empty(n_spots, 1 + config.n_feeding, config.width)
+    inputs[:, 0] = memory.mean(1)
+    sources = transformer.sources() + 1
     tokens = torch.zeros(n_spots, config.n_tokens, dtype=torch.long, device=memory.device)
     values = [memory.new_zeros(n_spots, n, c) for n, c in zip(config.scales, config.components, strict=True)]
     variances = [torch.zeros_like(v) for v in values]
@@ -145,21 +148,26 @@ def generate(
 
     offsets = [sum(config.scales[:k]) for k in range(len(config.scales))]
 
-    for scale, start, stop in transformer.blocks:
+    for block in transformer.blocks:
+        scale, start, stop, _ = block
         groups = slice(start - offsets[scale], stop - offsets[scale])
-        hidden = transformer.step(transformer.inputs(embeddings, memory, start, stop), projected, caches)
+        x = inputs[:, sources[start:stop]] + transformer.positions[start:stop]
+        hidden = transformer.step(x, block, projected, caches)
         shift = None if prior is None else prior[scale][:, groups]
         if keep_logits:
             kept.append(head.logits(hidden, scale, groups, shift))
+        feeds = start < config.n_feeding
+        embedding = None
         if decoding.mode == "expected":
-            embedded, value, variances[scale][:, groups], chosen = head.expected(hidden, scale, groups, shift)
+            made = head.expected(hidden, scale, groups, shift, embed=feeds)
+            values[scale][:, groups], variances[scale][:, groups] = made.value, made.variance
+            chosen, embedding = made.likeliest, made.embedding
         else:
             chosen = head.choose(hidden, scale, groups, shift, pick)
-            embedded = head.embed(chosen, codebook)
-            value = values_of[scale][chosen]
-        values[scale][:, groups] = value
+            values[scale][:, groups] = values_of[scale][chosen]
         tokens[:, start:stop] = chosen
-        embeddings[:, start:stop] = embedded
+        if feeds:
+            inputs[:, start + 1 : stop + 1] = head.embed(chosen, codebook) if embedding is None else embedding
 
     spread = [stage1.scales.spread_variance(v, k) for k, v in enumerate(variances)]
     std = torch.stack(spread).sum(0).sqrt() * stage1.scales.std

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,28 @@ from .vqvae import MultiScaleGeneVQVAE
 NEVER = -1e4
 # Tokens whose logits over all codes are held at once: few enough to stay in cache and in reused memory.
 QUERIES_AT_ONCE = 256
+
+# Some of the groups of a scale.
+Groups = slice | Tensor
+
+
+class Expectation(NamedTuple):
+    """What distributions over the codes expect of (n_spots, n) tokens.
+
+    Parameters
+    ----------
+    embedding
+        (n_spots, n, width): expected token embedding; None where it was not asked for.
+    value, variance
+        (n_spots, n, components): mean and variance of the decoded value.
+    likeliest
+        (n_spots, n): the most probable code.
+    """
+
+    embedding: Tensor | None
+    value: Tensor
+    variance: Tensor
+    likeliest: Tensor
 
 
 class TokenHead(nn.Module):
@@ -140,7 +162,7 @@ class TokenHead(nn.Module):
         embedded: Tensor = self.embedding(F.embedding(tokens, codebook) if self.tied else tokens)
         return embedded
 
-    def _query(self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None) -> Tensor:
+    def _query(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
         """What the code features are multiplied with: (n_spots, n, features)."""
         query: Tensor = self.output(hidden)
         if prior is None:
@@ -148,7 +170,7 @@ class TokenHead(nn.Module):
         precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
         return torch.cat([query, prior * precision, (-precision / 2).expand_as(prior)], -1)
 
-    def logits(self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None) -> Tensor:
+    def logits(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
         """Logits of some tokens of one scale.
 
         Parameters
@@ -173,41 +195,49 @@ class TokenHead(nn.Module):
         query = self._query(hidden, scale, groups, prior)
         return F.linear(query, getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}"))
 
+    @torch.no_grad()
     def expected(
-        self, hidden: Tensor, scale: int, groups: slice, prior: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, *, embed: bool = True
+    ) -> Expectation:
         """What the distribution over the codes expects; arguments as in :meth:`logits`.
+
+        Parameters
+        ----------
+        hidden, scale, groups, prior
+            As in :meth:`logits`.
+        embed
+            Whether the expected embedding is needed, too.
 
         Returns
         -------
-        embedding
-            (n_spots, n, width): expected token embedding.
-        value, variance
-            (n_spots, n, components): mean and variance of the decoded value.
-        likeliest
-            (n_spots, n): the most probable code.
+        Expectation
         """
         codes = getattr(self, f"codes_{scale}")
         dim, c = self.config.codebook_dim, self.config.components[scale]
+        embedding = None
         if self.tied:
             query = self._query(hidden, scale, groups, prior)
-            _, mean, likeliest = _SoftAssignment.apply(query, codes, getattr(self, f"log_weight_{scale}"))
-            embedding = self.embedding(mean[..., :dim])
+            features = codes if embed else codes[:, dim:]
+            _, mean, likeliest = _assign(query, codes, getattr(self, f"log_weight_{scale}"), features)
+            if embed:
+                embedding = self.embedding(mean[..., :dim])
         else:
-            logits = self.output(hidden)
-            probabilities, likeliest = logits.softmax(-1), logits.argmax(-1)
-            mean, embedding = probabilities @ codes, probabilities @ self.embedding.get_parameter("weight")
-        value = mean[..., dim : dim + c]
-        variance = (mean[..., dim + c :] - value.square()).clamp(min=0)
+            table = self.embedding.get_parameter("weight")
+            features = torch.cat([table, codes[:, dim:]], 1) if embed else codes[:, dim:]
+            _, mean, likeliest = _assign(hidden, self.output.weight, self.output.bias, features)
+            if embed:
+                embedding = mean[..., : self.config.width]
+        value, square = mean[..., -2 * c :].split(c, -1)
+        variance = (square - value.square()).clamp(min=0)
         if prior is not None:
             value = torch.lerp(prior, value, self.gate[scale])
-        return embedding, value, variance, likeliest
+        return Expectation(embedding, value, variance, likeliest)
 
     def choose(
         self,
         hidden: Tensor,
         scale: int,
-        groups: slice,
+        groups: Groups,
         prior: Tensor | None,
         pick: Callable[[Tensor], Tensor],
     ) -> Tensor:
@@ -246,65 +276,87 @@ class TokenHead(nn.Module):
             chosen.append(pick(logits))
         return torch.cat(chosen).view(hidden.shape[:2])
 
-    def loss(self, hidden: Tensor, scale: int, prior: Tensor | None, tokens: Tensor) -> Tensor:
-        """Cross-entropy of a whole scale against the softened targets.
+    def loss(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
+        """Cross-entropy against the softened targets.
 
         As the logits are linear in the code features, the softened target enters by its expected features
         alone, and only the normalisation needs the logits.
 
         Parameters
         ----------
-        hidden, scale, prior
-            As in :meth:`logits`, for all groups of the scale.
+        hidden, scale, groups, prior
+            As in :meth:`logits`.
         tokens
-            (n_spots, n_groups).
+            (n_spots, n).
 
         Returns
         -------
         Tensor
-            (n_spots, n_groups).
+            (n_spots, n).
         """
         if not self.tied:
             return F.cross_entropy(self.output(hidden).transpose(1, 2), tokens, reduction="none")
-        query = self._query(hidden, scale, slice(None), prior)
+        query = self._query(hidden, scale, groups, prior)
         codes, log_weight = getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")
-        normaliser, _, _ = _SoftAssignment.apply(query, codes, log_weight)
+        normaliser: Tensor = _Normaliser.apply(query, codes, log_weight)
         target = F.embedding(tokens, getattr(self, f"softened_{scale}"))
         return normaliser - (query * target[..., :-1]).sum(-1) - target[..., -1]
 
     @torch.no_grad()
-    def rank(self, hidden: Tensor, scale: int, prior: Tensor | None, tokens: Tensor) -> Tensor:
+    def rank(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
         """How many codes are more probable than the true one; arguments and shape as in :meth:`loss`."""
         ranks = []
         for i, (ids, state) in enumerate(zip(tokens, hidden, strict=True)):
-            logits = self.logits(state[None], scale, slice(None), None if prior is None else prior[i : i + 1])[0]
+            logits = self.logits(state[None], scale, groups, None if prior is None else prior[i : i + 1])[0]
             ranks.append(torch.count_nonzero(logits > logits.gather(1, ids[:, None]), 1))
         return torch.stack(ranks)
 
 
-class _SoftAssignment(torch.autograd.Function):
-    """Normaliser, expected features and likeliest code of queries, without holding all logits.
+def _assign(query: Tensor, codes: Tensor, log_weight: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of queries over the codes, some queries at a time, so that never all logits are held.
 
-    The gradient of the normaliser with respect to the query is the expected features themselves, so the
-    forward pass yields all that the backward pass needs. Codes and weights are constants.
+    Parameters
+    ----------
+    query
+        (..., n): what is multiplied with the codes.
+    codes, log_weight
+        (codebook_size, n) and (codebook_size,).
+    features
+        (codebook_size, n_features).
+
+    Returns
+    -------
+    normaliser
+        (...): log of the sum of exponentials.
+    mean
+        (..., n_features): expected features.
+    likeliest
+        (...): the most probable code.
+    """
+    normalisers, means, likeliest = [], [], []
+    for chunk in query.flatten(0, -2).split(QUERIES_AT_ONCE):
+        logits = torch.addmm(log_weight, chunk, codes.T)
+        top, best = logits.max(1, keepdim=True)
+        weights = logits.softmax(1)  # many times faster than exp, which is slow for very small results
+        normalisers.append((top - weights.gather(1, best).log())[:, 0])
+        means.append(weights @ features)
+        likeliest.append(best[:, 0])
+    shape = query.shape[:-1]
+    return torch.cat(normalisers).view(shape), torch.cat(means).view(*shape, -1), torch.cat(likeliest).view(shape)
+
+
+class _Normaliser(torch.autograd.Function):
+    """Log-sum-exp of queries over the codes.
+
+    Its gradient with respect to the query is the expected code, so the forward pass yields all that the backward pass
+    needs. Codes and weights are constants.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, codes: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        normalisers, means, likeliest = [], [], []
-        for chunk in query.flatten(0, -2).split(QUERIES_AT_ONCE):
-            logits = torch.addmm(log_weight, chunk, codes.T)
-            top, best = logits.max(1, keepdim=True)
-            weights = logits.softmax(1)  # many times faster than exp, which is slow for very small results
-            normalisers.append((top - weights.gather(1, best).log())[:, 0])
-            means.append(weights @ codes)
-            likeliest.append(best[:, 0])
-        shape = query.shape[:-1]
-        mean = torch.cat(means).view(*shape, -1)
-        best = torch.cat(likeliest).view(shape)
+    def forward(ctx: Any, query: Tensor, codes: Tensor, log_weight: Tensor) -> Tensor:
+        normaliser, mean, _ = _assign(query, codes, log_weight, codes)
         ctx.save_for_backward(mean)
-        ctx.mark_non_differentiable(mean, best)
-        return torch.cat(normalisers).view(shape), mean, best
+        return normaliser
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 
 from .condition import sine_cosine
 from .config import ModelConfig
+
+# Tokens of a wide scale that are generated at once.
+TOKENS_AT_ONCE = 512
 
 
 class KeyValueCache:
@@ -27,15 +31,35 @@ class KeyValueCache:
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
         self.keys = like.new_empty(shape)
         self.values = like.new_empty(shape)
-        self.length = 0
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (n_spots, n_heads, n, head_width) and return all so far."""
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Keep (n_spots, n_heads, n, head_width) of the tokens from `start`."""
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
+
+    def first(self, n: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `n` tokens."""
+        return self.keys[:, :, :n], self.values[:, :, :n]
+
+
+class Block(NamedTuple):
+    """Tokens that are generated at once.
+
+    Parameters
+    ----------
+    scale
+        Their scale.
+    start, stop
+        Range of the tokens.
+    n_seen
+        They attend to the first `n_seen` tokens.
+    """
+
+    scale: int
+    start: int
+    stop: int
+    n_seen: int
 
 
 class Attention(nn.Module):
@@ -96,7 +120,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, memory: tuple[Tensor, Tensor], attend: Callable[[Attention, Tensor], Tensor]
     ) -> Tensor:
         """One layer.
 
@@ -106,24 +130,14 @@ class DecoderLayer(nn.Module):
             (n_spots, n, width).
         memory
             Keys and values of the condition, from ``cross_attention.project``.
-        mask
-            (n, n), True where attention is allowed; None when everything cached may be seen.
-        cache
-            Where generation keeps keys and values.
+        attend
+            How the positions attend to tokens, given the layer's self-attention.
         """
-
-        def attend_self(x: Tensor) -> Tensor:
-            keys, values = self.self_attention.project(x)
-            if cache is not None:
-                keys, values = cache.extend(keys, values)
-            attended: Tensor = self.self_attention(x, keys, values, mask)
-            return attended
-
-        def attend_memory(x: Tensor) -> Tensor:
-            attended: Tensor = self.cross_attention(x, *memory)
-            return attended
-
-        steps: tuple[Callable[[Tensor], Tensor], ...] = (attend_self, attend_memory, self.feedforward)
+        steps: tuple[Callable[[Tensor], Tensor], ...] = (
+            lambda x: attend(self.self_attention, x),
+            lambda x: self.cross_attention(x, *memory),
+            self.feedforward,
+        )
         for norm, step in zip(self.norms, steps, strict=True):
             x = x + self.dropout(step(norm(x))) if self.pre_norm else norm(x + self.dropout(step(x)))
         return x
@@ -137,6 +151,10 @@ class GeneVARTransformer(nn.Module):
     the token of the parent group) and its own position; the first block's input is the condition. A position
     attends to its own and to earlier blocks, so it never sees a token of its own block or of a later one.
     The two orders have the same weights.
+
+    A wide scale, of more than ``config.attention_limit`` groups, attends to earlier blocks alone. Given the coarser
+    scales its tokens are independent of each other, so that they are generated some at a time, trained on some at a
+    time, and cost and memory grow linearly with genes.
 
     Parameters
     ----------
@@ -160,13 +178,24 @@ class GeneVARTransformer(nn.Module):
     parents: Tensor
 
     @property
-    def blocks(self) -> list[tuple[int, int, int]]:
-        """(scale, start, stop) of every block of tokens that is generated at once."""
+    def blocks(self) -> list[Block]:
+        """Blocks of tokens in the order in which they are generated; wide scales are cut into several."""
         starts = [sum(self.config.scales[:k]) for k in range(len(self.config.scales) + 1)]
-        scales = [(k, start, stop) for k, (start, stop) in enumerate(pairwise(starts))]
-        if self.config.order == "scale":
-            return scales
-        return [(k, t, t + 1) for k, start, stop in scales for t in range(start, stop)]
+        found = []
+        for k, (start, stop) in enumerate(pairwise(starts)):
+            if self.config.order == "token":
+                found += [Block(k, t, t + 1, t + 1) for t in range(start, stop)]
+            elif self.config.is_wide(k):
+                cuts = [*range(start, stop, TOKENS_AT_ONCE), stop]
+                found += [Block(k, low, high, start) for low, high in pairwise(cuts)]
+            else:
+                found.append(Block(k, start, stop, stop))
+        return found
+
+    @property
+    def n_keys(self) -> int:
+        """How many tokens, from the first, others attend to."""
+        return max(block.n_seen for block in self.blocks)
 
     def sources(self) -> Tensor:
         """Index of the token whose embedding each position takes in; -1 for the condition: (n_tokens,)."""
@@ -178,67 +207,62 @@ class GeneVARTransformer(nn.Module):
         return torch.where(self.parents < 0, -1, self.parents + offsets)
 
     def mask(self) -> Tensor:
-        """(n_tokens, n_tokens), True where a position (row) may attend to another (column)."""
-        block = torch.zeros(self.config.n_tokens, dtype=torch.long, device=self.parents.device)
-        for i, (_, start, stop) in enumerate(self.blocks):
-            block[start:stop] = i
-        return block[:, None] >= block
+        """(n_tokens, n_keys), True where a position (row) may attend to another (column)."""
+        seen = torch.tensor([b.n_seen for b in self.blocks for _ in range(b.start, b.stop)], device=self.parents.device)
+        return torch.arange(self.n_keys, device=seen.device) < seen[:, None]
 
     def project_memory(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The condition's keys and values for every layer, computed once a spot."""
         return [layer.cross_attention.project(memory) for layer in self.layers]  # type: ignore[union-attr,operator]
 
-    def inputs(self, embeddings: Tensor, memory: Tensor, start: int, stop: int) -> Tensor:
-        """Inputs of the positions from `start` to `stop`.
+    def forward(self, embeddings: Tensor, memory: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Hidden states of given tokens at once, as in training.
 
         Parameters
         ----------
         embeddings
-            (n_spots, at least the tokens of earlier blocks, width).
-        memory
-            (n_spots, n_memory, width).
-        start, stop
-            Range of positions.
-
-        Returns
-        -------
-        Tensor
-            (n_spots, stop - start, width).
-        """
-        table = torch.cat([memory.mean(1, keepdim=True), embeddings], 1)
-        return table[:, self.sources()[start:stop] + 1] + self.positions[start:stop]
-
-    def forward(self, embeddings: Tensor, memory: Tensor) -> Tensor:
-        """Hidden states of all tokens at once, as in training.
-
-        Parameters
-        ----------
-        embeddings
-            (n_spots, n_tokens, width): embeddings of the true tokens.
+            (n_spots, at least :attr:`ModelConfig.n_feeding`, width): embeddings of the true tokens.
         memory
             (n_spots, n_memory, width): the condition.
+        positions
+            Which tokens, increasing, the first :attr:`n_keys` among them; all by default.
 
         Returns
         -------
         Tensor
-            (n_spots, n_tokens, width).
+            (n_spots, n_positions, width).
         """
-        x = self.inputs(embeddings, memory, 0, self.config.n_tokens)
-        mask = self.mask()
+        n_keys, rows = self.n_keys, slice(None) if positions is None else positions
+        mask, sources = self.mask()[rows], self.sources()[rows]
+        x = torch.cat([memory.mean(1, keepdim=True), embeddings], 1)[:, sources + 1] + self.positions[rows]
+
+        def attend(attention: Attention, x: Tensor) -> Tensor:
+            attended: Tensor = attention(x, *attention.project(x[:, :n_keys]), mask)
+            return attended
+
         for layer, projected in zip(self.layers, self.project_memory(memory), strict=True):
-            x = layer(x, projected, mask, None)
+            x = layer(x, projected, attend)
         out: Tensor = self.norm(x)
         return out
 
     def caches(self, memory: Tensor) -> list[KeyValueCache]:
         """Empty caches, one a layer, for generating as many spots as `memory` has."""
         heads = self.config.n_heads
-        shape = (len(memory), heads, self.config.n_tokens, self.config.width // heads)
+        shape = (len(memory), heads, self.n_keys, self.config.width // heads)
         return [KeyValueCache(shape, memory) for _ in self.layers]
 
-    def step(self, x: Tensor, projected: list[tuple[Tensor, Tensor]], caches: list[KeyValueCache]) -> Tensor:
+    def step(
+        self, x: Tensor, block: Block, projected: list[tuple[Tensor, Tensor]], caches: list[KeyValueCache]
+    ) -> Tensor:
         """Hidden states of the next block, (n_spots, n, width), from its inputs and the caches."""
         for layer, memory, cache in zip(self.layers, projected, caches, strict=True):
-            x = layer(x, memory, None, cache)
+
+            def attend(attention: Attention, x: Tensor, cache: KeyValueCache = cache) -> Tensor:
+                if block.start < cache.keys.shape[2]:
+                    cache.write(block.start, *attention.project(x))
+                attended: Tensor = attention(x, *cache.first(block.n_seen))
+                return attended
+
+            x = layer(x, memory, attend)
         out: Tensor = self.norm(x)
         return out

@@ -150,7 +150,12 @@ class TwoStageVARST(nn.Module):
         return self.stage1.scales.split(genes)
 
     def token_loss(
-        self, histology: Histology, tokens: Tensor, prior: Tensor | None = None, teacher: Tensor | None = None
+        self,
+        histology: Histology,
+        tokens: Tensor,
+        prior: Tensor | None = None,
+        teacher: Tensor | None = None,
+        genes: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy of true tokens, each predicted from the tokens before it.
 
@@ -163,36 +168,47 @@ class TwoStageVARST(nn.Module):
         prior
             (n_spots, n_genes): standardised conditional means; by default the mean over the prior's members.
         teacher
-            (n_spots, n_tokens, width): embeddings to feed in place of those of `tokens`.
+            (n_spots, :attr:`ModelConfig.n_feeding`, width): embeddings to feed in place of those of `tokens`.
+        genes
+            Of a wide finest scale, the tokens to predict, increasing; all by default.
 
         Returns
         -------
         Tensor
-            (n_spots, n_tokens).
+            (n_spots, number of tokens predicted).
         """
-        return torch.cat(list(self._by_scale(self.var_stage.head.loss, histology, tokens, prior, teacher)), 1)
+        return torch.cat(list(self._by_scale(self.var_stage.head.loss, histology, tokens, prior, teacher, genes)), 1)
 
-    def token_rank(self, histology: Histology, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
+    def token_rank(
+        self, histology: Histology, tokens: Tensor, prior: Tensor | None = None, genes: Tensor | None = None
+    ) -> Tensor:
         """How many codes are more probable than the true one; arguments and shape as in :meth:`token_loss`."""
-        return torch.cat(list(self._by_scale(self.var_stage.head.rank, histology, tokens, prior, None)), 1)
+        return torch.cat(list(self._by_scale(self.var_stage.head.rank, histology, tokens, prior, None, genes)), 1)
 
     def _by_scale(
         self,
-        score: Callable[[Tensor, int, Tensor | None, Tensor], Tensor],
+        score: Callable[[Tensor, int, slice | Tensor, Tensor | None, Tensor], Tensor],
         histology: Histology,
         tokens: Tensor,
         prior: Tensor | None,
         teacher: Tensor | None,
+        genes: Tensor | None,
     ) -> Iterator[Tensor]:
-        hidden = self._hidden(histology, tokens, teacher)
+        scales = self.config.scales
+        n_coarse = sum(scales[:-1])
+        positions = None
+        if genes is not None:
+            positions = torch.cat([torch.arange(n_coarse, device=genes.device), genes + n_coarse])
+        hidden = self._hidden(histology, tokens, teacher, positions)
         shifts = self._shifts(histology, prior)
-        parts = zip(hidden.split(self.config.scales, 1), tokens.split(self.config.scales, 1), strict=True)
-        for k, (part, ids) in enumerate(parts):
-            yield score(part, k, None if shifts is None else shifts[k], ids)
+        parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
+        for k, (part, ids) in enumerate(zip(parts, tokens.split(scales, 1), strict=True)):
+            some = slice(None) if genes is None or k < len(scales) - 1 else genes
+            yield score(part, k, some, None if shifts is None else shifts[k][:, some], ids[:, some])
 
     def token_logits(self, histology: Histology, tokens: Tensor) -> Tensor:
         """Logits of all tokens given the tokens before each, (n_spots, n_tokens, codebook_size)."""
-        hidden = self._hidden(histology, tokens, None)
+        hidden = self._hidden(histology, tokens)
         shifts = self._shifts(histology, None)
         rows = [
             self.var_stage.head.logits(part, k, slice(None), None if shifts is None else shifts[k])
@@ -200,31 +216,37 @@ class TwoStageVARST(nn.Module):
         ]
         return torch.cat(rows, 1)
 
-    def _hidden(self, histology: Histology, tokens: Tensor, teacher: Tensor | None) -> Tensor:
+    def token_embeddings(self, tokens: Tensor) -> Tensor:
+        """Embeddings of those tokens that others take in: (n_spots, :attr:`ModelConfig.n_feeding`, width)."""
+        return self.var_stage.head.embed(tokens[:, : self.config.n_feeding], self.stage1.quantizer.codebook)
+
+    def _hidden(
+        self, histology: Histology, tokens: Tensor, teacher: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         stage2 = self.var_stage
         if teacher is None:
-            teacher = stage2.head.embed(tokens, self.stage1.quantizer.codebook)
-        hidden: Tensor = stage2.transformer(teacher, stage2.condition(histology))
+            teacher = self.token_embeddings(tokens)
+        hidden: Tensor = stage2.transformer(teacher, stage2.condition(histology), positions)
         return hidden
 
     @torch.no_grad()
     def expected_teacher(self, histology: Histology, prior: Tensor | None) -> Tensor:
-        """Embeddings that the head would expect without a transformer: (n_spots, n_tokens, width).
+        """Embeddings that the head would expect without a transformer, shaped as :meth:`token_embeddings`.
 
         Fed in place of true tokens during training, they show the model what it meets in expected decoding.
         """
         codebook = self.stage1.quantizer.codebook
         shifts = self._shifts(histology, prior)
-        n_spots = len(histology.sources[0])
+        n_spots, n_feeding = len(histology.sources[0]), self.config.n_feeding
         rows = []
         for k, n in enumerate(self.config.scales):
-            if k == len(self.config.scales) - 1 and self.config.order == "scale":
-                rows.append(codebook.new_zeros(n_spots, n, self.config.width))  # no later scale takes it in
-                continue
-            hidden = codebook.new_zeros(n_spots, n, self.config.width)
-            shift = None if shifts is None else shifts[k]
-            rows.append(self.var_stage.head.expected(hidden, k, slice(None), shift)[0])
-        return torch.cat(rows, 1)
+            if sum(self.config.scales[:k]) < n_feeding:
+                hidden = codebook.new_zeros(n_spots, n, self.config.width)
+                shift = None if shifts is None else shifts[k]
+                embedding = self.var_stage.head.expected(hidden, k, slice(None), shift).embedding
+                assert embedding is not None
+                rows.append(embedding)
+        return torch.cat(rows, 1)[:, :n_feeding]
 
     def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
         if self.var_stage.prior is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
 
 from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io import read, validate
+from histovar.anndata_io import chunks, read, validate
 from histovar.anndata_io.table import Data, as_table, copied, writing
 from histovar.anndata_io.write import merge_uns
 
@@ -35,12 +36,12 @@ def niche(
     Parameters
     ----------
     data
-        AnnData or SpatialData.
+        AnnData or SpatialData. Where embeddings are dask (or zarr) arrays, so are the features, of the same chunks.
     use_rep
         Key of ``obsm``, or several, with embeddings.
     n_neighbors
         Neighbourhood sizes, increasing; the spot itself is not counted. A section needs more spots than the smallest;
-        larger ones end where the section does.
+        one is at most a quarter of its section.
     library_key
         Column of ``obs`` with the section; neighbours are sought within it.
     spatial_key
@@ -71,17 +72,23 @@ def niche(
     sizes = [int(n) for n in n_neighbors]
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise ValueError(f"n_neighbors must be positive and increase, got {tuple(n_neighbors)}")
-    embeddings = [validate.embedding(adata, key) for key in reps]
-    names = validate.sections(adata, library_key)
-    place = validate.coordinates(adata, spatial_key)
-    validate.check_neighbors(names, adata.n_obs, sizes)
-    graphs = read.neighbor_graphs(place, names, sizes)
-    features = np.concatenate([graph @ values for values in embeddings for graph in graphs], axis=1)
+    features: Any
+    if chunks.is_lazy(adata, reps):
+        features = chunks.niche(adata, reps, sizes, spatial_key, library_key)
+    else:
+        embeddings = [validate.embedding(adata, key) for key in reps]
+        names = validate.sections(adata, library_key)
+        place = validate.coordinates(adata, spatial_key)
+        validate.check_neighbors(names, adata.n_obs, sizes)
+        graphs = read.neighbor_graphs(place, names, sizes)
+        features = np.concatenate(
+            [graph @ values for values in embeddings for graph in graphs], axis=1, dtype=np.float32
+        )
     if copy:
         adata = copied(adata)
     keys = Keys(key_added)
     with writing():
-        adata.obsm[keys.niche] = features.astype(np.float32)
+        adata.obsm[keys.niche] = features
     merge_uns(adata, keys, {"niche": read.niche_parameters(reps, sizes, spatial_key, library_key)})
     logger.info("niche: means over %s neighbours of %s, in obsm[%r]", sizes, reps, keys.niche)
     return adata if copy else None

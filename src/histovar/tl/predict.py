@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from anndata import AnnData
-from rich.progress import track
 
 from histovar._keys import DEFAULT_KEY, Keys
 from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table, copied, writing
+from histovar.anndata_io.chunks import is_lazy
+from histovar.anndata_io.table import Data, as_table, copied
 from histovar.anndata_io.write import merge_uns, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
 from histovar.training import section_numbers
 
-from ._device import on_device
+from ._chunks import predict_lazily
+from ._predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ def predict(
     Parameters
     ----------
     data
-        AnnData or SpatialData with embeddings and coordinates; it needs no genes.
+        AnnData or SpatialData with embeddings and coordinates; it needs no genes. Where embeddings are dask (or zarr)
+        arrays, all that is written are dask arrays of the same chunks, computed when they are asked for, by whatever
+        scheduler is active.
     model
         A model with both stages trained.
     use_rep, library_key, spatial_key
@@ -72,9 +74,9 @@ def predict(
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
-        Seed of the draws.
+        Seed of the draws. Each chunk of dask arrays has draws of its own.
     show_progress_bar
-        Show progress.
+        Show progress; for dask arrays, use dask's own.
     table_name
         Table of a SpatialData.
     copy
@@ -103,12 +105,12 @@ def predict(
     adata = as_table(data, table_name)
     validate.check_object(adata)
     registry, config = model.registry, model.config
-    _ = model.var_stage
     rule = Decoding(decoding, temperature, top_k, top_p)
     chance = Decoding("sample", temperature, top_k, top_p)
     if n_samples < 0:
         raise ValueError(f"n_samples must not be negative, got {n_samples}")
-    calibrated = model.var_stage.calibration.fitted and decoding == "expected"
+    predictor = Predictor(rule, chance, n_samples, tuple(quantiles), batch_size, device)
+    calibrated = predictor.is_calibrated(model)
     if len(quantiles) and n_samples < 2 and not calibrated:
         raise ValueError(
             f"quantiles: without calibration they are taken over draws; pass n_samples, such as 100 (got {n_samples}), "
@@ -122,42 +124,19 @@ def predict(
         "spatial_key": spatial_key or registry["spatial_key"],
         "library_key": library_key or _known_section(adata, registry["library_key"]),
     }
-    inputs = read.histology(adata, config, **where_from, encoders=registry["covariates"], key=key_added)
-    numbers = section_numbers(validate.sections(adata, where_from["library_key"]), adata.n_obs)
-    calibration = model.var_stage.calibration
-    levels = torch.tensor(quantiles, dtype=torch.float32)
-    parts: list[tuple[torch.Tensor, ...]] = []
-    home = model.device
-    inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
-    with on_device(model, device) as where:
-        generator = torch.Generator(where).manual_seed(random_state)
-        batches = torch.arange(adata.n_obs).split(batch_size)
-        for rows in track(batches, "predicting", disable=not show_progress_bar):
-            batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
-            made = model.predict(batch, rule, generator=generator)
-            mean, std = made.expression, made.std
-            draws = cube = mean.new_empty(*mean.shape, 0)
-            if n_samples:
-                drawn = model.predict(batch, chance, n_samples=n_samples, generator=generator).expression
-                draws = drawn.view(len(rows), n_samples, -1).transpose(1, 2)
-            if decoding != "expected":
-                std = draws.clamp(min=0).std(2, correction=0) if n_samples else std
-            elif calibrated:
-                draws = calibration.draws(draws, mean, std) if n_samples else draws
-                cube = calibration.quantiles(mean, std, levels)
-                std = std * calibration.spread
-            if len(quantiles) and not cube.shape[2]:
-                cube = torch.quantile(draws, levels.to(where), 2).movedim(0, 2)
-            parts.append(tuple(x.cpu() for x in (mean, std, made.tokens, draws, cube)))
-    expected, spread, tokens, *drawn_or_not = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    condition = {**where_from, "encoders": registry["covariates"]}
+    if is_lazy(adata, reps):
+        made = predict_lazily(adata, model, predictor, random_state, **condition)
+    else:
+        inputs = read.histology(adata, config, **condition, key=key_added)
+        numbers = section_numbers(validate.sections(adata, where_from["library_key"]), adata.n_obs)
+        inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
+        made = predictor(model, inputs, random_state, show_progress_bar=show_progress_bar)
 
     if copy:
         adata = copied(adata)
     keys, genes = Keys(key_added), registry["genes"]
-    samples, levels_kept = (x.clip(min=0) if x.shape[2] else None for x in drawn_or_not)
-    write_prediction(adata, keys, genes, expected.clip(min=0), spread, samples, levels_kept)
-    with writing():
-        adata.obsm[keys.tokens] = tokens.astype(np.int32)
+    write_prediction(adata, keys, genes, made)
     merge_uns(
         adata,
         keys,

@@ -31,6 +31,8 @@ PRIOR_WEIGHT_DECAY = 0.1
 PRIOR_BATCH = (16, 64)
 # A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
 HALF_WEIGHT = 0.3
+# Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
+GENES_AT_ONCE = 1024
 # Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
 EXPECTED_TEACHER = 0.5
 
@@ -97,20 +99,38 @@ class Stage2Module(StageModule):
         """Lightning's hook."""
         histology, tokens, prior = batch
         model = self.model
-        teacher = model.var_stage.head.embed(tokens, model.stage1.quantizer.codebook)
+        teacher = model.token_embeddings(tokens)
         if model.config.style == "modern":
             expected = model.expected_teacher(histology, prior)
             swap = torch.rand(len(tokens), 1, 1, device=tokens.device) < EXPECTED_TEACHER
             teacher = torch.where(swap, expected, teacher)
-        loss = model.token_loss(histology, tokens, prior, teacher).mean()
+        genes = self._some_genes(random=True)
+        loss = self._mean(model.token_loss(histology, tokens, prior, teacher, genes))
         self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
         return loss
+
+    def _some_genes(self, random: bool) -> Tensor | None:
+        """The tokens of a wide finest scale to learn, or to watch, in one step; None for all."""
+        config = self.model.config
+        if not config.is_wide(len(config.scales) - 1) or config.n_genes <= GENES_AT_ONCE:
+            return None
+        if random:
+            return torch.randperm(config.n_genes, device=self.device)[:GENES_AT_ONCE].sort().values
+        return torch.arange(GENES_AT_ONCE, device=self.device) * config.n_genes // GENES_AT_ONCE
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """Mean over spots and all tokens, (n_spots, tokens predicted), those of the finest scale for all of it."""
+        config = self.model.config
+        n_coarse = config.n_tokens - config.n_genes
+        coarse, genes = losses[:, :n_coarse], losses[:, n_coarse:]
+        return (coarse.sum(1) + genes.mean(1) * config.n_genes).mean() / config.n_tokens
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Lightning's hook."""
         histology, tokens, prior, _ = batch
-        loss = self.model.token_loss(histology, tokens, prior).mean()
-        rank = self.model.token_rank(histology, tokens, prior)
+        genes = self._some_genes(random=False)
+        loss = self._mean(self.model.token_loss(histology, tokens, prior, None, genes))
+        rank = self.model.token_rank(histology, tokens, prior, genes)
         self.watch(
             "val",
             len(tokens),

@@ -1,0 +1,249 @@
+"""Histology of embeddings that are dask or zarr arrays, chunk by chunk, for any scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from histovar.model import Histology, ModelConfig, TwoStageVARST
+from histovar.model.condition import Moments
+
+from . import read, validate
+
+if TYPE_CHECKING:
+    import dask.array as da
+    from dask.delayed import Delayed
+
+
+def is_lazy(adata: AnnData, keys: Sequence[str]) -> bool:
+    """Whether the embeddings are dask or zarr arrays."""
+    return any(type(adata.obsm.get(key)).__module__.split(".")[0] in ("dask", "zarr") for key in keys)
+
+
+class Chunk(NamedTuple):
+    """Some consecutive spots, and where they and their neighbours are.
+
+    Parameters
+    ----------
+    start, stop
+        The spots.
+    blocks
+        Chunks of the embeddings that hold them and their neighbours.
+    rows
+        Rows of these blocks, side by side, that are needed.
+    own
+        Which of `rows` are the spots themselves.
+    neighbors
+        For each neighbourhood, index pointers and indices into `rows` of the spots' neighbours.
+    """
+
+    start: int
+    stop: int
+    blocks: list[int]
+    rows: NDArray[np.integer]
+    own: NDArray[np.integer]
+    neighbors: list[tuple[NDArray[np.integer], NDArray[np.integer]]]
+
+    @classmethod
+    def of(cls, number: int, bounds: NDArray[np.integer], graphs: Sequence[sparse.csr_matrix]) -> Chunk:
+        """The chunk of some number, given where chunks begin and the last ends."""
+        start, stop = int(bounds[number]), int(bounds[number + 1])
+        parts = [graph[start:stop] for graph in graphs]
+        needed = np.unique(np.concatenate([np.arange(start, stop), *(part.indices for part in parts)]))
+        home = np.searchsorted(bounds, needed, side="right") - 1
+        blocks, which = np.unique(home, return_inverse=True)
+        before = np.concatenate([[0], np.diff(bounds)[blocks].cumsum()[:-1]])
+        return cls(
+            start,
+            stop,
+            blocks.tolist(),
+            (needed - bounds[blocks][which] + before[which]).astype(np.int32),
+            np.searchsorted(needed, np.arange(start, stop)).astype(np.int32),
+            [(part.indptr.astype(np.int32), np.searchsorted(needed, part.indices).astype(np.int32)) for part in parts],
+        )
+
+    def sources(self, embeddings: Sequence[Sequence[Any]], keys: Sequence[str]) -> tuple[Tensor, ...]:
+        """Each embedding and its mean over each neighbourhood, from the blocks of each embedding."""
+        found = []
+        for key, blocks in zip(keys, embeddings, strict=True):
+            values = np.concatenate([np.asarray(block, np.float32) for block in blocks])[self.rows]
+            validate.check_finite(values, f"use_rep: obsm[{key!r}] near row {self.start}", "embed those spots again")
+            found.append(torch.from_numpy(values[self.own]))
+            for pointers, indices in self.neighbors:
+                shares = np.repeat(1 / np.diff(pointers).clip(min=1), np.diff(pointers)).astype(np.float32)
+                graph = sparse.csr_matrix((shares, indices, pointers), shape=(len(self.own), len(values)))
+                found.append(torch.from_numpy(graph @ values))
+        return tuple(found)
+
+
+def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
+    """An embedding as dask array with whole rows in each chunk; values are checked when they are read.
+
+    Raises
+    ------
+    KeyError
+        If the key is missing.
+    ValueError
+        If shape, width or data type are not as they should be.
+    """
+    import dask.array as da
+
+    if key not in adata.obsm:
+        raise KeyError(f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}")
+    values: Any = adata.obsm[key]
+    module = type(values).__module__.split(".")[0]
+    if module == "zarr":
+        values = da.from_zarr(values)
+    elif module != "dask":
+        values = da.from_array(validate.embedding(adata, key, width))
+    validate.check_embedding(key, values.shape, values.dtype, adata.n_obs, width)
+    return values.rechunk({1: -1})
+
+
+def niche(
+    adata: AnnData, use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
+) -> da.Array:
+    """Mean embeddings over nested neighbourhoods as dask array, chunked as the first embedding is.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If anything is missing or not as it should be.
+    """
+    import dask.array as da
+    from dask.delayed import delayed
+
+    widths = [embedding(adata, key).shape[1] for key in use_rep]
+    config = ModelConfig.default(2, widths, n_neighbors=n_neighbors)
+    inputs = ChunkedHistology(
+        adata, config, use_rep=use_rep, spatial_key=spatial_key, library_key=library_key, encoders={}
+    )
+    width = sum(widths) * len(n_neighbors)
+    parts = [
+        da.from_delayed(delayed(_means)(part, 1 + len(n_neighbors)), (chunk.stop - chunk.start, width), np.float32)
+        for part, chunk in zip(inputs.histology("niche"), inputs.chunks, strict=True)
+    ]
+    return da.concatenate(parts)
+
+
+class ChunkedHistology:
+    """Inputs of stage 2 for every chunk of embeddings, each computed when it is asked for.
+
+    Neighbours are found at once, from coordinates, which are in memory. Embeddings are read twice: for the moments of
+    every section, and for the spots themselves.
+
+    Parameters
+    ----------
+    adata
+        The object; its first embedding sets the chunks.
+    config
+        Of the model.
+    use_rep, spatial_key, library_key, encoders
+        As in :func:`histovar.anndata_io.read.histology`.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If anything is missing or not as the model needs it.
+    """
+
+    def __init__(
+        self,
+        adata: AnnData,
+        config: ModelConfig,
+        *,
+        use_rep: Sequence[str],
+        spatial_key: str,
+        library_key: str | None,
+        encoders: dict[str, Any],
+    ) -> None:
+        read.check_number_of_embeddings(use_rep, config)
+        self.use_rep, self.config = list(use_rep), config
+        arrays = [embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
+        self.embeddings = [values.rechunk({0: arrays[0].chunks[0]}) for values in arrays]
+        names = validate.sections(adata, library_key)
+        self.sections = np.zeros(adata.n_obs, np.int64) if names is None else np.unique(names, return_inverse=True)[1]
+        self.covariates = read.covariates(adata, encoders)
+        self.coordinates = np.empty((adata.n_obs, 0), np.float32)
+        graphs = []
+        if config.coordinates or config.n_neighbors:
+            place = validate.coordinates(adata, spatial_key)
+            if config.coordinates:
+                self.coordinates = read.section_coordinates(place, names)
+            if config.n_neighbors:
+                validate.check_neighbors(names, adata.n_obs, config.n_neighbors)
+                graphs = read.neighbor_graphs(place, names, config.n_neighbors)
+        self.bounds = np.concatenate([[0], np.cumsum(arrays[0].chunks[0])])
+        self.chunks = [Chunk.of(i, self.bounds, graphs) for i in range(len(self.bounds) - 1)]
+
+    def histology(self, reading: str) -> list[Delayed]:
+        """:class:`Histology` of every chunk, not aligned; blocks are not shared with readings of other names."""
+        from dask.delayed import delayed
+
+        # Names of their own: else blocks would be kept in memory from one reading to the next.
+        blocks = [
+            values.map_blocks(np.asarray, dtype=values.dtype, name=f"{reading}-{values.name}").to_delayed().ravel()
+            for values in self.embeddings
+        ]
+        return [
+            delayed(_histology)(
+                chunk,
+                [[column[i] for i in chunk.blocks] for column in blocks],
+                self.use_rep,
+                self.coordinates[chunk.start : chunk.stop],
+                self.covariates[chunk.start : chunk.stop],
+            )
+            for chunk in self.chunks
+        ]
+
+    def aligned(self, model: Delayed) -> list[Delayed]:
+        """:class:`Histology` of every chunk as the model takes it."""
+        from dask.delayed import delayed
+
+        numbers = [self.sections[chunk.start : chunk.stop] for chunk in self.chunks]
+        parts: dict[int, list[Delayed]] = {}
+        for chunk, own in zip(self.histology("moments"), numbers, strict=True):
+            of_chunk = delayed(_moments)(chunk, own)
+            for section in np.unique(own).tolist():
+                parts.setdefault(section, []).append(of_chunk[section])
+        moments = {section: delayed(Moments.combined)(some) for section, some in parts.items()}
+        return [
+            delayed(_aligned)(model, chunk, own, {s: moments[s] for s in np.unique(own).tolist()})
+            for chunk, own in zip(self.histology("spots"), numbers, strict=True)
+        ]
+
+
+def _histology(
+    chunk: Chunk,
+    blocks: list[list[Any]],
+    keys: list[str],
+    coordinates: NDArray[np.float32],
+    covariates: NDArray[np.float32],
+) -> Histology:
+    place, extra = torch.from_numpy(coordinates.copy()), torch.from_numpy(covariates.copy())
+    return Histology(chunk.sources(blocks, keys), place, extra, torch.zeros(len(place)))
+
+
+def _means(histology: Histology, n: int) -> NDArray[np.float32]:
+    """The sources but the spots' own embeddings, which are every n-th, side by side."""
+    return np.concatenate([s.numpy() for i, s in enumerate(histology.sources) if i % n], axis=1)
+
+
+def _moments(histology: Histology, sections: NDArray[np.integer]) -> dict[int, Moments]:
+    return {
+        int(section): Moments.of([source[sections == section] for source in histology.sources])
+        for section in np.unique(sections)
+    }
+
+
+def _aligned(
+    model: TwoStageVARST, histology: Histology, sections: NDArray[np.integer], moments: dict[int, Moments]
+) -> Histology:
+    return model.var_stage.condition.align(histology, torch.from_numpy(sections), moments)

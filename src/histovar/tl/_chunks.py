@@ -1,0 +1,82 @@
+"""Prediction of embeddings that are dask arrays."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from anndata import AnnData
+
+from histovar.anndata_io.chunks import ChunkedHistology
+from histovar.anndata_io.write import Prediction
+from histovar.model import Histology, TwoStageVARST
+
+from ._predictor import Predictor
+
+if TYPE_CHECKING:
+    from dask.delayed import Delayed
+
+# Torch uses all threads that it was given by itself; two chunks at once in one process would hinder each other.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def predict_chunks(
+    adata: AnnData, model: TwoStageVARST, predictor: Predictor, random_state: int, **condition: Any
+) -> tuple[list[Delayed], ChunkedHistology]:
+    """A :class:`Prediction` of every chunk, each computed when it is asked for.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    model
+        With both stages trained; one task of the graph, which every worker fetches once.
+    predictor
+        What to predict.
+    random_state
+        Seed of the draws; each chunk's own comes from it.
+    **condition
+        As :class:`ChunkedHistology` takes it.
+    """
+    from dask.delayed import delayed
+
+    inputs = ChunkedHistology(adata, model.config, **condition)
+    shared = delayed(model, traverse=False)
+    seeds = np.random.SeedSequence(random_state).generate_state(len(inputs.chunks))
+    made = [
+        delayed(_predict)(predictor, shared, histology, int(seed))
+        for histology, seed in zip(inputs.aligned(shared), seeds, strict=True)
+    ]
+    return made, inputs
+
+
+def predict_lazily(
+    adata: AnnData, model: TwoStageVARST, predictor: Predictor, random_state: int, **condition: Any
+) -> Prediction:
+    """A :class:`Prediction` of dask arrays, chunked as the embeddings are; arguments as :func:`predict_chunks`."""
+    import dask.array as da
+
+    made, inputs = predict_chunks(adata, model, predictor, random_state, **condition)
+    config = model.config
+    empty = Prediction.empty(0, config.n_genes, config.n_tokens, predictor.n_samples, len(predictor.quantiles))
+
+    def whole(field: int, like: Any) -> Any:
+        if like is None:
+            return None
+        parts = [
+            da.from_delayed(
+                part[field],  # type: ignore[index]
+                (chunk.stop - chunk.start, *like.shape[1:]),
+                like.dtype,
+            )
+            for part, chunk in zip(made, inputs.chunks, strict=True)
+        ]
+        return da.concatenate(parts)
+
+    return Prediction(*(whole(i, like) for i, like in enumerate(empty)))
+
+
+def _predict(predictor: Predictor, model: TwoStageVARST, inputs: Histology, random_state: int) -> Prediction:
+    with _ONE_AT_A_TIME:
+        return predictor(model, inputs, random_state)

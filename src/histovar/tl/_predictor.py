@@ -1,0 +1,84 @@
+"""What is predicted of spots, whether they are all in memory or come in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+
+from histovar.anndata_io.write import Prediction
+from histovar.model import Decoding, Histology, TwoStageVARST
+
+from ._device import on_device
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Mean, standard deviation, tokens, draws and quantiles, as :func:`histovar.tl.predict` was asked for them.
+
+    Parameters
+    ----------
+    rule
+        How tokens are chosen.
+    chance
+        How they are drawn.
+    n_samples, quantiles, batch_size, device
+        As in :func:`histovar.tl.predict`.
+    """
+
+    rule: Decoding
+    chance: Decoding
+    n_samples: int
+    quantiles: tuple[float, ...]
+    batch_size: int
+    device: str
+
+    def is_calibrated(self, model: TwoStageVARST) -> bool:
+        """Whether the model's calibration applies."""
+        return model.var_stage.calibration.fitted and self.rule.mode == "expected"
+
+    def __call__(
+        self, model: TwoStageVARST, inputs: Histology, random_state: int, *, show_progress_bar: bool = False
+    ) -> Prediction:
+        """Predict.
+
+        Parameters
+        ----------
+        model
+            With both stages trained.
+        inputs
+            Of the spots, aligned.
+        random_state
+            Seed of the draws.
+        show_progress_bar
+            Show progress.
+        """
+        calibration = model.var_stage.calibration
+        n_spots, config = len(inputs.novelty), model.config
+        levels = torch.tensor(self.quantiles, dtype=torch.float32)
+        made = Prediction.empty(n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
+        with on_device(model, self.device) as where:
+            generator = torch.Generator(where).manual_seed(random_state)
+            batches = torch.arange(n_spots).split(self.batch_size)
+            for rows in track(batches, "predicting", disable=not show_progress_bar):
+                batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
+                generated = model.predict(batch, self.rule, generator=generator)
+                mean, std = generated.expression, generated.std
+                draws = cube = mean.new_empty(*mean.shape, 0)
+                if self.n_samples:
+                    drawn = model.predict(batch, self.chance, n_samples=self.n_samples, generator=generator).expression
+                    draws = drawn.view(len(rows), self.n_samples, -1).transpose(1, 2)
+                if self.rule.mode != "expected":
+                    std = draws.clamp(min=0).std(2, correction=0) if self.n_samples else std
+                elif calibration.fitted:
+                    draws = calibration.draws(draws, mean, std) if self.n_samples else draws
+                    cube = calibration.quantiles(mean, std, levels)
+                    std = std * calibration.spread
+                if len(levels) and not cube.shape[2]:
+                    cube = torch.quantile(draws, levels.to(where), 2).movedim(0, 2)
+                parts = (mean.clamp(min=0), std, generated.tokens, draws.clamp(min=0), cube.clamp(min=0))
+                for whole, part in zip(made, parts, strict=True):
+                    if whole is not None:
+                        whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
+        return made

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .head import TokenHead
+from .quantizer import CODES_AT_ONCE, argmax
 from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
+
+# Spots that are generated at once on a CPU: more do not fit its caches, and cost time.
+SPOTS_AT_ONCE = 64
 
 Mode = Literal["expected", "sample", "greedy"]
 
@@ -50,7 +55,8 @@ class Decoding:
 
     def filter(self, logits: Tensor) -> Tensor:
         """Probabilities after temperature, top-k and top-p: (..., codebook_size)."""
-        logits = logits / self.temperature
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.top_k:
             k = min(self.top_k, logits.shape[-1])
             smallest = logits.topk(k, -1).values[..., -1:]
@@ -64,10 +70,16 @@ class Decoding:
         return probabilities
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw codes by inverting the cumulative distribution: (n, codebook_size) to (n,)."""
-        cumulative = self.filter(logits).cumsum(1)
+        """Draw codes by inverting the cumulative distribution, first of blocks of codes: (n, codebook_size) to (n,)."""
+        blocks = self.filter(logits).unflatten(1, (-1, gcd(logits.shape[1], CODES_AT_ONCE)))
+        cumulative = blocks.sum(2).cumsum(1)
         height = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, height, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        block = torch.searchsorted(cumulative, height, right=True).clamp(max=blocks.shape[1] - 1)
+        below = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0)
+        within = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(1)
+        # Rounding must not let a height reach beyond its block, nor a code of no probability be drawn.
+        height = torch.minimum(height - below, within[:, -1:].nextafter(within.new_zeros(())))
+        return block[:, 0] * blocks.shape[2] + torch.searchsorted(within, height, right=True)[:, 0]
 
 
 class Generation(NamedTuple):
@@ -129,7 +141,34 @@ def generate(
     -------
     Generation
     """
+    at_once = SPOTS_AT_ONCE if memory.device.type == "cpu" else len(memory)
+    made = []
+    for start in range(0, len(memory), at_once):
+        rows = slice(start, start + at_once)
+        means = None if prior is None else [mean[rows] for mean in prior]
+        made.append(_generate(stage1, transformer, head, memory[rows], means, decoding, generator, keep_logits))
+    expression, std, tokens, values, logits = zip(*made, strict=True)
+    return Generation(
+        torch.cat(expression),
+        torch.cat(std),
+        torch.cat(tokens),
+        [torch.cat(parts) for parts in zip(*values, strict=True)],
+        torch.cat(logits) if keep_logits else None,
+    )
+
+
+def _generate(
+    stage1: MultiScaleGeneVQVAE,
+    transformer: GeneVARTransformer,
+    head: TokenHead,
+    memory: Tensor,
+    prior: list[Tensor] | None,
+    decoding: Decoding,
+    generator: torch.Generator | None,
+    keep_logits: bool,
+) -> Generation:
     config = transformer.config
+    memory = memory.to(transformer.positions.dtype)
     codebook = stage1.quantizer.codebook
     values_of = [stage1.code_values(k) for k in range(len(config.scales))]
     projected, caches = transformer.project_memory(memory), transformer.caches(memory)
@@ -139,12 +178,12 @@ def generate(
     inputs[:, 0] = memory.mean(1)
     sources = transformer.sources() + 1
     tokens = torch.zeros(n_spots, config.n_tokens, dtype=torch.long, device=memory.device)
-    values = [memory.new_zeros(n_spots, n, c) for n, c in zip(config.scales, config.components, strict=True)]
+    values = [codebook.new_zeros(n_spots, n, c) for n, c in zip(config.scales, config.components, strict=True)]
     variances = [torch.zeros_like(v) for v in values]
     kept = []
 
     def pick(logits: Tensor) -> Tensor:
-        return logits.argmax(1) if decoding.mode == "greedy" else decoding.draw(logits, generator)
+        return argmax(logits) if decoding.mode == "greedy" else decoding.draw(logits, generator)
 
     offsets = [sum(config.scales[:k]) for k in range(len(config.scales))]
 

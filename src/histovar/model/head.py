@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .quantizer import CODES_AT_ONCE, argmax
 from .vqvae import MultiScaleGeneVQVAE
 
 # Log-weight of codes that a scale never uses: impossible, yet finite.
 NEVER = -1e4
-# Tokens whose logits over all codes are held at once: few enough to stay in cache and in reused memory.
-QUERIES_AT_ONCE = 256
+# Logits that are held at once: few enough to stay in cache and in reused memory.
+LOGITS_AT_ONCE = 2**20
 
 # Some of the groups of a scale.
 Groups = slice | Tensor
@@ -82,8 +83,12 @@ class TokenHead(nn.Module):
             self.register_buffer(f"log_weight_{k}", torch.zeros(size))
             if self.tied:
                 self.register_buffer(f"softened_{k}", torch.zeros(size, dim + 2 * c + 1))
+                for name in ("used", "used_codes", "used_log_weight"):
+                    self.register_buffer(f"{name}_{k}", torch.empty(0), persistent=False)
             if self.has_prior:
                 self.register_parameter(f"log_spread_{k}", nn.Parameter(torch.zeros(n, c)))
+        self._select_codes()
+        self.register_load_state_dict_post_hook(_select_codes)
 
     gate: Tensor
 
@@ -126,6 +131,24 @@ class TokenHead(nn.Module):
                 table = torch.softmax(log_weight - distance / (2 * self.config.softening**2), 1) @ table
             getattr(self, f"log_weight_{k}").copy_(log_weight)
             getattr(self, f"softened_{k}").copy_(table)
+        self._select_codes()
+
+    @torch.no_grad()
+    def _select_codes(self) -> None:
+        """Set apart the codes that each scale uses, often a fifth of all: no others need logits."""
+        for k in range(len(self.config.scales) * self.tied):
+            codes, log_weight = getattr(self, f"codes_{k}"), getattr(self, f"log_weight_{k}")
+            used = torch.nonzero(log_weight > NEVER)[:, 0]
+            n_filling = -len(used) % CODES_AT_ONCE
+            setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))
+            setattr(self, f"used_codes_{k}", F.pad(codes[used], (0, 0, 0, n_filling)))
+            setattr(self, f"used_log_weight_{k}", F.pad(log_weight[used], (0, n_filling), value=NEVER))
+
+    def _used(self, scale: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers, features and log-weights of the codes that a scale uses."""
+        names = ("used", "used_codes", "used_log_weight")
+        used, codes, log_weight = (self.get_buffer(f"{name}_{scale}") for name in names)
+        return used, codes, log_weight
 
     @torch.no_grad()
     def set_spread(self, errors: list[Tensor]) -> None:
@@ -159,7 +182,10 @@ class TokenHead(nn.Module):
 
     def embed(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """Embeddings of tokens: (...) to (..., width)."""
-        embedded: Tensor = self.embedding(F.embedding(tokens, codebook) if self.tied else tokens)
+        if not self.tied:
+            free: Tensor = self.embedding(tokens)
+            return free
+        embedded: Tensor = self.embedding(F.embedding(tokens, codebook.to(self.output.weight.dtype)))
         return embedded
 
     def _query(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
@@ -169,6 +195,28 @@ class TokenHead(nn.Module):
             return F.pad(query, (0, 2 * self.config.components[scale]))
         precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
         return torch.cat([query, prior * precision, (-precision / 2).expand_as(prior)], -1)
+
+    def _operands(
+        self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (n_spots, n, features), code features and log-weights of the codes in use; see :func:`_scores`.
+
+        In lower precision, the prior's part, where large numbers cancel, is written as products of sums of two numbers
+        each, and taken relative to the prior's mean.
+        """
+        _, codes, log_weight = self._used(scale)
+        if hidden.dtype == codes.dtype:
+            return self._query(hidden, scale, groups, prior), codes, log_weight
+        dim, half = self.config.codebook_dim, hidden.dtype
+        query, codes, values = self.output(hidden), codes[:, :dim].to(half), codes[:, dim:]
+        if prior is None:
+            return query, codes, log_weight
+        precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
+        offset = (-precision / 2 * prior.square()).sum(-1, keepdim=True)
+        high, low = _two(torch.cat([prior * precision, (-precision / 2).expand_as(prior), offset], -1), half)
+        high_values, low_values = _two(F.pad(values, (0, 1), value=1.0), half)
+        query = torch.cat([query, high, low, high], -1)
+        return query, torch.cat([codes, high_values, high_values, low_values], -1), log_weight
 
     def logits(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
         """Logits of some tokens of one scale.
@@ -212,21 +260,21 @@ class TokenHead(nn.Module):
         -------
         Expectation
         """
-        codes = getattr(self, f"codes_{scale}")
         dim, c = self.config.codebook_dim, self.config.components[scale]
         embedding = None
         if self.tied:
-            query = self._query(hidden, scale, groups, prior)
-            features = codes if embed else codes[:, dim:]
-            _, mean, likeliest = _assign(query, codes, getattr(self, f"log_weight_{scale}"), features)
+            used, features, _ = self._used(scale)
+            operands = self._operands(hidden, scale, groups, prior)
+            _, mean, likeliest = _assign(*operands, features if embed else features[:, dim:])
+            likeliest = used[likeliest]
             if embed:
-                embedding = self.embedding(mean[..., :dim])
+                embedding = self.embedding(mean[..., :dim].to(hidden.dtype))
         else:
-            table = self.embedding.get_parameter("weight")
-            features = torch.cat([table, codes[:, dim:]], 1) if embed else codes[:, dim:]
-            _, mean, likeliest = _assign(hidden, self.output.weight, self.output.bias, features)
+            values = getattr(self, f"codes_{scale}")[:, dim:]
+            features = torch.cat([self.embedding.get_parameter("weight"), values], 1) if embed else values
+            _, mean, likeliest = _assign(hidden, self.output.weight, self.output.bias.float(), features)
             if embed:
-                embedding = mean[..., : self.config.width]
+                embedding = mean[..., : self.config.width].to(hidden.dtype)
         value, square = mean[..., -2 * c :].split(c, -1)
         variance = (square - value.square()).clamp(min=0)
         if prior is not None:
@@ -259,22 +307,26 @@ class TokenHead(nn.Module):
         """
         chosen = []
         if not self.tied:
-            chosen = [pick(self.output(chunk)) for chunk in hidden.flatten(0, 1).split(QUERIES_AT_ONCE)]
+            chunks = hidden.flatten(0, 1).split(_at_once(self.config.codebook_size))
+            chosen = [pick(self.output(chunk).float()) for chunk in chunks]
             return torch.cat(chosen).view(hidden.shape[:2])
         dim, c = self.config.codebook_dim, self.config.components[scale]
-        codes, log_weight = getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")
-        query = self._query(hidden, scale, groups, prior).flatten(0, 1)
-        means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(QUERIES_AT_ONCE)
-        for chunk, mean in zip(query.split(QUERIES_AT_ONCE), means, strict=False):
-            logits = torch.addmm(log_weight, chunk, codes.T)
+        used, features, _ = self._used(scale)
+        moments_of, values_of = features[:, dim:].T.contiguous(), features[:, dim : dim + c].T.contiguous()
+        query, codes, log_weight = self._operands(hidden, scale, groups, prior)
+        query = query.flatten(0, 1)
+        at_once = _at_once(len(codes))
+        means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(at_once)
+        for chunk, mean in zip(query.split(at_once), means, strict=False):
+            logits = _scores(chunk, codes, log_weight)
             if mean is not None:
-                moments = logits.softmax(1) @ codes[:, dim:]
+                moments = F.linear(logits.softmax(1), moments_of)
                 value = moments[:, :c]
                 variance = (moments[:, c:] - value.square()).clamp(min=1e-6)
                 tilt = (1 - self.gate[scale]) * (mean - value) / variance
-                logits.addmm_(tilt, codes[:, dim : dim + c].T)
+                logits.addmm_(tilt, values_of)
             chosen.append(pick(logits))
-        return torch.cat(chosen).view(hidden.shape[:2])
+        return used[torch.cat(chosen)].view(hidden.shape[:2])
 
     def loss(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
         """Cross-entropy against the softened targets.
@@ -297,7 +349,7 @@ class TokenHead(nn.Module):
         if not self.tied:
             return F.cross_entropy(self.output(hidden).transpose(1, 2), tokens, reduction="none")
         query = self._query(hidden, scale, groups, prior)
-        codes, log_weight = getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")
+        _, codes, log_weight = self._used(scale)
         normaliser: Tensor = _Normaliser.apply(query, codes, log_weight)
         target = F.embedding(tokens, getattr(self, f"softened_{scale}"))
         return normaliser - (query * target[..., :-1]).sum(-1) - target[..., -1]
@@ -307,9 +359,45 @@ class TokenHead(nn.Module):
         """How many codes are more probable than the true one; arguments and shape as in :meth:`loss`."""
         ranks = []
         for i, (ids, state) in enumerate(zip(tokens, hidden, strict=True)):
-            logits = self.logits(state[None], scale, groups, None if prior is None else prior[i : i + 1])[0]
-            ranks.append(torch.count_nonzero(logits > logits.gather(1, ids[:, None]), 1))
+            shift = None if prior is None else prior[i : i + 1]
+            if not self.tied:
+                logits = self.output(state)
+                own = logits.gather(1, ids[:, None])
+            else:
+                query = self._query(state[None], scale, groups, shift)[0]
+                _, codes, log_weight = self._used(scale)
+                logits = torch.addmm(log_weight, query, codes.T)
+                true_codes, true_weight = (
+                    getattr(self, f"codes_{scale}")[ids],
+                    getattr(self, f"log_weight_{scale}")[ids],
+                )
+                # A little more than rounding, for the true code not to outdo itself.
+                own = ((query * true_codes).sum(1) + true_weight + 1e-4)[:, None]
+            ranks.append(torch.count_nonzero(logits > own, 1))
         return torch.stack(ranks)
+
+
+def _select_codes(head: TokenHead, _: object) -> None:
+    """What is to happen after a state is loaded."""
+    head._select_codes()
+
+
+def _at_once(n_codes: int) -> int:
+    """Number of tokens whose logits are held at once."""
+    return max(1, LOGITS_AT_ONCE // n_codes)
+
+
+def _two(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two numbers of lower precision whose sum is near each number."""
+    high = x.to(half)
+    return high, (x - high).to(half)
+
+
+def _scores(query: Tensor, codes: Tensor, log_weight: Tensor) -> Tensor:
+    """``log_weight + query @ codes.T`` in the precision of `log_weight`."""
+    if query.dtype == log_weight.dtype:
+        return torch.addmm(log_weight, query, codes.T)
+    return torch.add(log_weight, query @ codes.T)
 
 
 def _assign(query: Tensor, codes: Tensor, log_weight: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,12 +422,13 @@ def _assign(query: Tensor, codes: Tensor, log_weight: Tensor, features: Tensor) 
         (...): the most probable code.
     """
     normalisers, means, likeliest = [], [], []
-    for chunk in query.flatten(0, -2).split(QUERIES_AT_ONCE):
-        logits = torch.addmm(log_weight, chunk, codes.T)
-        top, best = logits.max(1, keepdim=True)
+    features_of = features.T.contiguous()
+    for chunk in query.flatten(0, -2).split(_at_once(len(codes))):
+        logits = _scores(chunk, codes, log_weight)
+        best = argmax(logits)[:, None]
         weights = logits.softmax(1)  # many times faster than exp, which is slow for very small results
-        normalisers.append((top - weights.gather(1, best).log())[:, 0])
-        means.append(weights @ features)
+        normalisers.append((logits.gather(1, best) - weights.gather(1, best).log())[:, 0])
+        means.append(F.linear(weights, features_of))
         likeliest.append(best[:, 0])
     shape = query.shape[:-1]
     return torch.cat(normalisers).view(shape), torch.cat(means).view(*shape, -1), torch.cat(likeliest).view(shape)

@@ -16,6 +16,9 @@ from .config import ModelConfig
 # Tokens of a wide scale that are generated at once.
 TOKENS_AT_ONCE = 512
 
+# What FewKeysAttention makes of the condition.
+Folded = tuple[Tensor, Tensor, Tensor]
+
 
 class KeyValueCache:
     """Keys and values of one layer's self-attention, filled as tokens are generated.
@@ -94,6 +97,45 @@ class Attention(nn.Module):
         return attended
 
 
+class FewKeysAttention(Attention):
+    """Attention to a handful of keys, the condition, with the weights of :class:`Attention`.
+
+    Queries and outputs of many tokens are never formed: for every spot, keys are taken through the query's weights and
+    values through the output's, so that a token's scores and result are one product each.
+    """
+
+    def fold(self, memory: Tensor) -> Folded:
+        """What tokens are multiplied with: weights and offsets of the scores, and the results.
+
+        Parameters
+        ----------
+        memory
+            (n_spots, n_memory, width).
+
+        Returns
+        -------
+        tuple of Tensor
+            (n_spots, n_heads x n_memory, width), (n_spots, 1, n_heads x n_memory) and as the first.
+        """
+        keys, values = self.project(memory)
+        keys = keys * keys.shape[-1] ** -0.5
+
+        def by_head(weight: Tensor) -> Tensor:
+            return weight.unflatten(0, (self.n_heads, -1))
+
+        weights = (keys @ by_head(self.query.weight)).flatten(1, 2)
+        offsets = (keys @ by_head(self.query.bias)[..., None]).flatten(1, 3)[:, None]
+        results = (values @ by_head(self.output.weight.T)).flatten(1, 2)
+        return weights, offsets, results
+
+    def attend(self, x: Tensor, folded: Folded) -> Tensor:
+        """Attend from (n_spots, n, width) to what :meth:`fold` made of the condition."""
+        weights, offsets, results = folded
+        scores = torch.baddbmm(offsets, x, weights.transpose(1, 2)).unflatten(-1, (self.n_heads, -1))
+        shares = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        return shares.flatten(-2) @ results + self.output.bias
+
+
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention to the condition, feed-forward.
 
@@ -109,7 +151,7 @@ class DecoderLayer(nn.Module):
         # Dropout inside the sublayers costs more than they do; behind each of them it is enough.
         inside = 0.0 if self.pre_norm else config.dropout
         self.self_attention = Attention(config.width, config.n_heads, inside)
-        self.cross_attention = Attention(config.width, config.n_heads, inside)
+        self.cross_attention = FewKeysAttention(config.width, config.n_heads, inside)
         self.feedforward = nn.Sequential(
             nn.Linear(config.width, config.feedforward),
             nn.GELU() if self.pre_norm else nn.ReLU(),
@@ -119,9 +161,7 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, memory: tuple[Tensor, Tensor], attend: Callable[[Attention, Tensor], Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Folded, attend: Callable[[Attention, Tensor], Tensor]) -> Tensor:
         """One layer.
 
         Parameters
@@ -129,13 +169,13 @@ class DecoderLayer(nn.Module):
         x
             (n_spots, n, width).
         memory
-            Keys and values of the condition, from ``cross_attention.project``.
+            The condition, from ``cross_attention.fold``.
         attend
             How the positions attend to tokens, given the layer's self-attention.
         """
         steps: tuple[Callable[[Tensor], Tensor], ...] = (
             lambda x: attend(self.self_attention, x),
-            lambda x: self.cross_attention(x, *memory),
+            lambda x: self.cross_attention.attend(x, memory),
             self.feedforward,
         )
         for norm, step in zip(self.norms, steps, strict=True):
@@ -211,9 +251,9 @@ class GeneVARTransformer(nn.Module):
         seen = torch.tensor([b.n_seen for b in self.blocks for _ in range(b.start, b.stop)], device=self.parents.device)
         return torch.arange(self.n_keys, device=seen.device) < seen[:, None]
 
-    def project_memory(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The condition's keys and values for every layer, computed once a spot."""
-        return [layer.cross_attention.project(memory) for layer in self.layers]  # type: ignore[union-attr,operator]
+    def project_memory(self, memory: Tensor) -> list[Folded]:
+        """What every layer attends to in the condition, computed once a spot."""
+        return [layer.cross_attention.fold(memory) for layer in self.layers]  # type: ignore[union-attr,operator]
 
     def forward(self, embeddings: Tensor, memory: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states of given tokens at once, as in training.
@@ -251,9 +291,7 @@ class GeneVARTransformer(nn.Module):
         shape = (len(memory), heads, self.n_keys, self.config.width // heads)
         return [KeyValueCache(shape, memory) for _ in self.layers]
 
-    def step(
-        self, x: Tensor, block: Block, projected: list[tuple[Tensor, Tensor]], caches: list[KeyValueCache]
-    ) -> Tensor:
+    def step(self, x: Tensor, block: Block, projected: list[Folded], caches: list[KeyValueCache]) -> Tensor:
         """Hidden states of the next block, (n_spots, n, width), from its inputs and the caches."""
         for layer, memory, cache in zip(self.layers, projected, caches, strict=True):
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,6 +21,9 @@ from .vqvae import MultiScaleGeneVQVAE
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+Precision = Literal["fp32", "bf16"]
 
 
 class VARStage(nn.Module):
@@ -110,6 +114,28 @@ class TwoStageVARST(nn.Module):
         if self.stage2 is None:
             raise ValueError("model has no stage 2 yet; train it with histovar.tl.train_stage2")
         return self.stage2
+
+    def in_precision(self, precision: Precision) -> TwoStageVARST:
+        """The model with its transformer and the products with its codes in another precision, for generation.
+
+        Parameters
+        ----------
+        precision
+            ``"fp32"``: the model itself. ``"bf16"``: a copy of stage 2; all else is shared, and stays as it is, as are
+            sums over codes.
+
+        Returns
+        -------
+        TwoStageVARST
+        """
+        if precision == "fp32":
+            return self
+        other = copy(self)
+        other._modules = {**self._modules, "stage2": deepcopy(self.var_stage)}
+        stage2 = other.var_stage
+        for module in (stage2.transformer, stage2.head.embedding, stage2.head.output):
+            module.to(torch.bfloat16)
+        return other
 
     def set_training_stage(self, stage: Literal[1, 2]) -> None:
         """Make one stage trainable and freeze the other: no gradients, evaluation mode.

@@ -9,6 +9,7 @@ from rich.progress import track
 
 from histovar.anndata_io.write import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.model.two_stage import Precision
 
 from ._device import on_device
 
@@ -23,7 +24,7 @@ class Predictor:
         How tokens are chosen.
     chance
         How they are drawn.
-    n_samples, quantiles, batch_size, device
+    n_samples, quantiles, batch_size, device, precision
         As in :func:`histovar.tl.predict`.
     """
 
@@ -33,6 +34,7 @@ class Predictor:
     quantiles: tuple[float, ...]
     batch_size: int
     device: str
+    precision: Precision
 
     def is_calibrated(self, model: TwoStageVARST) -> bool:
         """Whether the model's calibration applies."""
@@ -54,6 +56,7 @@ class Predictor:
         show_progress_bar
             Show progress.
         """
+        model = model.in_precision(self.precision)
         calibration = model.var_stage.calibration
         n_spots, config = len(inputs.novelty), model.config
         levels = torch.tensor(self.quantiles, dtype=torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from anndata import AnnData
@@ -16,6 +16,7 @@ from histovar.anndata_io.table import Data, as_table, copied
 from histovar.anndata_io.write import merge_uns, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
+from histovar.model.two_stage import Precision
 from histovar.training import section_numbers
 
 from ._chunks import predict_lazily
@@ -40,6 +41,7 @@ def predict(
     key_added: str = DEFAULT_KEY,
     batch_size: int = 64,
     device: str = "auto",
+    precision: Precision = "fp32",
     random_state: int = 0,
     show_progress_bar: bool = False,
     table_name: str | None = None,
@@ -73,6 +75,9 @@ def predict(
         Spots at once.
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
+    precision
+        ``"fp32"``, or ``"bf16"``, twice as fast on hardware that has it, with means off by less than a hundredth of a
+        gene's standard deviation.
     random_state
         Seed of the draws. Each chunk of dask arrays has draws of its own.
     show_progress_bar
@@ -107,9 +112,11 @@ def predict(
     registry, config = model.registry, model.config
     rule = Decoding(decoding, temperature, top_k, top_p)
     chance = Decoding("sample", temperature, top_k, top_p)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
     if n_samples < 0:
         raise ValueError(f"n_samples must not be negative, got {n_samples}")
-    predictor = Predictor(rule, chance, n_samples, tuple(quantiles), batch_size, device)
+    predictor = Predictor(rule, chance, n_samples, tuple(quantiles), batch_size, device, precision)
     calibrated = predictor.is_calibrated(model)
     if len(quantiles) and n_samples < 2 and not calibrated:
         raise ValueError(

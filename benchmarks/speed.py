@@ -1,0 +1,307 @@
+r"""How fast the model trains and generates, against the machine's own rate of matrix products.
+
+    python benchmarks/speed.py            # half an hour on two cores
+    python benchmarks/speed.py --smoke    # to see that it runs
+
+All in one run, as machines and their moods differ: compare shares, not seconds. The limit is the best rate of
+``torch.matmul`` on square matrices. Achieved is the number of floating-point operations over the time they took, where
+a matrix product of (m, k) and (k, n) counts 2 m k n and all else (softmax, norms, activations, random numbers) counts
+nothing. For one spot, with T tokens of which a token of scale k attends to :math:`s_k` tokens and M memory vectors:
+
+- condition and prior: :math:`\sum_i d_i p + N (F H + H^2 + H (G + 1))`, with sources :math:`d_i` wide, p principal
+  components, N members with H hidden units, F features and G genes;
+- transformer, for each of L layers: :math:`T (2 w^2 + 2 w f + 2 w h M) + 2 w^2 n + 4 w^2 M + 2 w \sum_k n_k s_k`,
+  with width w, h heads, feed-forward f and n tokens that others attend to;
+- head: :math:`\sum_k n_k (w D + K_k (D + 2 c_k) + K_k q_k)` with the :math:`K_k` codes that scale k uses, :math:`D`
+  their width, and :math:`q_k` what is expected of them: :math:`D + 2 c_k` where tokens are fed to later ones, else
+  :math:`2 c_k`;
+
+each counted twice (a product and a sum). A training step of stage 2 costs three times the transformer, head queries
+and condition (forward, and backward with respect to inputs and weights), and for the loss
+:math:`\sum_k 2 n_k K_k (D + 2 c_k)`, and what the expected teacher costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import histovar as hv
+from histovar.model import Decoding, Histology, ModelConfig, TwoStageVARST
+from histovar.training.stage1 import Stage1Module
+from histovar.training.stage2 import Stage2Module
+from histovar.training.trainer import TrainingOptions
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def best_time(work: Callable[[], Any], seconds: float) -> float:
+    """Shortest time of as many repetitions as fit, two at the least and one more to warm up."""
+    work()
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def matrix_rate(kind: str, size: int, seconds: float) -> float:
+    """FLOP/s of a square matrix product."""
+    a, b = torch.randn(2, size, size).to(TYPES[kind])
+    return 2 * size**3 / best_time(lambda: a @ b, seconds)
+
+
+def flops(model: TwoStageVARST, training: bool = False) -> float:
+    """Operations of one spot; see the module's docstring for the formula."""
+    config, head = model.config, model.var_stage.head
+    w, dim, n_layers = config.width, config.codebook_dim, config.n_layers
+    if config.condition == "mlp":
+        hidden = config.condition_hidden
+        condition = config.embedding_dims[0] * hidden + hidden**2 + 2 * 64 + 64 * config.coordinate_dim
+        features, n_memory = 0, 1
+    else:
+        features = model.var_stage.condition.n_features
+        condition = sum(config.source_dims) * config.n_pcs + features * w
+        n_memory = len(config.source_dims) + config.coordinates + (config.n_covariates > 0)
+    hidden, members = config.prior_hidden, config.n_members
+    prior = members * (features * hidden + hidden**2 + hidden * (config.n_genes + 1))
+    blocks = model.var_stage.transformer.blocks
+    seen = sum((b.stop - b.start) * b.n_seen for b in blocks)
+    if training and config.order == "token":
+        seen = config.n_tokens**2  # masked, not skipped
+    per_token = 2 * w**2 + 2 * w * config.feedforward + 2 * w * config.n_heads * n_memory
+    n_keys = model.var_stage.transformer.n_keys
+    transformer = n_layers * (config.n_tokens * per_token + 2 * w**2 * (n_keys + 2 * n_memory) + 2 * w * seen)
+    query = config.n_tokens * w * (dim if head.tied else 0)
+    assign = teacher = 0
+    n_before = 0
+    for k, (n, c) in enumerate(zip(config.scales, config.components, strict=True)):
+        n_codes = len(head._used(k)[0]) if head.tied else config.codebook_size
+        code_width = dim + 2 * c if head.tied else w
+        feeds = n_before < config.n_feeding
+        expected = ((dim if head.tied else w) if feeds else 0) + 2 * c
+        if training:
+            assign += n * n_codes * code_width * (2 if head.tied else 3)
+            teacher += n * n_codes * (code_width + expected) * (feeds and head.tied)
+        else:
+            assign += n * n_codes * (code_width + expected)
+        n_before += n
+    return 2 * (
+        assign
+        + teacher
+        + (3 * (transformer + query + condition) if training else transformer + query + condition + prior)
+    )
+
+
+def trained(config: ModelConfig, n_genes: int) -> TwoStageVARST:
+    """A model whose stage 1 uses its codes as real ones do; its stage 2 is barely trained."""
+    adata = hv.datasets.simulate(3, 150, n_genes + 40, embedding_dim=config.embedding_dims[0], random_state=0)
+    hv.pp.gene_panel(adata, n_genes=n_genes)
+    quick: dict[str, Any] = {"max_epochs": 2, "enable_progress_bar": False, "library_key": "section"}
+    if config.style == "modern":
+        return hv.tl.train(adata, use_rep="X_histology", config=config, **quick)
+    # The reference is as slow untrained.
+    model = TwoStageVARST(config)
+    model.stage1.code_counts += 1
+    return model.eval()
+
+
+def spots(config: ModelConfig, n: int) -> Histology:
+    """Random inputs."""
+    sources = tuple(torch.randn(n, d) for d in config.source_dims)
+    place = torch.rand(n, 2 * config.coordinates)
+    return Histology(sources, place, torch.zeros(n, 0), torch.zeros(n))
+
+
+def peak_gb() -> float:
+    """Peak memory of the process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+class Table:
+    """Rows printed as they are measured."""
+
+    def __init__(self, limits: dict[str, float]) -> None:
+        self.limits, self.rows = limits, list[dict[str, Any]]()
+
+    def add(self, model: str, what: str, batch: int, seconds: float, per_spot: float, kind: str = "fp32") -> float:
+        """One measurement of a batch; returns spots per second."""
+        rate = per_spot * batch / seconds
+        row = {
+            "model": model,
+            "what": what,
+            "type": kind,
+            "batch": batch,
+            "spots/s": batch / seconds,
+            "MFLOP/spot": per_spot / 1e6,
+            "GFLOP/s": rate / 1e9,
+            "share of limit": rate / self.limits[kind],
+            "share of fp32 limit": rate / self.limits["fp32"],
+            "peak GB": peak_gb(),
+        }
+        self.rows.append(row)
+        print(
+            f"{model:>9} {what:<24} {kind} batch {batch:>3}: {row['spots/s']:9.1f} spots/s, "
+            f"{row['GFLOP/s']:6.1f} GFLOP/s, {row['share of fp32 limit']:.0%} of the fp32 limit, "
+            f"peak {row['peak GB']:.1f} GB",
+            flush=True,
+        )
+        return float(row["spots/s"])
+
+
+def recomputed(model: TwoStageVARST, histology: Histology) -> torch.Tensor:
+    """Greedy tokens one after another, all before it recomputed for each: what caches save."""
+    config = model.config
+    tokens = torch.zeros(len(histology.novelty), config.n_tokens, dtype=torch.long)
+    stage2 = model.var_stage
+    memory = stage2.condition(histology)
+    for block in stage2.transformer.blocks:
+        embeddings = torch.zeros(len(tokens), config.n_feeding, config.width)
+        if block.start:
+            embeddings[:, : block.start] = stage2.head.embed(tokens[:, : block.start], model.stage1.quantizer.codebook)
+        prefix = torch.arange(block.stop)
+        hidden = stage2.transformer(embeddings, memory, prefix)[:, block.start :]
+        groups = slice(block.start, block.stop)
+        tokens[:, groups] = stage2.head.logits(hidden, block.scale, groups, None).argmax(-1)
+    return tokens
+
+
+def generation(table: Table, name: str, model: TwoStageVARST, arguments: argparse.Namespace) -> dict[str, float]:
+    """Expected, greedy and sampled decoding in both orders."""
+    found: dict[str, float] = {}
+    for order in ("scale", "token"):
+        other = TwoStageVARST(model.config.replace(order=order))
+        other.load_state_dict(model.state_dict())
+        other.eval()
+        for batch in arguments.batches:
+            inputs = spots(model.config, batch)
+            for mode in ("expected", "greedy", "sample"):
+                if mode != "expected" and (batch != 64 or order == "token"):
+                    continue
+                seconds = best_time(lambda: other.predict(inputs, Decoding(mode)), arguments.seconds)  # noqa: B023
+                found[f"{order} {mode} {batch}"] = table.add(
+                    name, f"{mode}, {order} order", batch, seconds, flops(other)
+                )
+            if order == "scale":
+                half = other.in_precision("bf16")
+                seconds = best_time(lambda: half.predict(inputs), arguments.seconds)  # noqa: B023
+                found[f"{order} bf16 {batch}"] = table.add(
+                    name, f"expected, {order} order", batch, seconds, flops(other), "bf16"
+                )
+    return found
+
+
+@torch.no_grad()
+def caching(model: TwoStageVARST, n_spots: int) -> None:
+    """Token order with caches against recomputing the prefix."""
+    other = TwoStageVARST(model.config.replace(order="token"))
+    other.load_state_dict(model.state_dict())
+    other.eval()
+    inputs = spots(model.config, n_spots)
+    times, tokens = [], []
+    for work in (lambda: other.predict(inputs, Decoding("greedy")).tokens, lambda: recomputed(other, inputs)):
+        start = time.perf_counter()
+        tokens.append(work())
+        times.append(time.perf_counter() - start)
+    print(
+        f"reference, token order, {n_spots} spots: {times[1] / times[0]:.1f} times as fast as recomputing the prefix, "
+        f"{(tokens[0] == tokens[1]).float().mean():.2%} of the tokens the same"
+    )
+
+
+def training(table: Table, name: str, model: TwoStageVARST, arguments: argparse.Namespace) -> None:
+    """A step of stage 2 with its backward pass."""
+    options = TrainingOptions(enable_progress_bar=False)
+    model.set_training_stage(2)
+    if model.var_stage.prior is not None:
+        model.var_stage.prior.requires_grad_(False)
+    module = Stage2Module(model, options)
+    module.watch = lambda *_, **__: None  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    for batch in arguments.batches[1:]:
+        histology = spots(model.config, batch)
+        tokens = torch.randint(0, model.config.codebook_size, (batch, model.config.n_tokens))
+        prior = torch.randn(batch, model.config.n_genes)
+
+        def step() -> None:
+            loss = module.training_step((histology, tokens, prior), 0)  # noqa: B023
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        table.add(name, "training step, stage 2", batch, best_time(step, arguments.seconds), flops(model, True))
+
+
+def stage1_epoch(arguments: argparse.Namespace) -> None:
+    """Seconds of an epoch of stage 1 at the size of her2st: 13,159 spots and 200 genes."""
+    n_spots, batch = (13_159, 64) if not arguments.smoke else (256, 64)
+    model = TwoStageVARST(ModelConfig.default(200))
+    module = Stage1Module(model, TrainingOptions(enable_progress_bar=False))
+    module.watch = lambda *_, **__: None  # type: ignore[method-assign]
+    expression = torch.randn(n_spots, 200)
+    model.stage1.start_codebook(expression[:4096])
+    model.set_training_stage(1)
+    optimizer = torch.optim.AdamW(module.parameters())
+    start = time.perf_counter()
+    for chunk in expression.split(batch):
+        loss = module.training_step((chunk,), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"stage 1: an epoch of {n_spots:,} spots x 200 genes in {time.perf_counter() - start:.1f} s")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["default", "reference"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 512])
+    parser.add_argument("--seconds", type=float, default=3.0, help="least time of each measurement")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None, help="CSV file")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    logging.getLogger("histovar").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.smoke:
+        arguments.batches, arguments.seconds = [1, 8], 0.0
+    size = 256 if arguments.smoke else 2048
+    limits = {kind: matrix_rate(kind, size, arguments.seconds) for kind in TYPES}
+    print(", ".join(f"{kind} limit {rate / 1e9:.1f} GFLOP/s" for kind, rate in limits.items()))
+    table = Table(limits)
+    for name in arguments.models:
+        if name == "default":
+            n_genes = 40 if arguments.smoke else 200
+            model = trained(ModelConfig.default(n_genes, 64 if arguments.smoke else 1024), n_genes)
+        else:
+            cut = {"n_layers": 1, "codebook_size": 256} if arguments.smoke else {}
+            model = trained(ModelConfig.reference(**cut), 200)
+        with torch.no_grad():
+            found = generation(table, name, model, arguments)
+        for batch in arguments.batches[1:]:
+            ratio = found[f"scale expected {batch}"] / found[f"token expected {batch}"]
+            print(f"{name}, batch {batch}: scale order is {ratio:.1f} times as fast as token order")
+            ratio = found[f"scale bf16 {batch}"] / found[f"scale expected {batch}"]
+            print(f"{name}, batch {batch}: bf16 is {ratio:.2f} times as fast as fp32")
+        training(table, name, model, arguments)
+        if name == "reference":
+            caching(model.eval(), 1 if arguments.smoke else 8)
+    stage1_epoch(arguments)
+    if arguments.out:
+        pd.DataFrame(table.rows).to_csv(arguments.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

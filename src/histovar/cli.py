@@ -82,6 +82,10 @@ def train(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Spots in a batch.")] = 64,
     gpus: Gpus = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Number of processes, with --strategy ddp; one for each GPU by default.")
+    ] = None,
+    num_nodes: Annotated[int, typer.Option("--num-nodes", "--num_nodes", help="Number of machines.")] = 1,
     strategy: Annotated[str, typer.Option(help="Lightning's strategy, such as ddp.")] = "auto",
     use_rep: UseRep = None,
     library_key: LibraryKey = "section",
@@ -100,7 +104,7 @@ def train(
     """Train a model on sections with measured expression and histology embeddings."""
     from histovar import TwoStageVARST, pp, tl
 
-    accelerator, devices = _hardware(gpus)
+    accelerator, n_gpus = _hardware(gpus)
     adata = _training_data(inputs, dataset, data_dir, None if training_stage == 1 and not use_rep else embedding)
     if hold_out:
         adata = _without(adata, library_key, hold_out)
@@ -108,7 +112,8 @@ def train(
         "max_epochs": epochs,
         "batch_size": batch_size,
         "accelerator": accelerator,
-        "devices": devices,
+        "devices": devices or n_gpus,
+        "num_nodes": num_nodes,
         "strategy": strategy,
     }
     shared: dict[str, Any] = {"library_key": library_key, "random_state": seed, **options}

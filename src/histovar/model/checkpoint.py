@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from histovar._version import __version__
 
 from .config import ModelConfig
+from .distributed import rank_and_world
 
 if TYPE_CHECKING:
     from .two_stage import TwoStageVARST
@@ -33,7 +34,7 @@ def _weights(stage: int) -> str:
 
 
 def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2)) -> None:
-    """Write a model, or one stage of it, to a directory.
+    """Write a model, or one stage of it, to a directory; in a distributed run, the first process does.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2))
     stages
         Which stages to write; those the model does not have are left out.
     """
+    if rank_and_world()[0]:
+        return
     path.mkdir(parents=True, exist_ok=True)
     modules = {1: model.stage1, 2: model.stage2}
     written = [s for s in stages if modules[s] is not None]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .distributed import mean_of_processes
 
 # How much of the predicted depth (in standard deviations) is added to genes (in standard deviations) of a section that
 # is like none of training. Log-normalised values follow depth through their zeros: the genes' mean correlation with it
@@ -114,7 +115,7 @@ class ConditionalMeanPrior(nn.Module):
         """
         errors = (self._outputs(features) - targets).square().mean(2) * weights
         seen = (~self._unseen(folds, n_folds)).to(errors.dtype)
-        return ((errors * seen).sum(1) / seen.sum(1).clamp(min=1)).sum()
+        return ((errors * seen).sum(1) / mean_of_processes(seen.sum(1)).clamp(min=1)).sum()
 
     @torch.no_grad()
     def out_of_fold(self, features: Tensor, folds: Tensor, n_folds: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 from .config import ModelConfig
+from .distributed import gathered
 
 # Latents a scale that place the codes (k-means) and that update the moving averages in one step. The same
 # number from every scale: the finest has most tokens, and would leave the coarser ones no codes of their own.
@@ -77,7 +78,7 @@ class SharedVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, latents: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
-        """Move the codes towards the latents assigned to them, and revive dead codes.
+        """Move the codes towards the latents assigned to them in all processes, and revive dead codes.
 
         Parameters
         ----------
@@ -86,7 +87,7 @@ class SharedVectorQuantizer(nn.Module):
         """
         if self.config.codebook_update == "ema":
             pairs = [
-                _some(torch.cat([x, ids[..., None]], -1).flatten(0, 1), LATENTS_PER_UPDATE)
+                _some(gathered(torch.cat([x, ids[..., None]], -1)).flatten(0, 1), LATENTS_PER_UPDATE)
                 for x, ids in zip(latents, tokens, strict=True)
             ]
             sample = torch.cat(pairs)

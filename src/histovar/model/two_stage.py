@@ -360,6 +360,8 @@ class TwoStageVARST(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the model to a directory: weights as safetensors, all else as JSON.
 
+        In a distributed run, the first process does.
+
         Parameters
         ----------
         path

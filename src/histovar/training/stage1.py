@@ -131,7 +131,7 @@ class Stage1Trainer:
             module, data = Stage1Module(model, options), SpotDataset(train)
             if model.stage1.quantizer.needs_start:
                 # Codes placed while encoders still move are soon left behind and die; so let them settle first.
-                warmup = max(1, round(WARMUP_STEPS * options.batch_size / len(train)))
+                warmup = max(1, round(WARMUP_STEPS * options.global_batch_size / len(train)))
                 settle = Stage1Module(model, replace(options, learning_rate=WARMUP_LEARNING_RATE))
                 fit(settle, data, None, options, max_epochs=warmup, averaging=False, resumable=False)
                 model.stage1.start_codebook(train[torch.randperm(len(train))[:SPOTS_FOR_START]])

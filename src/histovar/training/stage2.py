@@ -14,6 +14,7 @@ from torch import Tensor
 
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
+from histovar.model.distributed import own_share, rank_and_world
 
 from .data import SpotDataset, cross_fit_folds, held_out_spots, section_numbers
 from .standardization import fit_condition
@@ -102,8 +103,9 @@ class Stage2Module(StageModule):
         teacher = model.token_embeddings(tokens)
         if model.config.style == "modern":
             expected = model.expected_teacher(histology, prior)
-            swap = torch.rand(len(tokens), 1, 1, device=tokens.device) < EXPECTED_TEACHER
-            teacher = torch.where(swap, expected, teacher)
+            _, world = rank_and_world()
+            swap = own_share(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
+            teacher = torch.where(swap[:, None, None], expected, teacher)
         genes = self._some_genes(random=True)
         loss = self._mean(model.token_loss(histology, tokens, prior, teacher, genes))
         self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
@@ -308,8 +310,8 @@ class Stage2Trainer:
         module = PriorModule(model, self.options, n_folds)
         data = SpotDataset(features, targets, weights, folds)
         least, most = PRIOR_BATCH
-        batch_size = min(self.options.batch_size, max(least, min(most, len(features) // 16)))
-        options = replace(self.options, batch_size=batch_size)
+        batch_size = max(least, min(most, len(features) // 16)) // self.options.world_size
+        options = replace(self.options, batch_size=max(1, min(self.options.batch_size, batch_size)))
         fit(module, data, None, options, max_epochs=PRIOR_EPOCHS, averaging=False, resumable=False)
         prior.eval()
         unseen = prior.out_of_fold(features, folds, n_folds)

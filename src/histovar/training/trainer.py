@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class TrainingOptions:
     max_epochs
         Most epochs; None leaves it to the stage, which counts in steps.
     batch_size
-        Spots a batch.
+        Spots a batch, of each process of a distributed run.
     learning_rate, weight_decay
         Of AdamW.
     warmup_steps
@@ -43,7 +44,7 @@ class TrainingOptions:
         Epochs without improvement on the inner held-out spots before training stops.
     accelerator
         Lightning's; ``"auto"`` takes CUDA if there is any and the CPU otherwise, never MPS by itself.
-    devices, strategy, precision, logger, enable_progress_bar
+    devices, num_nodes, strategy, precision, logger, enable_progress_bar
         Lightning's.
     checkpoint_dir
         Where ``best.ckpt`` and ``last.ckpt`` are kept; None for a temporary directory.
@@ -65,6 +66,7 @@ class TrainingOptions:
     patience: int = 5
     accelerator: str = "auto"
     devices: int | str | Sequence[int] = 1
+    num_nodes: int = 1
     strategy: str = "auto"
     precision: Any = "32-true"
     logger: Any = False
@@ -92,11 +94,33 @@ class TrainingOptions:
             return self.accelerator
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @cached_property
+    def world_size(self) -> int:
+        """Number of processes."""
+        with quiet_lightning():
+            return self.trainer().world_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Spots of a batch over all processes."""
+        return self.batch_size * self.world_size
+
+    def trainer(self, **more: Any) -> Trainer:
+        """Lightning's trainer with these options and more."""
+        return Trainer(
+            accelerator=self.resolved_accelerator(),
+            devices=self.devices,  # type: ignore[arg-type]
+            num_nodes=self.num_nodes,
+            strategy=self.strategy,
+            precision=self.precision,
+            **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **more},
+        )
+
     def epochs(self, n_spots: int, steps: int, least: int = 1) -> int:
         """`max_epochs`, or as many as make about `steps` steps, at the least `least`."""
         if self.max_epochs is not None:
             return self.max_epochs
-        return max(least, round(steps / math.ceil(n_spots / self.batch_size)))
+        return max(least, round(steps / math.ceil(n_spots / self.global_batch_size)))
 
 
 class StageModule(LightningModule):
@@ -207,11 +231,7 @@ def fit(
                     enable_version_counter=False,
                 ),
             ]
-        trainer = Trainer(
-            accelerator=options.resolved_accelerator(),
-            devices=options.devices,  # type: ignore[arg-type]
-            strategy=options.strategy,
-            precision=options.precision,
+        trainer = options.trainer(
             logger=options.logger,
             enable_progress_bar=options.enable_progress_bar,
             enable_model_summary=False,
@@ -232,5 +252,6 @@ def fit(
         if isinstance(keeper, ModelCheckpoint) and keeper.best_model_path:
             best = torch.load(keeper.best_model_path, map_location="cpu", weights_only=True)
             module.load_state_dict(best["state_dict"])
+        trainer.strategy.barrier()  # the first process removes the directory
     module.cpu()
     return history.frame()

@@ -1,0 +1,156 @@
+"""Cost, memory and accuracy over the number of genes.
+
+    python benchmarks/genes.py                  # time and memory of 200, 2,000 and 18,000 simulated genes
+    python benchmarks/genes.py --accuracy       # her2st: the same 200 genes in panels of 200 and of 2,000
+    python benchmarks/genes.py --smoke          # to see that it runs
+
+Each size runs in a process of its own, whose peak memory is given. Simulated expression has 24 programmes over all
+genes. Named data are found by ``--data`` or the environment variable HISTOVAR_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+
+import histovar as hv
+
+
+def simulated(n_spots: int, n_genes: int, seed: int) -> ad.AnnData:
+    """Spots on a grid whose log-normalised expression and embedding follow common programmes."""
+    weights = np.random.default_rng(0)
+    loadings, sight = weights.normal(size=(24, n_genes)) / 5, weights.normal(size=(24, 128))
+    rng = np.random.default_rng(seed)
+    side = int(np.ceil(n_spots**0.5))
+    place = np.stack(np.divmod(np.arange(n_spots), side), 1).astype(float)
+    waves = rng.normal(size=(2, 24)) / side * 6
+    programmes = np.sin(place @ waves + rng.uniform(0, 6, 24))
+    adata = ad.AnnData(obs=pd.DataFrame(index=np.arange(n_spots).astype(str)), var=pd.DataFrame(index=names(n_genes)))
+    adata.obsm["spatial"] = place
+    adata.obsm["X_sim"] = (programmes @ sight + rng.normal(size=(n_spots, 128))).astype(np.float32)
+    values = programmes.astype(np.float32) @ loadings.astype(np.float32) + 1
+    values += rng.normal(size=values.shape).astype(np.float32) / 2
+    adata.layers["lognorm"] = values.clip(min=0)
+    return adata
+
+
+def names(n: int) -> list[str]:
+    """Names of genes."""
+    return [f"gene{i}" for i in range(n)]
+
+
+def train(n_genes: int, n_training: int, scratch: Path) -> None:
+    """Train one epoch, predict, and print a line of JSON."""
+    adata = simulated(n_training, n_genes, 1)
+    adata.var["histovar_panel"] = True
+    quick: dict[str, Any] = {"max_epochs": 1, "enable_progress_bar": False}
+    start = time.perf_counter()
+    model = hv.tl.train(adata, use_rep="X_sim", layer="lognorm", **quick)
+    training = time.perf_counter() - start
+    trained_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    model.save(scratch / f"model_{n_genes}")
+    print(json.dumps({"genes": n_genes, "training, s": training, "training, GB": trained_gb}))
+
+
+def predict(n_genes: int, n_spots: int, scratch: Path) -> None:
+    """Predict and print a line of JSON."""
+    model = hv.TwoStageVARST.load(scratch / f"model_{n_genes}")
+    query = simulated(n_spots, 1, 2)
+    start = time.perf_counter()
+    hv.tl.predict(query, model)
+    seconds = time.perf_counter() - start
+    gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({"genes": n_genes, "spots": n_spots, "prediction, ms a spot": 1e3 * seconds / n_spots, "GB": gb}))
+
+
+def accuracy(data: Path, section: str, smoke: bool) -> None:
+    """PCC of the same 200 genes, learnt alone and among 2,000."""
+    adata = ad.read_h5ad(data / "her2st" / "paired.h5ad")
+    training, query = (adata[(adata.obs["section"] == section) == held_out].copy() for held_out in (False, True))
+    hv.pp.gene_panel(training, n_genes=200)
+    genes = training.var_names[training.var["histovar_panel"]].tolist()
+    for n_genes in (200, 2000):
+        some = training.copy()
+        if n_genes > 200:
+            hv.pp.gene_panel(some, n_genes=n_genes)
+            further = some.var_names[some.var["histovar_panel"]].tolist()
+            panel = (genes + [g for g in further if g not in set(genes)])[:n_genes]
+            some.var["histovar_panel"] = some.var_names.isin(panel)
+        quick: dict[str, Any] = {"max_epochs": 1} if smoke else {}
+        start = time.perf_counter()
+        model = hv.tl.train(
+            some,
+            use_rep=["X_squeezenet", "X_squeezenet_wide"],
+            library_key="section",
+            enable_progress_bar=False,
+            **quick,
+        )
+        seconds = time.perf_counter() - start
+        made = hv.tl.predict(query, model, copy=True)
+        predicted = hv.get.prediction(made)[:, genes]
+        hv.tl.evaluate(made)
+        columns = made.var_names.get_indexer(genes)
+        truth = np.asarray(made.layers["lognorm"][:, columns].toarray())
+        pcc = hv.metrics.mean_pearson(np.asarray(predicted.X), truth)
+        print(f"{section}, panel of {n_genes}: PCC of the 200 genes {pcc:.4f}, training {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run every size in a process of its own and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--genes", nargs="+", type=int, default=[200, 2000, 18000])
+    parser.add_argument("--spots", type=int, default=4000)
+    parser.add_argument("--training-spots", type=int, default=512)
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--sections", nargs="+", default=["C2", "C3", "C4", "C5"])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
+    parser.add_argument("--part", choices=["train", "predict"], help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, default=Path("genes_output"), help="where models are written")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    logging.getLogger("histovar").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(2)
+    if arguments.smoke:
+        arguments.genes, arguments.spots, arguments.training_spots = [50, 100], 100, 100
+    if arguments.accuracy:
+        for section in arguments.sections:
+            accuracy(arguments.data, section, arguments.smoke)
+        return
+    if arguments.part == "train":
+        train(arguments.genes[0], arguments.training_spots, arguments.scratch)
+        return
+    if arguments.part == "predict":
+        predict(arguments.genes[0], arguments.spots, arguments.scratch)
+        return
+    rows = []
+    arguments.scratch.mkdir(exist_ok=True)
+    for n_genes in arguments.genes:
+        row: dict[str, Any] = {}
+        for part in ("train", "predict"):
+            command = [sys.executable, __file__, "--part", part, "--genes", str(n_genes), "--spots"]
+            command += [str(arguments.spots), "--training-spots", str(arguments.training_spots)]
+            command += ["--scratch", str(arguments.scratch)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            row |= json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        print(row, flush=True)
+    print(pd.DataFrame(rows).set_index("genes").round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""A store of a million spots predicted by a cluster of two workers, from disk to disk.
+
+    python benchmarks/archive.py                  # 1,000,000 spots: half an hour on two cores, 5 GB of disk
+    python benchmarks/archive.py --niche          # niche features alone
+    python benchmarks/archive.py --spots 20000 --chunk 1000 --smoke
+
+The run is killed when half of the chunks are written, and started again; in the second half one worker is killed. Then
+whole sections are predicted in memory and compared. Memory is the sum of resident memory over this process and the
+workers, sampled four times a second. The model is a small one (40 genes, one layer 32 wide, 512 codes), so that
+reading, neighbourhoods, scheduling and writing are what is measured; ``--full`` takes the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import dask
+import numpy as np
+import pandas as pd
+import psutil
+import zarr
+
+import histovar as hv
+from histovar.anndata_io import stream
+
+WIDTH = 1024
+# Workers of dask.distributed give every tensor's memory back at once, by default, and spend their time asking for it.
+ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
+KEEP_MEMORY = {f"{ENVIRONMENT}.MALLOC_TRIM_THRESHOLD_": 2**28, f"{ENVIRONMENT}.MALLOC_MMAP_THRESHOLD_": 2**25}
+
+
+def make_store(path: Path, n_spots: int, section_size: int, chunk: int) -> None:
+    """Embeddings of sections of spots on grids, float16 as archives keep them, written chunk by chunk."""
+    side = int(np.ceil(section_size**0.5))
+    number = np.arange(n_spots)
+    obs = pd.DataFrame({"section": pd.Categorical((number // section_size).astype(str))}, index=number.astype(str))
+    adata = ad.AnnData(obs=obs)
+    adata.obsm["spatial"] = np.stack(np.divmod(number % section_size, side), 1).astype(np.float32)
+    adata.write_zarr(path)
+    array = zarr.open_group(path, mode="r+")["obsm"].create_array(
+        "X_histology", shape=(n_spots, WIDTH), chunks=(chunk, WIDTH), dtype="float16", compressors=None
+    )
+    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    sight = np.random.default_rng(0).normal(size=(12, WIDTH))
+    for start in range(0, n_spots, chunk):
+        rng = np.random.default_rng(start)
+        place = adata.obsm["spatial"][start : start + chunk] / side
+        waves = np.sin(place @ np.random.default_rng(1).normal(size=(2, 12)) * 9 + start // section_size)
+        array[start : start + chunk] = (waves @ sight + rng.normal(size=(len(place), WIDTH))).astype(np.float16)
+    zarr.consolidate_metadata(path)
+
+
+def make_model(path: Path, full: bool) -> None:
+    """Trained on a few simulated spots: what it predicts does not matter here."""
+    adata = hv.datasets.simulate(3, 200, 260, embedding_dim=WIDTH, random_state=0)
+    n_genes = 200 if full else 40
+    hv.pp.gene_panel(adata, n_genes=n_genes)
+    narrow: dict[str, Any] = {} if full else {"width": 32, "n_layers": 1, "feedforward": 128, "codebook_size": 512}
+    config = hv.ModelConfig.default(n_genes, WIDTH, **narrow)
+    quick: dict[str, Any] = {"max_epochs": 2, "enable_progress_bar": False}
+    hv.tl.train(adata, use_rep="X_histology", library_key="section", config=config, **quick).save(path)
+
+
+class Memory(threading.Thread):
+    """Largest resident memory of this process and all it started, and the two apart."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.parts, self.stopped = 0.0, (0.0, 0.0), False
+
+    def run(self) -> None:
+        """Sample until stopped."""
+        me = psutil.Process()
+        while not self.stopped:
+            own, others = me.memory_info().rss / 1e9, 0.0
+            for child in me.children(recursive=True):
+                try:
+                    others += child.memory_info().rss / 1e9
+                except psutil.Error:
+                    continue
+            if own + others > self.peak:
+                self.peak, self.parts = own + others, (own, others)
+            time.sleep(0.25)
+
+
+def stream_store(
+    source: Path, model_path: Path, out: Path, chunk: int, kill_worker_at: int | None, report: Any
+) -> None:
+    """Predict with two workers; kill one of them when so many chunks are written."""
+    from distributed import Client, LocalCluster
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    memory = Memory()
+    memory.start()
+    model = hv.TwoStageVARST.load(model_path)
+    start = time.perf_counter()
+    adata = stream.read_zarr(source, model.registry["genes"], chunk)
+    with (
+        dask.config.set(KEEP_MEMORY),
+        suppress(TimeoutError),  # a worker that is being started again closes slowly
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        hv.tl.predict(adata, model, library_key="section")
+        del adata.obsm["X_histology"]
+        planned = time.perf_counter() - start
+        done = out.with_name(f"{out.name}.part") / stream.DONE
+        if kill_worker_at is not None:
+            victim = next(iter(client.run(os.getpid).values()))
+
+            def kill() -> None:
+                while not done.is_dir() or len(list(done.iterdir())) < kill_worker_at:
+                    time.sleep(0.1)
+                os.kill(victim, signal.SIGKILL)
+                print(f"worker killed with {len(list(done.iterdir()))} chunks written", flush=True)
+
+            threading.Thread(target=kill, daemon=True).start()
+        stream.write_zarr(adata, out, {"benchmark": "archive"})
+        report.put((planned, time.perf_counter() - start, memory.peak, memory.parts))
+    memory.stopped = True
+
+
+def niche(source: Path, chunk: int) -> None:
+    """Time and memory of niche features, each chunk made and let go."""
+    memory = Memory()
+    memory.start()
+    start = time.perf_counter()
+    adata = stream.read_zarr(source, [], chunk)
+    hv.pp.niche(adata, use_rep="X_histology", library_key="section")
+    planned = time.perf_counter() - start
+    features = adata.obsm["histovar_niche"]
+    features.map_blocks(lambda x: x.mean(keepdims=True), chunks=(1, 1)).compute(scheduler="threads", num_workers=2)
+    print(
+        f"niche features of {adata.n_obs:,} spots: {time.perf_counter() - start:.0f} s, {planned:.0f} s of it for "
+        f"neighbours; peak {memory.peak:.2f} GB"
+    )
+
+
+def compare(source: Path, model_path: Path, out: Path, section_size: int, sections: list[int]) -> None:
+    """Largest difference to whole sections predicted in memory."""
+    model = hv.TwoStageVARST.load(model_path)
+    made, stored = ad.experimental.read_lazy(out), zarr.open_group(source, mode="r")
+    for number in sections:
+        rows = slice(number * section_size, (number + 1) * section_size)
+        place, embedding = (np.asarray(stored["obsm"][key][rows]) for key in ("spatial", "X_histology"))
+        light = ad.AnnData(obs=pd.DataFrame({"section": "0"}, index=np.arange(len(place)).astype(str)))
+        light.obsm["spatial"], light.obsm["X_histology"] = place, embedding
+        hv.tl.predict(light, model, library_key="section")
+        theirs, ours = np.asarray(made.layers["histovar"][rows]), light.obsm["histovar"].to_numpy()
+        print(f"section {number}: largest difference to the prediction in memory {np.abs(ours - theirs).max():.1e}")
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--spots", type=int, default=1_000_000)
+    parser.add_argument("--section-size", type=int, default=10_000)
+    parser.add_argument("--chunk", type=int, default=4096)
+    parser.add_argument("--full", action="store_true", help="the default model, not narrowed")
+    parser.add_argument("--niche", action="store_true")
+    parser.add_argument("--scratch", type=Path, default=Path("archive_output"))
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    logging.getLogger("histovar").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    if arguments.smoke:
+        arguments.spots, arguments.section_size, arguments.chunk = 2000, 500, 150
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    source, model_path, out = (arguments.scratch / name for name in ("in.zarr", "model", "out.zarr"))
+    if not source.exists():
+        make_store(source, arguments.spots, arguments.section_size, arguments.chunk)
+    if arguments.niche:
+        niche(source, arguments.chunk)
+        return
+    if not model_path.exists():
+        make_model(model_path, arguments.full)
+    part = out.with_name(f"{out.name}.part")
+    for old in (out, part):
+        shutil.rmtree(old, ignore_errors=True)
+    n_chunks = -(-arguments.spots // arguments.chunk)
+    context = multiprocessing.get_context("spawn")
+    report = context.Queue()
+    begin = time.perf_counter()
+
+    def run(kill_worker_at: int | None) -> Any:
+        process = context.Process(
+            target=stream_store, args=(source, model_path, out, arguments.chunk, kill_worker_at, report)
+        )
+        process.start()
+        return process
+
+    first = run(None)
+    while not (part / stream.DONE).is_dir() or len(list((part / stream.DONE).iterdir())) < n_chunks // 2:
+        time.sleep(0.1)
+    for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+        process.kill()
+    first.join()
+    print(
+        f"run killed after {time.perf_counter() - begin:.0f} s, {len(list((part / stream.DONE).iterdir()))} of "
+        f"{n_chunks} chunks written",
+        flush=True,
+    )
+    second = run(3 * n_chunks // 4)
+    planned, seconds, peak, (own, workers) = report.get()
+    second.join()
+    total = time.perf_counter() - begin
+    print(
+        f"continued: {seconds:.0f} s, {planned:.0f} s of it to plan; {arguments.spots:,} spots in {total:.0f} s in "
+        f"all, {arguments.spots / total:.0f} a second; peak {peak:.2f} GB: {own:.2f} here, {workers:.2f} in the workers"
+    )
+    n_sections = arguments.spots // arguments.section_size
+    compare(source, model_path, out, arguments.section_size, [0, n_sections // 2, n_sections - 1])
+
+
+if __name__ == "__main__":
+    main()

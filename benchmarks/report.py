@@ -42,8 +42,8 @@ TEXTS = {
     ),
     "her2st_table_log_counts": (
         "## The same in raw log counts",
-        "As above, every method trained and scored on log1p of the counts themselves, in which depth is part of what is "
-        "to be predicted.",
+        "As above, every method trained and scored on log1p of the counts themselves, in which depth is part of what "
+        "is to be predicted.",
     ),
     "mob_table": (
         "## Another individual",

@@ -265,7 +265,7 @@ class GeneVARTransformer(nn.Module):
         memory
             (n_spots, n_memory, width): the condition.
         positions
-            Which tokens, increasing, the first :attr:`n_keys` among them; all by default.
+            Which tokens, increasing: the first :attr:`n_keys` and any others, or fewer and no others; all by default.
 
         Returns
         -------
@@ -277,7 +277,7 @@ class GeneVARTransformer(nn.Module):
         x = torch.cat([memory.mean(1, keepdim=True), embeddings], 1)[:, sources + 1] + self.positions[rows]
 
         def attend(attention: Attention, x: Tensor) -> Tensor:
-            attended: Tensor = attention(x, *attention.project(x[:, :n_keys]), mask)
+            attended: Tensor = attention(x, *attention.project(x[:, :n_keys]), mask[:, : x.shape[1]])
             return attended
 
         for layer, projected in zip(self.layers, self.project_memory(memory), strict=True):

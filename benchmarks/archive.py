@@ -2,10 +2,10 @@
 
     python benchmarks/archive.py                  # 1,000,000 spots: half an hour on two cores, 5 GB of disk
     python benchmarks/archive.py --niche          # niche features alone
-    python benchmarks/archive.py --spots 20000 --chunk 1000 --smoke
+    python benchmarks/archive.py --smoke          # to see that it runs
 
 The run is killed when half of the chunks are written, and started again; in the second half one worker is killed. Then
-whole sections are predicted in memory and compared. Memory is the sum of resident memory over this process and the
+whole sections are predicted in memory and compared. Memory is the sum of resident memory over the client and the
 workers, sampled four times a second. The model is a small one (40 genes, one layer 32 wide, 512 codes), so that
 reading, neighbourhoods, scheduling and writing are what is measured; ``--full`` takes the default.
 """
@@ -95,6 +95,12 @@ class Memory(threading.Thread):
             time.sleep(0.25)
 
 
+def n_written(part: Path) -> int:
+    """Number of chunks of an unfinished store that are written."""
+    done = part / stream.DONE
+    return len(list(done.iterdir())) if done.is_dir() else 0
+
+
 def stream_store(
     source: Path, model_path: Path, out: Path, chunk: int, kill_worker_at: int | None, report: Any
 ) -> None:
@@ -116,15 +122,15 @@ def stream_store(
         hv.tl.predict(adata, model, library_key="section")
         del adata.obsm["X_histology"]
         planned = time.perf_counter() - start
-        done = out.with_name(f"{out.name}.part") / stream.DONE
+        part = out.with_name(f"{out.name}.part")
         if kill_worker_at is not None:
             victim = next(iter(client.run(os.getpid).values()))
 
             def kill() -> None:
-                while not done.is_dir() or len(list(done.iterdir())) < kill_worker_at:
+                while n_written(part) < kill_worker_at:
                     time.sleep(0.1)
                 os.kill(victim, signal.SIGKILL)
-                print(f"worker killed with {len(list(done.iterdir()))} chunks written", flush=True)
+                print(f"worker killed with {n_written(part)} chunks written", flush=True)
 
             threading.Thread(target=kill, daemon=True).start()
         stream.write_zarr(adata, out, {"benchmark": "archive"})
@@ -202,14 +208,13 @@ def main() -> None:
         return process
 
     first = run(None)
-    while not (part / stream.DONE).is_dir() or len(list((part / stream.DONE).iterdir())) < n_chunks // 2:
+    while first.is_alive() and n_written(part) < n_chunks // 2:
         time.sleep(0.1)
     for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
         process.kill()
     first.join()
     print(
-        f"run killed after {time.perf_counter() - begin:.0f} s, {len(list((part / stream.DONE).iterdir()))} of "
-        f"{n_chunks} chunks written",
+        f"run killed after {time.perf_counter() - begin:.0f} s, {n_written(part)} of {n_chunks} chunks written",
         flush=True,
     )
     second = run(3 * n_chunks // 4)

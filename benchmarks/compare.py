@@ -338,6 +338,7 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
             for group in part:
                 axis.plot(part[group], part.index, ".", color="black", alpha=0.5)
             axis.set(xlabel=f"{score}, mean and each held-out group")
+            axis.locator_params(axis="x", nbins=6)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -1,5 +1,6 @@
 """Embeddings that are never in memory whole: the same predictions, chunk by chunk, resumed where they stopped."""
 
+import anndata as ad
 import dask
 import dask.array as da
 import numpy as np
@@ -83,7 +84,7 @@ def test_command_line_streams_a_store(whole, loaded, tmp_path):
     loaded.save(tmp_path / "model")
     command = ["predict", str(tmp_path / "in.zarr"), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out.zarr")]
     app(command, standalone_mode=False)
-    made = stream.ad.read_zarr(tmp_path / "out.zarr")
+    made = ad.read_zarr(tmp_path / "out.zarr")
     assert made.var_names.tolist() == loaded.registry["genes"]
     assert KEY not in made.obsm
     hv.tl.predict(whole, loaded)
@@ -117,5 +118,5 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
     stream.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 1})
     assert len(calls) < 7  # at least one had been written
     assert before | set(calls) == set(range(7))
-    made = stream.ad.read_zarr(tmp_path / "out.zarr")
+    made = ad.read_zarr(tmp_path / "out.zarr")
     np.testing.assert_array_equal(made.obsm["made"], whole.obsm[KEY])

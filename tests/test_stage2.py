@@ -66,6 +66,43 @@ def test_cached_generation_agrees_with_teacher_forcing(ordered):
     torch.testing.assert_close(ordered.token_logits(histology, made.tokens), made.logits, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
+    """Given coarser scales, tokens of a wide one are independent: generated and learnt some at a time."""
+    state = loaded.stage2.state_dict()
+    loaded.add_stage2(loaded.config.replace(attention_limit=1))
+    loaded.stage2.load_state_dict(state)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(loaded.stage2.head.output.weight, std=0.5)
+    loaded.eval()
+    histology, config = histology_of(loaded.config), loaded.config
+    whole = loaded.predict(histology)
+    monkeypatch.setattr("histovar.model.transformer.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("histovar.model.decoding.SPOTS_AT_ONCE", 4)
+    monkeypatch.setattr("histovar.model.head.LOGITS_AT_ONCE", 512)
+    torch.testing.assert_close(loaded.predict(histology).expression, whole.expression, atol=1e-4, rtol=1e-4)
+    genes = torch.tensor([0, 3, 4, 21])
+    n_coarse = config.n_tokens - config.n_genes
+    columns = torch.cat([torch.arange(n_coarse), n_coarse + genes])
+    for score in (loaded.token_loss, loaded.token_rank):
+        torch.testing.assert_close(
+            score(histology, whole.tokens, genes=genes),
+            score(histology, whole.tokens)[:, columns],
+            atol=1e-3,
+            rtol=1e-4,
+        )
+
+
+@torch.no_grad()
+def test_half_precision_means_are_near(loaded):
+    loaded.stage2.head.gate.fill_(1)
+    histology = histology_of(loaded.config, 32)
+    full, half = loaded.predict(histology), loaded.in_precision("bf16").predict(histology)
+    apart = (full.expression - half.expression).abs() / loaded.stage1.scales.std
+    assert 0 < apart.mean() < 0.01
+    assert loaded.predict(histology).expression.equal(full.expression)  # the model itself is as it was
+
+
 def test_both_orders_have_the_same_weights():
     one, other = (TwoStageVARST(small_config(embedding_dims=(16,), order=order)) for order in ("scale", "token"))
     other.load_state_dict(one.state_dict())

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 def is_lazy(adata: AnnData, keys: Sequence[str]) -> bool:
     """Whether the embeddings are dask or zarr arrays."""
-    return any(type(adata.obsm.get(key)).__module__.split(".")[0] in ("dask", "zarr") for key in keys)
+    return any(_library(adata.obsm.get(key)) in ("dask", "zarr") for key in keys)
+
+
+def _library(values: Any) -> str:
+    """Name of the package whose type this is."""
+    return type(values).__module__.split(".")[0]
 
 
 class Chunk(NamedTuple):
@@ -95,13 +100,10 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
     """
     import dask.array as da
 
-    if key not in adata.obsm:
-        raise KeyError(f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}")
-    values: Any = adata.obsm[key]
-    module = type(values).__module__.split(".")[0]
-    if module == "zarr":
+    values = validate.stored_embedding(adata, key)
+    if _library(values) == "zarr":
         values = da.from_zarr(values)
-    elif module != "dask":
+    elif _library(values) != "dask":
         values = da.from_array(validate.embedding(adata, key, width))
     validate.check_embedding(key, values.shape, values.dtype, adata.n_obs, width)
     return values.rechunk({1: -1})

@@ -73,12 +73,7 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.
     ValueError
         If shape, width or values are not as they should be.
     """
-    if key not in adata.obsm:
-        raise KeyError(
-            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; compute embeddings of the H&E around each "
-            "spot (for instance with LazySlide) and store them there"
-        )
-    values: Any = adata.obsm[key]
+    values = stored_embedding(adata, key)
     if isinstance(values, pd.DataFrame):
         values = values.to_numpy()
     if sparse.issparse(values):
@@ -89,6 +84,22 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.
     check_embedding(key, array.shape, array.dtype, adata.n_obs, width)
     check_finite(array, f"use_rep: obsm[{key!r}]", "drop those spots or embed them again")
     return array.astype(np.float32, copy=False)
+
+
+def stored_embedding(adata: AnnData, key: str) -> Any:
+    """What ``obsm`` has under a key.
+
+    Raises
+    ------
+    KeyError
+        If the key is missing.
+    """
+    if key not in adata.obsm:
+        raise KeyError(
+            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; compute embeddings of the H&E around each "
+            "spot (for instance with LazySlide) and store them there"
+        )
+    return adata.obsm[key]
 
 
 def check_embedding(key: str, shape: tuple[int, ...], dtype: np.dtype, n_obs: int, width: int | None) -> None:

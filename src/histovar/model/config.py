@@ -147,8 +147,9 @@ class ModelConfig:
             "softening",
             "n_members",
             "n_covariates",
+            "attention_limit",
         )
-        for name in (*nonnegative, "attention_limit"):
+        for name in nonnegative:
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.codebook_size < 2**31, f"codebook_size={self.codebook_size} overflows tokens, which are int32")
         require(0 < self.codebook_decay < 1, f"codebook_decay must lie in (0, 1), got {self.codebook_decay}")

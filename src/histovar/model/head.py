@@ -136,7 +136,9 @@ class TokenHead(nn.Module):
     @torch.no_grad()
     def _select_codes(self) -> None:
         """Set apart the codes that each scale uses, often a fifth of all: no others need logits."""
-        for k in range(len(self.config.scales) * self.tied):
+        if not self.tied:
+            return
+        for k in range(len(self.config.scales)):
             codes, log_weight = getattr(self, f"codes_{k}"), getattr(self, f"log_weight_{k}")
             used = torch.nonzero(log_weight > NEVER)[:, 0]
             n_filling = -len(used) % CODES_AT_ONCE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -14,17 +14,14 @@ from histovar.model import Histology, TwoStageVARST
 
 from ._predictor import Predictor
 
-if TYPE_CHECKING:
-    from dask.delayed import Delayed
-
 # Torch uses all threads that it was given by itself; two chunks at once in one process would hinder each other.
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def predict_chunks(
+def predict_lazily(
     adata: AnnData, model: TwoStageVARST, predictor: Predictor, random_state: int, **condition: Any
-) -> tuple[list[Delayed], ChunkedHistology]:
-    """A :class:`Prediction` of every chunk, each computed when it is asked for.
+) -> Prediction:
+    """A :class:`Prediction` of dask arrays, chunked as the embeddings are, each computed when it is asked for.
 
     Parameters
     ----------
@@ -39,6 +36,7 @@ def predict_chunks(
     **condition
         As :class:`ChunkedHistology` takes it.
     """
+    import dask.array as da
     from dask.delayed import delayed
 
     inputs = ChunkedHistology(adata, model.config, **condition)
@@ -48,16 +46,6 @@ def predict_chunks(
         delayed(_predict)(predictor, shared, histology, int(seed))
         for histology, seed in zip(inputs.aligned(shared), seeds, strict=True)
     ]
-    return made, inputs
-
-
-def predict_lazily(
-    adata: AnnData, model: TwoStageVARST, predictor: Predictor, random_state: int, **condition: Any
-) -> Prediction:
-    """A :class:`Prediction` of dask arrays, chunked as the embeddings are; arguments as :func:`predict_chunks`."""
-    import dask.array as da
-
-    made, inputs = predict_chunks(adata, model, predictor, random_state, **condition)
     config = model.config
     empty = Prediction.empty(0, config.n_genes, config.n_tokens, predictor.n_samples, len(predictor.quantiles))
 

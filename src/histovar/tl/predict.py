@@ -76,8 +76,8 @@ def predict(
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     precision
-        ``"fp32"``, or ``"bf16"``, twice as fast on hardware that has it, with means off by less than a hundredth of a
-        gene's standard deviation.
+        ``"fp32"``, or ``"bf16"`` for the transformer and its products with the codes: faster on hardware that has it,
+        with means off by less than a hundredth of a gene's standard deviation.
     random_state
         Seed of the draws. Each chunk of dask arrays has draws of its own.
     show_progress_bar
@@ -92,7 +92,8 @@ def predict(
     AnnData or None
         Writes, in the units of the training layer, expected expression and standard deviation: float32
         ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel,
-        DataFrames of the same names in ``obsm`` otherwise. Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens),
+        DataFrames of the same names in ``obsm`` otherwise (dask arrays, in the order of ``uns[key_added]["genes"]``,
+        where embeddings are such). Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens),
         where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
         ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. The standard deviation is that of the tokens'
         distribution and of the disagreement between members together. If the model is calibrated (:func:`calibrate`)
@@ -105,7 +106,7 @@ def predict(
     KeyError
         If embeddings, coordinates, sections or covariates are missing.
     ValueError
-        If stage 2 is not trained, or the input is not as it was in training.
+        If stage 2 is not trained, an option is out of range, or the input is not as it was in training.
     """
     adata = as_table(data, table_name)
     validate.check_object(adata)
@@ -132,7 +133,8 @@ def predict(
         "library_key": library_key or _known_section(adata, registry["library_key"]),
     }
     condition = {**where_from, "encoders": registry["covariates"]}
-    if is_lazy(adata, reps):
+    lazy = is_lazy(adata, reps)
+    if lazy:
         made = predict_lazily(adata, model, predictor, random_state, **condition)
     else:
         inputs = read.histology(adata, config, **condition, key=key_added)
@@ -168,7 +170,8 @@ def predict(
         },
     )
     logger.info(
-        "predicted %d genes in %d spots, in %s, intervals %s",
+        "%s %d genes in %d spots, in %s, intervals %s",
+        "planned, to be computed when asked for:" if lazy else "predicted",
         len(genes),
         adata.n_obs,
         registry["units"],

@@ -107,7 +107,7 @@ def load(name: str, arguments: argparse.Namespace) -> Data:
     if name == "simulated":
         n_spots = 150 if arguments.smoke else 5000 if arguments.curve else 400
         adata = hv.datasets.simulate(n_sections=5 if arguments.curve else 4, n_spots=n_spots, random_state=0)
-        return Data(name, adata, ["X_histology"], "section", "section")
+        return Data(name, adata, ["X_histology"], "section", "section", 0.05)
     if name == "her2st":
         adata = ad.read_h5ad(root / "her2st" / "paired.h5ad")
         return Data(name, adata, ["X_squeezenet", "X_squeezenet_wide"], "section", arguments.group_key or "section")

@@ -11,7 +11,7 @@ from .conftest import small_config
 
 def histology_of(config, n=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    sources = tuple(torch.randn(n, d, generator=generator) for d in config.source_dims)
+    sources = tuple(torch.randn(n, config.n_pcs, generator=generator) for _ in config.source_dims)
     place = torch.rand(n, 2 * config.coordinates, generator=generator)
     return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator), torch.zeros(n))
 
@@ -212,7 +212,6 @@ def test_options_of_the_condition_reach_the_prediction(loaded):
     loaded.add_stage2(config)
     loaded.stage2.head.set_codes(loaded.stage1)
     histology = histology_of(config)
-    loaded.stage2.condition.fit(histology, torch.zeros(len(histology.novelty)))
     loaded.eval()
     base = loaded.predict(histology).expression
     for changed in (

@@ -54,7 +54,10 @@ Gpus = Annotated[int | None, typer.Option(help="Number of GPUs; 0 is the CPU. On
 
 @app.command()
 def train(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="Training sections, as .h5ad files.")] = None,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Training sections, as .h5ad files, or one .zarr store, read section by section."),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Data set in --data-dir, in place of files: PRAD, her2st.")
     ] = None,
@@ -252,9 +255,12 @@ def _hardware(gpus: int | None) -> tuple[str, int]:
 
 def _training_data(inputs: list[Path] | None, dataset: str | None, data_dir: Path, embedding: str | None) -> AnnData:
     from histovar import datasets
+    from histovar.anndata_io import stream
 
     if bool(inputs) == bool(dataset):
         raise ValueError("give .h5ad files or --dataset, one of the two")
+    if inputs and len(inputs) == 1 and inputs[0].suffix == ".zarr":
+        return stream.read_zarr(inputs[0])
     if inputs:
         return _read(inputs)
     if (data_dir / str(dataset) / "data" / "ST-cnts").is_dir():

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 def is_lazy(adata: AnnData, keys: Sequence[str]) -> bool:
     """Whether the embeddings are dask or zarr arrays."""
-    return any(_library(adata.obsm.get(key)) in ("dask", "zarr") for key in keys)
-
-
-def _library(values: Any) -> str:
-    """Name of the package whose type this is."""
-    return type(values).__module__.split(".")[0]
+    return any(read.library(adata.obsm.get(key)) in ("dask", "zarr") for key in keys)
 
 
 class Chunk(NamedTuple):
@@ -101,9 +96,9 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
     import dask.array as da
 
     values = validate.stored_embedding(adata, key)
-    if _library(values) == "zarr":
+    if read.library(values) == "zarr":
         values = da.from_zarr(values)
-    elif _library(values) != "dask":
+    elif read.library(values) != "dask":
         values = da.from_array(validate.embedding(adata, key, width))
     validate.check_embedding(key, values.shape, values.dtype, adata.n_obs, width)
     return values.rechunk({1: -1})
@@ -239,10 +234,7 @@ def _means(histology: Histology, n: int) -> NDArray[np.float32]:
 
 
 def _moments(histology: Histology, sections: NDArray[np.integer]) -> dict[int, Moments]:
-    return {
-        int(section): Moments.of([source[sections == section] for source in histology.sources])
-        for section in np.unique(sections)
-    }
+    return Moments.by_section(histology, torch.from_numpy(sections))
 
 
 def _aligned(

@@ -43,33 +43,50 @@ def stored_layer(adata: AnnData, layer: str | None) -> Any:
     return adata.layers[layer]
 
 
-def _blocks(matrix: Any, n_rows: int) -> Any:
+def is_stored(adata: AnnData, obsm: Sequence[str] = ()) -> bool:
+    """Whether expression, or embeddings of these keys, are dask, zarr or HDF5 arrays."""
+    matrices = [*adata.layers.values(), *(adata.obsm.get(key) for key in obsm)]
+    return adata.isbacked or any(library(m) in ("dask", "zarr", "h5py") for m in (adata.X, *matrices))
+
+
+def library(values: Any) -> str:
+    """Name of the package whose type this is."""
+    return type(values).__module__.split(".")[0]
+
+
+def _blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
     for start in range(0, n_rows, ROWS_AT_ONCE):
         block = matrix[start : start + ROWS_AT_ONCE]
         yield block.compute() if hasattr(block, "compute") else block
 
 
-def lognorm(adata: AnnData) -> sparse.csr_matrix:
-    """log1p(counts per 10,000) of the counts in X, sparse, the object untouched.
+def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
+    """``layers["lognorm"]`` by blocks of rows, or log1p(counts per 10,000) of the counts in X; the object is untouched.
 
     Raises
     ------
     ValueError
-        If X is missing or does not hold counts.
+        If it is needed and X is missing or does not hold counts.
     """
+    if LOGNORM in adata.layers:
+        yield from _blocks(adata.layers[LOGNORM], adata.n_obs)
+        return
     if adata.X is None:
         raise ValueError(
             "adata: X is empty; counts are needed to log-normalise, or pass layer= with log-normalised values"
         )
-    rows = []
     for block in _blocks(adata.X, adata.n_obs):
         counts = sparse.csr_matrix(block, dtype=np.float32)
         validate.check_counts(counts.data, "X")
-        rows.append(counts)
-    light = AnnData(sparse.vstack(rows, format="csr"))
-    sc.pp.normalize_total(light, target_sum=TARGET_SUM)
-    sc.pp.log1p(light)
-    return light.X
+        light = AnnData(counts)
+        sc.pp.normalize_total(light, target_sum=TARGET_SUM)
+        sc.pp.log1p(light)
+        yield light.X
+
+
+def lognorm(adata: AnnData) -> sparse.csr_matrix:
+    """All of :func:`lognorm_blocks`, sparse."""
+    return sparse.vstack([sparse.csr_matrix(block) for block in lognorm_blocks(adata)], format="csr")
 
 
 def check_layer(adata: AnnData, layer: str | None) -> None:
@@ -89,8 +106,8 @@ def check_layer(adata: AnnData, layer: str | None) -> None:
 
 
 def add_lognorm(adata: AnnData) -> None:
-    """Add ``layers["lognorm"]`` from the counts in X where it is absent, and say so."""
-    if LOGNORM not in adata.layers:
+    """Add ``layers["lognorm"]`` from the counts in X where it is absent, and say so; not to an object on disk."""
+    if LOGNORM not in adata.layers and not is_stored(adata):
         values = lognorm(adata)
         with writing():
             adata.layers[LOGNORM] = values
@@ -102,8 +119,10 @@ def units(layer: str) -> str:
     return LOGNORM_UNITS if layer == LOGNORM else f"those of {layer!r}"
 
 
-def expression(adata: AnnData, layer: str, columns: NDArray[np.integer]) -> NDArray[np.float32]:
-    """Expression of some genes, dense, (n_obs, n_columns).
+def expression(
+    adata: AnnData, layer: str, columns: NDArray[np.integer], rows: NDArray[np.integer] | None = None
+) -> NDArray[np.float32]:
+    """Expression of some genes, dense, (n_obs, n_columns), or of some spots, increasing.
 
     Raises
     ------
@@ -112,14 +131,33 @@ def expression(adata: AnnData, layer: str, columns: NDArray[np.integer]) -> NDAr
     ValueError
         If it holds NaN, infinite or negative values.
     """
-    matrix = stored_layer(adata, layer)
-    parts = []
-    for block in _blocks(matrix, adata.n_obs):
+    blocks = lognorm_blocks(adata) if layer == LOGNORM else _blocks(stored_layer(adata, layer), adata.n_obs)
+    parts, start = [], 0
+    for block in blocks:
+        stop = start + block.shape[0]
         some = block[:, columns]
+        if rows is not None:
+            some = some[rows[(rows >= start) & (rows < stop)] - start]
         parts.append(np.asarray(some.toarray() if sparse.issparse(some) else some, dtype=np.float32))
+        start = stop
     values = np.concatenate(parts)
     validate.check_nonnegative(values, f"layer: {layer!r}")
     return values
+
+
+def embedding_width(adata: AnnData, key: str) -> int:
+    """Width of an embedding, which is checked; of one on disk, all but its values.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`validate.embedding`.
+    """
+    values = validate.stored_embedding(adata, key)
+    if library(values) not in ("dask", "zarr", "h5py"):
+        return validate.embedding(adata, key).shape[1]
+    validate.check_embedding(key, values.shape, values.dtype, adata.n_obs, None)
+    return int(values.shape[1])
 
 
 @contextmanager
@@ -294,14 +332,14 @@ def histology(
     place = np.empty((adata.n_obs, 0), np.float32)
     if config.coordinates or config.n_neighbors:
         place = validate.coordinates(adata, spatial_key)
-    kept = stored_niche(adata, Keys(key), use_rep, config.n_neighbors, spatial_key, library_key)
-    if kept is None:
+    keys = Keys(key)
+    if not has_niche(adata, keys, use_rep, config.n_neighbors, spatial_key, library_key):
         validate.check_neighbors(names, adata.n_obs, config.n_neighbors)
         graphs = neighbor_graphs(place, names, config.n_neighbors) if config.n_neighbors else []
         means = [[np.asarray(graph @ values, np.float32) for graph in graphs] for values in embeddings]
     else:
         ends = np.cumsum([w for w in config.embedding_dims for _ in config.n_neighbors])
-        flat = np.split(kept, ends[:-1], axis=1)
+        flat = np.split(np.asarray(adata.obsm[keys.niche], np.float32), ends[:-1], axis=1)
         step = len(config.n_neighbors)
         means = [flat[i * step : (i + 1) * step] for i in range(len(embeddings))]
     sources = [torch.from_numpy(x) for own, around in zip(embeddings, means, strict=True) for x in (own, *around)]
@@ -323,21 +361,20 @@ def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
     return np.concatenate(totals)
 
 
-def stored_niche(
+def has_niche(
     adata: AnnData,
     keys: Keys,
     use_rep: Sequence[str],
     n_neighbors: Sequence[int],
     spatial_key: str,
     library_key: str | None,
-) -> NDArray[np.float32] | None:
-    """Niche features that ``pp.niche`` left in the object, if they were made with the same parameters."""
+) -> bool:
+    """Whether ``pp.niche`` left niche features in the object that were made with these parameters."""
     made = adata.uns.get(keys.uns, {}).get("niche")
     if made is None or keys.niche not in adata.obsm:
-        return None
+        return False
     wanted = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
-    same = all(np.array_equal(made.get(k), v) for k, v in wanted.items())
-    return np.asarray(adata.obsm[keys.niche], dtype=np.float32) if same else None
+    return all(np.array_equal(made.get(k), v) for k, v in wanted.items())
 
 
 def niche_parameters(

@@ -22,15 +22,15 @@ DONE = "done"
 IDENTITY = "identity.json"
 
 
-def read_zarr(path: Path, genes: list[str], rows_at_once: int = ROWS_AT_ONCE) -> AnnData:
-    """A store's spots, their embeddings and other arrays of ``obsm`` as dask arrays; its expression is left alone.
+def read_zarr(path: Path, genes: list[str] | None = None, rows_at_once: int = ROWS_AT_ONCE) -> AnnData:
+    """A store's spots; expression, embeddings and other arrays of ``obsm`` as dask arrays.
 
     Parameters
     ----------
     path
         AnnData as zarr.
     genes
-        Names of the genes that the object is to have.
+        Names of the genes that the object is to have, whose expression is then left alone.
     rows_at_once
         Spots in a chunk.
 
@@ -46,17 +46,25 @@ def read_zarr(path: Path, genes: list[str], rows_at_once: int = ROWS_AT_ONCE) ->
         obs, stored = group["obs"], group["obsm"]
     except (KeyError, FileNotFoundError) as error:
         raise ValueError(f"{str(path)!r} is not an AnnData in zarr: {error}") from None
-    adata = AnnData(obs=ad.io.read_elem(obs), var=pd.DataFrame(index=pd.Index(genes, dtype=str)))
+    adata = AnnData(obs=ad.io.read_elem(obs), var=pd.DataFrame(index=pd.Index(genes or [], dtype=str)))
+    if genes is None:
+        adata = AnnData(obs=adata.obs, var=ad.io.read_elem(group["var"]))
+        adata.X = _lazy(group["X"], rows_at_once) if "X" in group else None
+        for key in group["layers"]:
+            adata.layers[key] = _lazy(group["layers"][key], rows_at_once)
     for key in stored:
-        element = stored[key]
-        if isinstance(element, zarr.Array):
-            rows = min(rows_at_once, element.shape[0])
-            adata.obsm[key] = ad.experimental.read_elem_lazy(element, chunks=(rows, *element.shape[1:]))
-        else:
-            adata.obsm[key] = ad.io.read_elem(element)
+        adata.obsm[key] = _lazy(stored[key], rows_at_once)
     if "uns" in group and "spatial" in group["uns"]:
         adata.uns["spatial"] = ad.io.read_elem(group["uns"]["spatial"])
     return adata
+
+
+def _lazy(element: Any, rows_at_once: int) -> Any:
+    """A stored matrix as dask array; a table in memory."""
+    shape = element.attrs.get("shape", getattr(element, "shape", None))
+    if shape is None:
+        return ad.io.read_elem(element)
+    return ad.experimental.read_elem_lazy(element, chunks=(min(rows_at_once, shape[0]), *shape[1:]))
 
 
 def write_zarr(adata: AnnData, path: Path, identity: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 # Levels at which the quantiles of the scores are kept.
 LEVELS = 199
+# torch.quantile takes 16 million values at most.
+GENES_AT_ONCE = 2048
 
 
 class Calibration(nn.Module):
@@ -53,7 +55,8 @@ class Calibration(nn.Module):
         levels = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
         # The finite-sample correction of conformal prediction: levels of n + 1 spots, the new one among them.
         outer = torch.where(levels > 0.5, levels * (n + 1) / n, 1 - (1 - levels) * (n + 1) / n)
-        self.scores.copy_(torch.quantile(scores, outer.clamp(0, 1), dim=0).float())
+        columns = scores.split(GENES_AT_ONCE, 1)
+        self.scores.copy_(torch.cat([torch.quantile(part, outer.clamp(0, 1), dim=0) for part in columns], 1))
         self.spread.copy_(scores.square().mean(0).sqrt().float())
 
     def score_quantiles(self, levels: Sequence[float] | Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Histology(NamedTuple):
     ----------
     sources
         One (n_spots, dim) tensor for each of ``config.source_dims``: each embedding, followed by its mean
-        over each neighbourhood.
+        over each neighbourhood; once aligned (:meth:`ConditionProcessor.align`), their principal components.
     coordinates
         (n_spots, 2) in [0, 1] within the section, or (n_spots, 0).
     covariates
@@ -48,6 +48,13 @@ class Histology(NamedTuple):
             function(self.novelty),
         )
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[Histology]) -> Histology:
+        """The spots of several."""
+        columns = [torch.cat(column) for column in zip(*(part.sources for part in parts), strict=True)]
+        others = [torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True)]
+        return cls(tuple(columns), *others)
+
 
 def sine_cosine(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
     """Fixed sine-cosine encoding (Vaswani et al. 2017): (...,) to (..., width)."""
@@ -68,6 +75,12 @@ class Moments(NamedTuple):
     def of(cls, sources: Sequence[Tensor]) -> Moments:
         """Those of some spots."""
         return cls(len(sources[0]), tuple(s.mean(0) for s in sources), tuple(s.var(0, correction=0) for s in sources))
+
+    @classmethod
+    def by_section(cls, histology: Histology, sections: Tensor) -> dict[int, Moments]:
+        """Those of each section, by its number."""
+        labels = sections.unique()
+        return {int(label): cls.of([source[sections == label] for source in histology.sources]) for label in labels}
 
     @classmethod
     def combined(cls, parts: Sequence[Moments]) -> Moments:
@@ -133,7 +146,13 @@ class ConditionProcessor(nn.Module):
     own_statistics: Tensor
 
     @torch.no_grad()
-    def fit(self, histology: Histology, sections: Tensor, own_statistics: bool = True) -> None:
+    def fit(
+        self,
+        histology: Histology,
+        sections: Tensor,
+        own_statistics: bool = True,
+        moments: Mapping[int, Moments] | None = None,
+    ) -> None:
         """Take means, standard deviations within sections and principal components from the training spots.
 
         Features of every source are standardised within their section, projected onto their leading principal
@@ -142,25 +161,31 @@ class ConditionProcessor(nn.Module):
         Parameters
         ----------
         histology
-            Inputs of the training spots.
+            Inputs of the training spots, or of a sample of them.
         sections
             (n_spots,) number of each spot's section.
         own_statistics
             Standardise sections by their own mean and standard deviation, not by those of training.
+        moments
+            Those of each section, where the spots are but a sample.
         """
         if self.config.condition == "mlp":
             return
         self.own_statistics.fill_(own_statistics)
-        labels = sections.unique()
-        for i, source in enumerate(histology.sources):
-            within = torch.stack([source[sections == s].var(0, correction=0) for s in labels])
-            spread = within.mean(0).sqrt()
-            getattr(self, f"centre_{i}").copy_(source.mean(0))
+        moments = moments or Moments.by_section(histology, sections)
+        shares = torch.tensor([float(own.n) for own in moments.values()])
+        shares = (shares / shares.sum())[:, None]
+        for i in range(len(histology.sources)):
+            means, variances = (
+                torch.stack(values)
+                for values in zip(*((m.means[i], m.variances[i]) for m in moments.values()), strict=True)
+            )
+            spread = variances.mean(0).sqrt()
+            getattr(self, f"centre_{i}").copy_((shares * means).sum(0))
             getattr(self, f"spread_{i}").copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
-        own = histology.sources[0]
-        shifts = torch.stack([self._shift(own[sections == s].mean(0)) for s in labels])
+        shifts = torch.stack([self._shift(own.means[0]) for own in moments.values()])
         self.familiar.copy_((2 * shifts.mean()).clamp(min=FAMILIAR))
-        for i, source in enumerate(self.align(histology, sections).sources):
+        for i, source in enumerate(self._standardized(histology, sections, moments).sources):
             axes = torch.linalg.svd(source, full_matrices=False).Vh[: self.config.n_pcs].T
             scale = (source @ axes).square().mean().sqrt().clamp(min=1e-8)
             projection = torch.zeros_like(getattr(self, f"projection_{i}"))
@@ -173,7 +198,7 @@ class ConditionProcessor(nn.Module):
 
     @torch.no_grad()
     def align(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments] | None = None) -> Histology:
-        """Standardise every source, and set the novelty of every section.
+        """Standardise every source and project it onto its components; set the novelty of every section.
 
         With own statistics a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)`` of means and
         of variances, so that a section of few spots falls back on what training had. Without, a section is so only as
@@ -191,15 +216,22 @@ class ConditionProcessor(nn.Module):
         Returns
         -------
         Histology
-            With standardised sources, as :meth:`features` and :meth:`forward` take them.
+            With sources (n_spots, n_pcs), as :meth:`features` and :meth:`forward` take them; unchanged where
+            ``condition="mlp"``.
         """
         if self.config.condition == "mlp":
             return histology
+        aligned = self._standardized(histology, sections, moments or Moments.by_section(histology, sections))
+        projected = [source @ getattr(self, f"projection_{i}") for i, source in enumerate(aligned.sources)]
+        return aligned._replace(sources=tuple(projected))
+
+    def _standardized(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments]) -> Histology:
+        """Sources standardised section by section, and each section's novelty."""
         aligned = [torch.empty_like(source) for source in histology.sources]
         novelty = torch.zeros_like(histology.novelty)
         for section in sections.unique():
             rows = torch.nonzero(sections == section)[:, 0]
-            own = moments[int(section)] if moments else Moments.of([source[rows] for source in histology.sources])
+            own = moments[int(section)]
             few = SHRINKAGE / (own.n + SHRINKAGE)
             shift = self._shift(own.means[0]) * (1 - few)
             novel = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
@@ -217,7 +249,7 @@ class ConditionProcessor(nn.Module):
         return histology._replace(sources=tuple(aligned), novelty=novelty)
 
     def _parts(self, histology: Histology) -> list[Tensor]:
-        parts = [source @ getattr(self, f"projection_{i}") for i, source in enumerate(histology.sources)]
+        parts = list(histology.sources)
         if self.config.coordinates:
             parts.append(histology.coordinates)
         if self.config.n_covariates:
@@ -235,7 +267,7 @@ class ConditionProcessor(nn.Module):
         return sum(self.feature_widths)
 
     def features(self, histology: Histology) -> Tensor:
-        """Projected sources, coordinates and covariates side by side: (n_spots, n_features)."""
+        """Projected sources, coordinates and covariates of aligned spots side by side: (n_spots, n_features)."""
         return torch.cat(self._parts(histology), 1)
 
     def forward(self, histology: Histology) -> Tensor:
@@ -244,7 +276,7 @@ class ConditionProcessor(nn.Module):
         Parameters
         ----------
         histology
-            Inputs of the batch.
+            Inputs of the batch, aligned (:meth:`align`).
 
         Returns
         -------

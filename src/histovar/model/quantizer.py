@@ -66,8 +66,8 @@ class SharedVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, latents: Sequence[Tensor]) -> None:
-        """Place the codes by k-means over the latents of every scale, each (n_spots, n_groups, codebook_dim)."""
-        sample = torch.cat([_some(x.flatten(0, 1), LATENTS_PER_START) for x in latents])
+        """Place the codes by k-means over latents of every scale, each (n, codebook_dim)."""
+        sample = torch.cat(list(latents))
         training = self.vq.training
         self.vq.train()
         # Fewer latents than codes are no cause for alarm: codes start double and are revived elsewhere.
@@ -87,7 +87,7 @@ class SharedVectorQuantizer(nn.Module):
         """
         if self.config.codebook_update == "ema":
             pairs = [
-                _some(gathered(torch.cat([x, ids[..., None]], -1)).flatten(0, 1), LATENTS_PER_UPDATE)
+                some(gathered(torch.cat([x, ids[..., None]], -1)).flatten(0, 1), LATENTS_PER_UPDATE)
                 for x, ids in zip(latents, tokens, strict=True)
             ]
             sample = torch.cat(pairs)
@@ -142,7 +142,8 @@ class SharedVectorQuantizer(nn.Module):
         return latents + (codes - latents).detach(), tokens, loss
 
 
-def _some(rows: Tensor, n: int) -> Tensor:
+def some(rows: Tensor, n: int) -> Tensor:
+    """At most so many of the rows, at random."""
     return rows if len(rows) <= n else rows[torch.randperm(len(rows), device=rows.device)[:n]]
 
 

@@ -188,7 +188,7 @@ class TwoStageVARST(nn.Module):
         Parameters
         ----------
         histology
-            Inputs of the spots.
+            Inputs of the spots, aligned.
         tokens
             (n_spots, n_tokens): the targets.
         prior

@@ -10,18 +10,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
-from .quantizer import SharedVectorQuantizer, usage
+from .quantizer import LATENTS_PER_START, SharedVectorQuantizer, some, usage
 from .scales import GeneScales
+
+# Tokens that are made at once; an encoder's hidden layer takes a kilobyte for each.
+TOKENS_AT_ONCE = 2**18
 
 
 class Stage1Losses(NamedTuple):
-    """Losses of one batch (scalars) and its tokens, (n_spots, n_tokens)."""
+    """Losses of one batch (scalars), its tokens and its standardised expression rebuilt from them.
+
+    Both of the genes that were asked for: (n_spots, number of coarser tokens + n) and (n_spots, n).
+    """
 
     total: Tensor
     reconstruction: Tensor
     hierarchical: Tensor
     vq: Tensor
     tokens: Tensor
+    rebuilt: Tensor
 
 
 class MultiScaleEncoder(nn.Module):
@@ -99,17 +106,21 @@ class MultiScaleGeneVQVAE(nn.Module):
             genes = self.scales.standardize(expression)
             latents = []
             for k in range(len(self.config.scales)):
-                latents.append(self.encoder(self.scales.pool(genes, k), k))
-                genes = genes - self.scales.spread(self.decoder(latents[-1], k), k)
+                values = self.scales.pool(genes, k)
+                latents.append(self.encoder(some(values.flatten(0, 1), LATENTS_PER_START), k))
+                if k < len(self.config.scales) - 1:
+                    genes = genes - self.scales.spread(self.decoder(self.encoder(values, k), k), k)
             self.quantizer.start(latents)
 
-    def forward(self, expression: Tensor) -> Stage1Losses:
+    def forward(self, expression: Tensor, genes_made: Tensor | None = None) -> Stage1Losses:
         """Losses of a batch; in training mode the codebook moves too.
 
         Parameters
         ----------
         expression
             (n_spots, n_genes) in layer units.
+        genes_made
+            Genes whose tokens are made at the finest scale; all by default.
 
         Returns
         -------
@@ -120,6 +131,8 @@ class MultiScaleGeneVQVAE(nn.Module):
         latents, tokens = [], []
         hierarchical = vq = genes.new_zeros(())
         for k in range(len(self.config.scales)):
+            if genes_made is not None and k == len(self.config.scales) - 1:
+                genes, total = genes[:, genes_made], total[:, genes_made]
             target = self.scales.pool(genes - total.detach() if self.config.residual else genes, k)
             latent = self.encoder(target, k)
             if self.quantizer.needs_start:  # the encoders settle first; see Stage1Trainer
@@ -137,7 +150,7 @@ class MultiScaleGeneVQVAE(nn.Module):
             self.quantizer.update(latents, tokens)
         reconstruction = F.mse_loss(total, genes)
         loss = reconstruction + self.config.hierarchical_weight * hierarchical + self.config.vq_weight * vq
-        return Stage1Losses(loss, reconstruction, hierarchical, vq, torch.cat(tokens, 1))
+        return Stage1Losses(loss, reconstruction, hierarchical, vq, torch.cat(tokens, 1), total)
 
     @torch.no_grad()
     def tokenize(self, expression: Tensor) -> Tensor:
@@ -153,6 +166,10 @@ class MultiScaleGeneVQVAE(nn.Module):
         Tensor
             (n_spots, n_tokens), int64, coarse to fine.
         """
+        most = max(1, TOKENS_AT_ONCE // self.config.n_tokens)
+        return torch.cat([self._tokenize(part) for part in expression.split(most)])
+
+    def _tokenize(self, expression: Tensor) -> Tensor:
         genes = self.scales.standardize(expression)
         total = torch.zeros_like(genes)
         tokens = []
@@ -192,6 +209,6 @@ class MultiScaleGeneVQVAE(nn.Module):
 
     @torch.no_grad()
     def count_codes(self, tokens: Tensor) -> None:
-        """Keep how often each code occurs at each scale in the training tokens, (n_spots, n_tokens)."""
+        """Keep how often each code occurs at each scale in tokens of training spots, (n_spots, n_tokens)."""
         parts = tokens.split(self.config.scales, 1)
         self.code_counts.copy_(torch.stack([usage(ids, self.config.codebook_size) for ids in parts]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import scanpy as sc
@@ -58,8 +59,8 @@ def gene_panel(
     Returns
     -------
     AnnData or None
-        Writes ``var[f"{key_added}_panel"]`` (boolean), ``uns[key_added]["panel"]`` and, if absent,
-        ``layers["lognorm"]``: log1p of counts per 10,000.
+        Writes ``var[f"{key_added}_panel"]`` (boolean), ``uns[key_added]["panel"]`` and, if absent (and the object is
+        in memory), ``layers["lognorm"]``: log1p of counts per 10,000.
 
     Raises
     ------
@@ -69,25 +70,33 @@ def gene_panel(
     adata = as_table(data, table_name)
     validate.check_object(adata, needs_genes=True)
     validate.sections(adata, library_key)
+    if flavor not in get_args(Flavor):
+        raise ValueError(f"flavor must be one of {get_args(Flavor)}, got {flavor!r}")
     if n_genes < 2:
         raise ValueError(f"n_genes must be at least 2, got {n_genes}")
     if not 0 <= min_fraction < 1:
         raise ValueError(f"min_fraction must lie in [0, 1), got {min_fraction}")
-    lognorm = adata.layers[LOGNORM] if LOGNORM in adata.layers else read.lognorm(adata)
-    values = sparse.csc_matrix(lognorm)
-    validate.check_nonnegative(values.data, f"layer: {LOGNORM!r}")
-    detected = np.asarray((values > 0).mean(0)).ravel() > min_fraction
-    if detected.sum() < n_genes:
+    lognorm = None
+    if not read.is_stored(adata):
+        lognorm = adata.layers[LOGNORM] if LOGNORM in adata.layers else read.lognorm(adata)
+    detected, variance = _statistics(read.lognorm_blocks(adata) if lognorm is None else [lognorm])
+    often = detected > min_fraction
+    if often.sum() < n_genes:
         raise ValueError(
-            f"n_genes: {n_genes} genes asked for, but only {int(detected.sum())} are detected in more than "
+            f"n_genes: {n_genes} genes asked for, but only {int(often.sum())} are detected in more than "
             f"{min_fraction:.0%} of the spots; ask for fewer genes or lower min_fraction"
         )
-    chosen = _rank(adata, values, detected, n_genes, flavor, library_key)
+    if flavor == "variance":
+        chosen = np.zeros(adata.n_vars, dtype=bool)
+        chosen[np.argsort(-np.where(often, variance, -np.inf), kind="stable")[:n_genes]] = True
+    else:
+        matrix = adata.X if flavor == "seurat_v3" else read.lognorm(adata) if lognorm is None else lognorm
+        chosen = _highly_variable(adata, matrix, often, n_genes, flavor, library_key)
     if copy:
         adata = copied(adata)
     keys = Keys(key_added)
     with writing():
-        if LOGNORM not in adata.layers:
+        if LOGNORM not in adata.layers and lognorm is not None:
             adata.layers[LOGNORM] = lognorm
         adata.var[keys.panel] = chosen
     merge_uns(adata, keys, {"panel": {"n_genes": n_genes, "flavor": flavor, "min_fraction": min_fraction}})
@@ -95,24 +104,33 @@ def gene_panel(
     return adata if copy else None
 
 
-def _rank(
+def detected_often(adata: AnnData, min_fraction: float) -> int:
+    """Number of genes detected in more than a fraction of the spots."""
+    return int((_statistics(read.lognorm_blocks(adata))[0] > min_fraction).sum())
+
+
+def _statistics(blocks: Iterable[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fraction of spots in which each gene is detected, and variance of its log-normalised expression."""
+    n, sums = 0, np.zeros(())
+    for block in blocks:
+        values = sparse.csr_matrix(block)
+        validate.check_nonnegative(values.data, f"layer: {LOGNORM!r}")
+        powers = (values > 0, values, values.multiply(values))
+        sums = sums + np.stack([np.asarray(power.sum(0, dtype=np.float64)).ravel() for power in powers])
+        n += values.shape[0]
+    detected, mean, square = sums / n
+    return detected, square - mean**2
+
+
+def _highly_variable(
     adata: AnnData,
-    values: sparse.csc_matrix,
+    matrix: Any,
     detected: NDArray[np.bool_],
     n_genes: int,
-    flavor: Flavor,
+    flavor: str,
     library_key: str | None,
 ) -> NDArray[np.bool_]:
-    if flavor == "variance":
-        mean = np.asarray(values.mean(0)).ravel()
-        score = np.asarray(values.multiply(values).mean(0)).ravel() - mean**2
-        score[~detected] = -np.inf
-        chosen = np.zeros(adata.n_vars, dtype=bool)
-        chosen[np.argsort(-score, kind="stable")[:n_genes]] = True
-        return chosen
-    if flavor not in ("seurat", "cell_ranger", "seurat_v3"):
-        raise ValueError(f"flavor must be 'variance', 'seurat', 'cell_ranger' or 'seurat_v3', got {flavor!r}")
-    matrix = adata.X if flavor == "seurat_v3" else values
+    """Choice of scanpy among the genes detected often."""
     light = AnnData(sparse.csr_matrix(matrix), obs=adata.obs[[library_key] if library_key else []].copy())
     light = light[:, detected].copy()
     sc.pp.highly_variable_genes(light, n_top_genes=n_genes, flavor=flavor, batch_key=library_key)

@@ -14,6 +14,7 @@ from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table, copied, writing
 from histovar.anndata_io.write import merge_uns
 from histovar.model import group_genes
+from histovar.training.data import sampled_spots
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def gene_scales(
         the first; genes in none form a set of their own. The scale nearest in number is
         replaced; coarser scales are unions of the sets, finer ones split them.
     layer
-        Layer with expression; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent.
+        Layer with expression; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent. Of more than
+        20,000 spots as many at random are looked at.
     key_added
         Prefix of the slots.
     random_state
@@ -86,7 +88,8 @@ def gene_scales(
         adata = copied(adata)
     if layer is None:
         read.add_lognorm(adata)
-    values = read.expression(adata, layer or LOGNORM, columns)
+    rows = sampled_spots(adata.n_obs, random_state)
+    values = read.expression(adata, layer or LOGNORM, columns, rows)
     groups = group_genes(values, numbers, groups=given, random_state=random_state)
     table = np.full((adata.n_vars, len(numbers)), -1, dtype=np.int32)
     table[columns] = groups.T

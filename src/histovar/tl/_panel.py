@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 from anndata import AnnData
 
-from histovar._keys import LOGNORM, Keys
+from histovar._keys import Keys
 from histovar.anndata_io import read
-from histovar.pp.gene_panel import gene_panel
+from histovar.pp.gene_panel import detected_often, gene_panel
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ def ensure_panel(adata: AnnData, keys: Keys, n_genes: int | None = None) -> None
         return
     if n_genes is None:
         read.add_lognorm(adata)
-        detected = np.asarray((adata.layers[LOGNORM] > 0).mean(0)).ravel() > MIN_FRACTION
-        n_genes = min(DEFAULT_PANEL, int(detected.sum()))
+        n_genes = min(DEFAULT_PANEL, detected_often(adata, MIN_FRACTION))
     logger.info("no var[%r]: calling histovar.pp.gene_panel(adata, n_genes=%d)", keys.panel, n_genes)
     gene_panel(adata, n_genes=n_genes, min_fraction=MIN_FRACTION, key_added=keys.prefix)

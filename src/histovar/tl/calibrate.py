@@ -10,11 +10,12 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from rich.progress import track
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
+from histovar.anndata_io.parts import Part, Parts
 from histovar.anndata_io.table import Data, as_table
-from histovar.model import TwoStageVARST
-from histovar.training import cross_fit_folds, section_numbers
+from histovar.model import Histology, TwoStageVARST
+from histovar.training import cross_fit_folds
 
 from ._device import on_device
 
@@ -81,37 +82,48 @@ def calibrate(
         raise ValueError(f"adata: {adata.n_obs} spots are too few to calibrate on; give at least 20")
     columns = validate.check_genes(adata, registry["genes"])
     library_key = library_key or registry["library_key"]
-    names = validate.sections(adata, library_key)
+    layer = registry["layer"]
+    keys = [*registry["use_rep"], registry["spatial_key"], Keys(key_added).niche]
+    parts = Parts(adata, library_key, layer, keys)
+    names = parts.names
     unseen = _unseen_members(adata, model, names)
-    inputs = read.histology(
-        adata,
-        config,
-        use_rep=registry["use_rep"],
-        spatial_key=registry["spatial_key"],
-        library_key=library_key,
-        encoders=registry["covariates"],
-        key=key_added,
-    )
-    if registry["layer"] == LOGNORM:
-        read.add_lognorm(adata)
-    measured = torch.from_numpy(read.expression(adata, registry["layer"], columns))
-    chosen = np.sort(np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS])
-    parts: list[tuple[torch.Tensor, ...]] = []
+    chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     home = model.device
-    inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), section_numbers(names, adata.n_obs).to(home))
+
+    def aligned(part: Part) -> tuple[Histology, torch.Tensor, NDArray[np.bool_]]:
+        inputs = read.histology(
+            part.adata,
+            config,
+            use_rep=registry["use_rep"],
+            spatial_key=registry["spatial_key"],
+            library_key=library_key,
+            encoders=registry["covariates"],
+            key=key_added,
+        )
+        if layer == LOGNORM:
+            read.add_lognorm(part.adata)
+        numbers = torch.from_numpy(parts.numbers[part.rows])
+        inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
+        rows = np.flatnonzero(np.isin(part.rows, chosen))
+        measured = read.expression(part.adata, layer, columns, rows)
+        return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), unseen[part.rows[rows]]
+
+    histologies, measurements, unseens = zip(*map(aligned, parts), strict=True)
+    inputs, measured, unseen = Histology.concatenated(histologies), torch.cat(measurements), np.concatenate(unseens)
+    results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
-        groups = np.unique(unseen[chosen], axis=0)
+        groups = np.unique(unseen, axis=0)
         batches = [
             (members, rows)
             for members in groups
-            for rows in torch.from_numpy(chosen[(unseen[chosen] == members).all(1)]).split(batch_size)
+            for rows in torch.from_numpy(np.flatnonzero((unseen == members).all(1))).split(batch_size)
         ]
         for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             some = None if stage2.prior is None else model.prior_members(batch)[torch.from_numpy(members)]
             made = model.predict(batch, members=some)
-            parts.append((measured[rows], made.expression.cpu(), made.std.cpu()))
-    truth, mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+            results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
+    truth, mean, std = (torch.cat(part) for part in zip(*results, strict=True))
     before = _coverage(truth, mean, std)
     stage2.calibration.fit(truth, mean, std)
     sections = [] if names is None else np.unique(names).tolist()

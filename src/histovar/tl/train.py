@@ -55,12 +55,12 @@ def train(
     adata = as_table(data, table_name)
     reps = validate.check_keys(use_rep)
     for key in reps:
-        validate.embedding(adata, key)
+        read.embedding_width(adata, key)
     validate.coordinates(adata, spatial_key)
     read.learn_covariates(adata, list(covariates))
     names = validate.sections(adata, library_key)
     neighbors = (config or ModelConfig.default(2)).n_neighbors
-    if read.stored_niche(adata, Keys(key_added), reps, neighbors, spatial_key, library_key) is None:
+    if not read.has_niche(adata, Keys(key_added), reps, neighbors, spatial_key, library_key):
         validate.check_neighbors(names, adata.n_obs, neighbors)
     shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
     model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})

@@ -11,10 +11,11 @@ from anndata import AnnData
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
+from histovar.anndata_io.parts import Parts
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp.gene_scales import gene_scales
-from histovar.training import Stage1Trainer, TrainingOptions, seeded
+from histovar.training import Stage1Trainer, TrainingOptions, collected, seeded
 
 from ._panel import ensure_panel
 
@@ -37,7 +38,8 @@ def train_stage1(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections. Its panel and scales are those of
+        AnnData (or SpatialData) of the training sections, in memory, backed, or of dask or zarr arrays, which are read
+        section by section; what is learnt from is then kept in a temporary directory. Its panel and scales are those of
         :func:`histovar.pp.gene_panel` and :func:`histovar.pp.gene_scales`, which are called with their defaults where
         they have not been.
     layer
@@ -74,7 +76,7 @@ def train_stage1(
     adata = as_table(data, table_name)
     keys = Keys(key_added)
     validate.check_object(adata, needs_genes=True)
-    names = validate.sections(adata, library_key)
+    parts = Parts(adata, library_key, layer or LOGNORM)
     if adata.n_obs < 10:
         raise ValueError(f"adata: {adata.n_obs} spots are too few to train on; at least 10 are needed")
     read.check_layer(adata, layer)
@@ -84,7 +86,6 @@ def train_stage1(
     _prepare(adata, keys, layer, model_of_panel, random_state)
     genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
     columns = validate.check_genes(adata, genes)
-    values = read.expression(adata, layer or LOGNORM, columns)
     groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
     if model_of_panel is None:
         scales = tuple(int(level.max()) + 1 for level in groups)
@@ -99,9 +100,12 @@ def train_stage1(
         "units": read.units(layer or LOGNORM),
         "library_key": library_key,
         "n_spots_stage1": adata.n_obs,
-        "sections_stage1": [] if names is None else np.unique(names).tolist(),
+        "sections_stage1": [] if parts.names is None else np.unique(parts.names).tolist(),
     }
-    Stage1Trainer(model, **trainer_options).fit(torch.from_numpy(values), groups, names)
+    with parts.scratch() as scratch:
+        expression = ((torch.from_numpy(read.expression(part.adata, layer or LOGNORM, columns)),) for part in parts)
+        spots = collected(expression, adata.n_obs, scratch)
+        Stage1Trainer(model, **trainer_options).fit(spots, groups, parts.numbers[parts.order])
     return model
 
 

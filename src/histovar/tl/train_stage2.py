@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
+from histovar.anndata_io.parts import Part, Parts
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.training import Stage2Trainer, seeded
+from histovar.training import Measured, Stage2Trainer, seeded
 
 
 def train_stage2(
@@ -34,7 +35,9 @@ def train_stage2(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, with the panel's genes.
+        AnnData (or SpatialData) of the training sections, with the panel's genes; in memory, backed, or of dask or zarr
+        arrays, which are read section by section, twice, with what is learnt from (some 2 kB a spot) in a temporary
+        directory.
     model
         A model with a trained stage 1; it is trained in place.
     use_rep
@@ -74,26 +77,33 @@ def train_stage2(
     adata = as_table(data, table_name)
     validate.check_object(adata, needs_genes=True)
     reps = validate.check_keys(use_rep)
-    names = validate.sections(adata, library_key)
+    layer = model.registry["layer"]
+    parts = Parts(adata, library_key, layer, [*reps, spatial_key, Keys(key_added).niche])
     place = validate.coordinates(adata, spatial_key)
     columns = validate.check_genes(adata, model.registry["genes"])
-    layer = model.registry["layer"]
-    widths = tuple(validate.embedding(adata, key).shape[1] for key in reps)
+    widths = tuple(read.embedding_width(adata, key) for key in reps)
     encoders = read.learn_covariates(adata, list(covariates))
     wanted = (config or model.config).replace(embedding_dims=widths, n_covariates=read.covariate_width(encoders))
     trainer = Stage2Trainer(model, **options, random_state=random_state)
-    histology = read.histology(
-        adata,
-        wanted,
-        use_rep=reps,
-        spatial_key=spatial_key,
-        library_key=library_key,
-        encoders=encoders,
-        key=key_added,
-    )
-    if layer == LOGNORM:
-        read.add_lognorm(adata)
-    values = torch.from_numpy(read.expression(adata, layer, columns))
+
+    def measured(part: Part) -> Measured:
+        histology = read.histology(
+            part.adata,
+            wanted,
+            use_rep=reps,
+            spatial_key=spatial_key,
+            library_key=library_key,
+            encoders=encoders,
+            key=key_added,
+        )
+        if layer == LOGNORM:
+            read.add_lognorm(part.adata)
+        expression = torch.from_numpy(read.expression(part.adata, layer, columns))
+        # Of other layers nothing is known of how depth enters them.
+        totals = read.total_counts(part.adata) if layer == LOGNORM else None
+        return Measured(histology, expression, parts.numbers[part.rows], place[part.rows], totals)
+
+    found = parts.each(measured)
     with seeded(random_state):
         model.add_stage2(wanted)
     model.registry |= {
@@ -103,11 +113,11 @@ def train_stage2(
         "library_key": library_key,
         "covariates": encoders,
         "n_spots_stage2": adata.n_obs,
-        "sections_stage2": [] if names is None else np.unique(names).tolist(),
+        "sections_stage2": [] if parts.names is None else np.unique(parts.names).tolist(),
         "images": _provenance(adata.uns.get("spatial", {})),
     }
-    # Of other layers nothing is known of how depth enters them.
-    trainer.fit(histology, values, place, names, read.total_counts(adata) if layer == LOGNORM else None)
+    with parts.scratch() as scratch:
+        trainer.fit(found, adata.n_obs, scratch)
     return model
 
 

@@ -1,9 +1,10 @@
-"""Spots in memory, drawn in batches that depend on nothing but the seed and the epoch."""
+"""Spots, in memory or on disk, drawn in batches that depend on nothing but the seed and the epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,11 +16,15 @@ from histovar.model import Histology
 
 Item = Tensor | Histology
 
+# Spots that are a sample of all where all are not needed: for statistics, and a first look at the codes.
+SAMPLED_SPOTS = 20_000
+# Spots of a chunk on disk, and chunks that are read, shuffled together and used up before the next are.
+CHUNK_SPOTS, SHUFFLED_CHUNKS = 1024, 16
 # Enough to tell one epoch from another, few enough not to cost more than training on small data.
 WATCHED_SPOTS = 256
 
 
-class SpotDataset(Dataset[tuple[Item, ...]]):
+class Spots(Dataset[tuple[Item, ...]]):
     """Tensors and :class:`Histology` with one row a spot, indexed by lists of rows.
 
     Parameters
@@ -32,14 +37,132 @@ class SpotDataset(Dataset[tuple[Item, ...]]):
         self.items = items
 
     def __len__(self) -> int:
-        first = self.items[0]
-        return len(first.sources[0] if isinstance(first, Histology) else first)
+        return _length(self.items[0])
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
         index = np.asarray(rows)
+        return tuple(_mapped(item, lambda t: t[index]) for item in self.items)
+
+    def take(self, rows: NDArray[np.integer]) -> Spots:
+        """Some of the spots."""
+        return Spots(*self[rows])
+
+    def shuffled(self, seed: int, world_size: int, rank: int) -> DistributedSampler[Any]:
+        """Rows in random order, each process's share of them."""
+        return DistributedSampler(self, world_size, rank, shuffle=True, seed=seed)
+
+
+class StoredSpots(Spots):
+    """Spots on disk, of which a few chunks are in memory: a matrix of 32-bit floats in a zarr store.
+
+    Parameters
+    ----------
+    parts
+        What batches consist of, part after part.
+    n_spots
+        Number of spots of all parts.
+    scratch
+        Directory of the store.
+    """
+
+    def __init__(self, parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path) -> None:
+        import zarr
+
+        start = 0
+        for items in parts:
+            block = np.concatenate([t.reshape(len(t), -1).numpy().astype(np.float32) for t in _tensors(items)], 1)
+            if start == 0:
+                # A spot of what is stored, which says how to take a row apart again.
+                self.items = tuple(_mapped(item, lambda t: t[:1].clone()) for item in items)
+                self.store: Any = zarr.create_array(
+                    scratch / "spots.zarr",
+                    shape=(n_spots, block.shape[1]),
+                    chunks=(CHUNK_SPOTS, block.shape[1]),
+                    dtype=np.float32,
+                    compressors=None,
+                    overwrite=True,
+                )
+            self.store[start : start + len(block)] = block
+            start += len(block)
+        self.rows: NDArray[np.integer] = np.arange(n_spots)
+        self._chunks: dict[int, NDArray[np.float32]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
+        wanted = self.rows[np.asarray(rows)]
+        numbers = wanted // CHUNK_SPOTS
+        block = np.empty((len(wanted), self.store.shape[1]), np.float32)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            block[here] = self._chunk(number)[wanted[here] - number * CHUNK_SPOTS]
+        widths = [t[0].numel() for t in _tensors(self.items)]
+        columns = iter(torch.from_numpy(block).split(widths, 1))
         return tuple(
-            item.map(lambda t: t[index]) if isinstance(item, Histology) else item[index] for item in self.items
+            _mapped(item, lambda t: next(columns).reshape(len(wanted), *t.shape[1:]).to(t.dtype)) for item in self.items
         )
+
+    def _chunk(self, number: int) -> NDArray[np.float32]:
+        """A chunk, the one least recently read making room for it."""
+        if number in self._chunks:
+            self._chunks[number] = self._chunks.pop(number)
+        else:
+            if len(self._chunks) >= SHUFFLED_CHUNKS:
+                del self._chunks[next(iter(self._chunks))]
+            self._chunks[number] = self.store[number * CHUNK_SPOTS : (number + 1) * CHUNK_SPOTS]
+        return self._chunks[number]
+
+    def take(self, rows: NDArray[np.integer]) -> Self:
+        """Some of the spots, in the same store."""
+        other = object.__new__(type(self))
+        other.__dict__ |= {**self.__dict__, "rows": self.rows[rows], "_chunks": {}}
+        return other
+
+    def shuffled(self, seed: int, world_size: int, rank: int) -> DistributedSampler[Any]:
+        """Rows in random order of the chunks, and in random order among the chunks read together."""
+        return _ChunkSampler(self, world_size, rank, shuffle=True, seed=seed)
+
+
+def collected(parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path | None) -> Spots:
+    """The spots of several parts on disk, or of a single one in memory where there is no directory for them."""
+    if scratch is not None:
+        return StoredSpots(parts, n_spots, scratch)
+    (items,) = parts
+    return Spots(*items)
+
+
+class _ChunkSampler(DistributedSampler[Any]):
+    """Shuffles chunks, then the spots of several chunks at a time."""
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        chunks = self.dataset.rows // CHUNK_SPOTS  # type: ignore[attr-defined]
+        place = rng.permutation(chunks.max() + 1)[chunks] // SHUFFLED_CHUNKS
+        order = np.lexsort((rng.random(len(chunks)), place))
+        order = np.resize(order, self.total_size)
+        return iter(order[self.rank :: self.num_replicas].tolist())
+
+
+def _length(item: Item) -> int:
+    return len(item.novelty if isinstance(item, Histology) else item)
+
+
+def _mapped(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
+    return item.map(function) if isinstance(item, Histology) else function(item)
+
+
+def _tensors(items: Iterable[Item]) -> list[Tensor]:
+    """All tensors, in the order in which :meth:`Histology.map` visits them."""
+    found: list[Tensor] = []
+
+    def visit(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    for item in items:
+        _mapped(item, visit)
+    return found
 
 
 class _EpochBatches(BatchSampler):
@@ -49,9 +172,7 @@ class _EpochBatches(BatchSampler):
         self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def train_loader(
-    dataset: SpotDataset, batch_size: int, seed: int, world_size: int = 1, rank: int = 0
-) -> DataLoader[Any]:
+def train_loader(dataset: Spots, batch_size: int, seed: int, world_size: int = 1, rank: int = 0) -> DataLoader[Any]:
     """Shuffled batches, split over the processes of a distributed run.
 
     Parameters
@@ -65,17 +186,16 @@ def train_loader(
     world_size, rank
         Number of processes, and which of them this is.
     """
-    sampler: Any = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
-    return _loader(dataset, _EpochBatches(sampler, batch_size, drop_last=False))
+    return _loader(dataset, _EpochBatches(dataset.shuffled(seed, world_size, rank), batch_size, drop_last=False))
 
 
-def validation_loader(dataset: SpotDataset, batch_size: int) -> DataLoader[Any]:
+def validation_loader(dataset: Spots, batch_size: int) -> DataLoader[Any]:
     """All validation spots in order; every process of a distributed run validates on all of them."""
     rows: Any = range(len(dataset))
     return _loader(dataset, BatchSampler(rows, batch_size, drop_last=False))
 
 
-def _loader(dataset: SpotDataset, batches: BatchSampler) -> DataLoader[Any]:
+def _loader(dataset: Spots, batches: BatchSampler) -> DataLoader[Any]:
     # A generator of its own: otherwise every new iterator draws from the global one, at moments that differ
     # between a resumed and an uninterrupted run.
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
@@ -85,6 +205,11 @@ def section_numbers(sections: NDArray[Any] | None, n_spots: int) -> torch.Tensor
     """Sections numbered from 0, (n_spots,); where none are given all spots are one section."""
     numbers = np.zeros(n_spots, np.int64) if sections is None else np.unique(sections, return_inverse=True)[1]
     return torch.from_numpy(numbers)
+
+
+def sampled_spots(n_spots: int, random_state: int) -> NDArray[np.int64]:
+    """Rows of a random sample of the spots, increasing; all where they are no more than that."""
+    return np.sort(np.random.default_rng(random_state).permutation(n_spots)[:SAMPLED_SPOTS])
 
 
 def held_out_spots(

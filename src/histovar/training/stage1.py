@@ -14,8 +14,9 @@ from torch import Tensor
 from histovar.metrics import mean_pearson
 from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity, usage
+from histovar.model.vqvae import Stage1Losses
 
-from .data import SpotDataset, held_out_spots
+from .data import Spots, held_out_spots, sampled_spots
 from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ WARMUP_STEPS = 200
 WARMUP_LEARNING_RATE = 1e-3
 # Spots that place the codes (k-means): plenty for 4096 codes, and quick.
 SPOTS_FOR_START = 4096
+# Genes of a large panel that are learnt in one step; the next step draws others. All share one encoder.
+GENES_AT_ONCE = 256
 
 
 class Stage1Module(StageModule):
@@ -41,14 +44,13 @@ class Stage1Module(StageModule):
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
         super().__init__(options)
         self.stage1 = model.stage1
-        self._tokens: list[Tensor] = []
-        self._expression: list[Tensor] = []
+        self._watched: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def _step(self, batch: tuple[Tensor], part: str) -> Any:
-        losses = self.stage1(batch[0])
+    def _step(self, expression: Tensor, genes: Tensor | None, part: str) -> Stage1Losses:
+        losses: Stage1Losses = self.stage1(expression, genes)
         self.watch(
             part,
-            len(batch[0]),
+            len(expression),
             loss=losses.total,
             reconstruction=losses.reconstruction,
             hierarchical=losses.hierarchical,
@@ -58,31 +60,32 @@ class Stage1Module(StageModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        loss: Tensor = self._step(batch, "train").total
-        return loss
+        genes = self.some_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=True)
+        return self._step(batch[0], genes, "train").total
 
     def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
         """Lightning's hook."""
-        self._tokens.append(self._step(batch, "val").tokens)
-        self._expression.append(batch[0])
+        genes = self.some_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=False)
+        losses = self._step(batch[0], genes, "val")
+        measured = batch[0] if genes is None else batch[0][:, genes]
+        self._watched.append((losses.tokens, losses.rebuilt, measured))
 
     def on_validation_epoch_end(self) -> None:
         """Log codebook use and the reconstruction's correlation over all held-out spots."""
-        tokens, expression = torch.cat(self._tokens), torch.cat(self._expression)
-        self._tokens.clear()
-        self._expression.clear()
+        tokens, rebuilt, measured = (torch.cat(parts) for parts in zip(*self._watched, strict=True))
+        self._watched.clear()
         config = self.stage1.config
         counts = usage(tokens, config.codebook_size)
         self.watch("val", 1, usage=(counts > 0).float().mean(), perplexity=perplexity(counts.float()))
-        for k, ids in enumerate(tokens.split(config.scales, 1)):
+        coarser = config.scales[:-1]
+        for k, ids in enumerate(tokens.split((*coarser, tokens.shape[1] - sum(coarser)), 1)):
             counts = usage(ids, config.codebook_size)
             values = {
                 f"usage_scale{k}": (counts > 0).float().mean(),
                 f"perplexity_scale{k}": perplexity(counts.float()),
             }
             self.watch("val", 1, **values)
-        pcc = mean_pearson(self.stage1.decode(tokens).cpu().numpy(), expression.cpu().numpy())
-        self.watch("val", 1, pcc=pcc)
+        self.watch("val", 1, pcc=mean_pearson(rebuilt.cpu().numpy(), measured.cpu().numpy()))
 
 
 class Stage1Trainer:
@@ -110,13 +113,13 @@ class Stage1Trainer:
         self.model = model
         self.options = TrainingOptions(**{"learning_rate": 1e-4, **options})
 
-    def fit(self, expression: Tensor, groups: NDArray[np.integer], sections: NDArray[Any] | None = None) -> None:
+    def fit(self, spots: Spots, groups: NDArray[np.integer], sections: NDArray[Any] | None = None) -> None:
         """Train, restore the best weights, count the codes and keep the history.
 
         Parameters
         ----------
-        expression
-            (n_spots, n_genes) in layer units.
+        spots
+            Expression, (n_spots, n_genes) in layer units.
         groups
             (n_scales, n_genes) nested gene groups.
         sections
@@ -124,28 +127,32 @@ class Stage1Trainer:
         """
         options, model = self.options, self.model
         model.set_training_stage(1)
-        seen, watched = held_out_spots(sections, len(expression), options.random_state)
-        train = expression[seen]
+        seen, watched = held_out_spots(sections, len(spots), options.random_state)
+        train = spots.take(seen)
+        (sample,) = spots[sampled_spots(len(spots), options.random_state)]
+        assert isinstance(sample, Tensor)
         with seeded(options.random_state):
-            model.stage1.scales.fit(expression, groups, options.random_state)
-            module, data = Stage1Module(model, options), SpotDataset(train)
+            model.stage1.scales.fit(sample, groups, options.random_state)
+            module = Stage1Module(model, options)
             if model.stage1.quantizer.needs_start:
                 # Codes placed while encoders still move are soon left behind and die; so let them settle first.
-                warmup = max(1, round(WARMUP_STEPS * options.global_batch_size / len(train)))
-                settle = Stage1Module(model, replace(options, learning_rate=WARMUP_LEARNING_RATE))
-                fit(settle, data, None, options, max_epochs=warmup, averaging=False, resumable=False)
-                model.stage1.start_codebook(train[torch.randperm(len(train))[:SPOTS_FOR_START]])
+                short = replace(options, max_epochs=None, limit_train_batches=WARMUP_STEPS)
+                warmup = short.epochs(len(train), WARMUP_STEPS)
+                settle = Stage1Module(model, replace(short, learning_rate=WARMUP_LEARNING_RATE))
+                fit(settle, train, None, short, max_epochs=warmup, averaging=False, resumable=False)
+                (start,) = train[torch.randperm(len(train))[:SPOTS_FOR_START].numpy()]
+                assert isinstance(start, Tensor)
+                model.stage1.start_codebook(start)
             history = fit(
                 module,
-                data,
-                SpotDataset(expression[watched]),
+                train,
+                spots.take(watched),
                 options,
                 max_epochs=options.epochs(len(train), self.steps, self.least_epochs),
                 monitor="val_loss",
             )
         model.eval().requires_grad_(False)
-        tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
-        model.stage1.count_codes(tokens)
+        model.stage1.count_codes(model.tokenize(sample))
         model.history["stage1"] = history
         used = int((model.stage1.code_counts.sum(0) > 0).sum())
         logger.info(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,16 +17,20 @@ from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
 
-from .data import SpotDataset, cross_fit_folds, held_out_spots, section_numbers
+from .data import Spots, collected, cross_fit_folds, held_out_spots, sampled_spots
 from .standardization import fit_condition
+from .survey import Measured, surveyed
 from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)
 
-Batch = tuple[Histology, Tensor, Tensor, Tensor]
+# Inputs, tokens, expression, fold, weight and depth of some spots.
+Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The prior's recipe: one-cycle AdamW, few epochs, strong decay.
 PRIOR_EPOCHS = 30
+# Of many spots, fewer epochs: no more steps than this.
+PRIOR_STEPS = 10_000
 PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
 # Small data need small batches, for there to be steps enough: a sixteenth of the spots, within these.
@@ -38,13 +43,13 @@ GENES_AT_ONCE = 1024
 EXPECTED_TEACHER = 0.5
 
 
-class PriorModule(StageModule):
-    """Lightning module of the conditional-mean prior.
+class _Stage2Module(StageModule):
+    """What both modules of stage 2 share.
 
     Parameters
     ----------
     model
-        The model; the prior of its stage 2 is trained.
+        The model.
     options
         How to train.
     n_folds
@@ -53,13 +58,30 @@ class PriorModule(StageModule):
 
     def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
         super().__init__(options)
-        self.prior = model.var_stage.prior
+        # Not a submodule: averaging, checkpoints and optimiser must not touch the frozen stage 1, not by a bit.
+        object.__setattr__(self, "model", model)
         self.n_folds = n_folds
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    model: TwoStageVARST
+
+    def on_fit_start(self) -> None:
         """Lightning's hook."""
-        features, targets, weights, folds = batch
+        self.model.stage1.to(self.device)
+
+
+class PriorModule(_Stage2Module):
+    """Lightning module of the conditional-mean prior, which it trains; parameters as of its base."""
+
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
+        super().__init__(model, options, n_folds)
+        self.prior = model.var_stage.prior
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Lightning's hook."""
+        histology, _, expression, folds, weights, depth = batch
         assert self.prior is not None
+        features = self.model.var_stage.condition.features(histology)
+        targets = torch.cat([self.model.stage1.scales.standardize(expression), depth[:, None]], 1)
         loss = self.prior.loss(features, targets, weights, folds, self.n_folds)
         self.watch("prior", len(features), loss=loss / self.prior.config.n_members)
         return loss
@@ -72,34 +94,27 @@ class PriorModule(StageModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Stage2Module(StageModule):
-    """Lightning module of the token model.
+def unseen_prior(model: TwoStageVARST, histology: Histology, folds: Tensor, n_folds: int) -> Tensor:
+    """What the prior says of training spots by its members that have not seen them: (n_spots, n_genes)."""
+    stage2 = model.var_stage
+    if stage2.prior is None:
+        return histology.novelty.new_zeros(len(folds), 0)
+    return stage2.prior.out_of_fold(stage2.condition.features(histology), folds, n_folds)
 
-    Parameters
-    ----------
-    model
-        The model; condition, transformer and head of its stage 2 are trained.
-    options
-        How to train.
-    """
 
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
-        super().__init__(options)
+class Stage2Module(_Stage2Module):
+    """Lightning module of the token model: trains condition, transformer and head; parameters as of its base."""
+
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
+        super().__init__(model, options, n_folds)
         self.stage2 = model.var_stage
-        # Not a submodule: averaging, checkpoints and optimiser must not touch the frozen stage 1, not by a bit.
-        object.__setattr__(self, "model", model)
         self._batches: list[Batch] = []
 
-    model: TwoStageVARST
-
-    def on_fit_start(self) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        self.model.stage1.to(self.device)
-
-    def training_step(self, batch: tuple[Histology, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Lightning's hook."""
-        histology, tokens, prior = batch
+        histology, tokens, _, folds, _, _ = batch
         model = self.model
+        prior = unseen_prior(model, histology, folds, self.n_folds)
         teacher = model.token_embeddings(tokens)
         if model.config.style == "modern":
             expected = model.expected_teacher(histology, prior)
@@ -114,11 +129,8 @@ class Stage2Module(StageModule):
     def _some_genes(self, random: bool) -> Tensor | None:
         """The tokens of a wide finest scale to learn, or to watch, in one step; None for all."""
         config = self.model.config
-        if not config.is_wide(len(config.scales) - 1) or config.n_genes <= GENES_AT_ONCE:
-            return None
-        if random:
-            return torch.randperm(config.n_genes, device=self.device)[:GENES_AT_ONCE].sort().values
-        return torch.arange(GENES_AT_ONCE, device=self.device) * config.n_genes // GENES_AT_ONCE
+        wide = config.is_wide(len(config.scales) - 1)
+        return self.some_genes(config.n_genes, GENES_AT_ONCE, random=random) if wide else None
 
     def _mean(self, losses: Tensor) -> Tensor:
         """Mean over spots and all tokens, (n_spots, tokens predicted), those of the finest scale for all of it."""
@@ -129,7 +141,8 @@ class Stage2Module(StageModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Lightning's hook."""
-        histology, tokens, prior, _ = batch
+        histology, tokens, _, folds, _, _ = batch
+        prior = unseen_prior(self.model, histology, folds, self.n_folds)
         genes = self._some_genes(random=False)
         loss = self._mean(self.model.token_loss(histology, tokens, prior, None, genes))
         rank = self.model.token_rank(histology, tokens, prior, genes)
@@ -145,7 +158,7 @@ class Stage2Module(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the correlation of free-running expected decoding over all held-out spots, with the best gate."""
-        self.watch("val", 1, pcc=free_run(self.model, self._batches).pcc)
+        self.watch("val", 1, pcc=free_run(self.model, self._batches, self.n_folds).pcc)
         self._batches.clear()
 
 
@@ -157,7 +170,7 @@ class FreeRun(NamedTuple):
     gate: list[float]
 
 
-def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
+def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> FreeRun:
     """Expected decoding of spots not trained on, without their tokens, gated as suits them best.
 
     Parameters
@@ -165,7 +178,9 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
     model
         The model, its gate open.
     batches
-        Histology, tokens, prior and expression.
+        The spots.
+    n_folds
+        Number of folds of the training spots.
 
     Returns
     -------
@@ -174,7 +189,8 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
     measured = []
     has_prior = model.var_stage.prior is not None
-    for histology, tokens, prior, expression in batches:
+    for histology, tokens, expression, folds, _, _ in batches:
+        prior = unseen_prior(model, histology, folds, n_folds)
         expected = model.predict(histology, members=prior[None]).values
         means = model.prior_mean(prior) if has_prior else expected
         for k, ids in enumerate(tokens.split(model.config.scales, 1)):
@@ -217,50 +233,34 @@ class Stage2Trainer:
         self.model = model
         self.options = TrainingOptions(**{"learning_rate": 2e-3, "averaging_decay": 0.95, **options})
 
-    def fit(
-        self,
-        histology: Histology,
-        expression: Tensor,
-        coordinates: NDArray[np.floating],
-        sections: NDArray[Any] | None = None,
-        total_counts: NDArray[np.floating] | None = None,
-    ) -> None:
+    def fit(self, parts: Iterable[Measured], n_spots: int, scratch: Path | None = None) -> None:
         """Train the prior, then the token model; restore the best weights and keep the history.
 
         Parameters
         ----------
-        histology
-            Inputs of the training spots.
-        expression
-            (n_spots, n_genes) in layer units.
-        coordinates
-            (n_spots, 2), for folds within sections.
-        sections
-            (n_spots,) section of each spot; one of them is held out to watch training.
-        total_counts
-            (n_spots,) total count of every spot, where known: what weighs the spots of the prior, and its depth.
+        parts
+            The training spots: all at once, or part after part, each of whole sections. They are gone through twice;
+            what is learnt from then is a few kilobytes a spot. One section is held out to watch training.
+        n_spots
+            Number of spots of all parts.
+        scratch
+            Directory in which to keep that; None keeps it in memory, and `parts` is one part.
         """
         options, model = self.options, self.model
         stage2 = model.var_stage
         stage2.transformer.parents.copy_(model.stage1.scales.parents())
         stage2.head.set_codes(model.stage1)
         stage2.head.gate.fill_(1)
-        tokens = torch.cat([model.tokenize(part) for part in expression.split(1024)])
-        seen, watched = held_out_spots(sections, len(expression), options.random_state)
         with seeded(options.random_state):
-            numbers = section_numbers(sections, len(expression))
-            targets = model.stage1.scales.standardize(expression)
-            fit_condition(stage2.condition, histology, numbers, targets, options.random_state)
-            histology = stage2.condition.align(histology, numbers)._replace(novelty=torch.zeros(len(expression)))
-            prior = self._fit_prior(histology, expression, tokens, coordinates, sections, total_counts)
+            spots, sections, n_folds = self._prepare(parts, n_spots, scratch)
+            seen, watched = held_out_spots(sections, n_spots, options.random_state)
+            self._fit_prior(spots, n_folds)
             model.set_training_stage(2)
             if stage2.prior is not None:
                 stage2.prior.requires_grad_(False).eval()
-            spots = SpotDataset(histology, tokens, prior, expression)
-            train, validation = SpotDataset(*spots[seen][:3]), SpotDataset(*spots[watched])
-            module = Stage2Module(model, options)
+            train, validation = spots.take(seen), spots.take(watched)
             history = fit(
-                module,
+                Stage2Module(model, options, n_folds),
                 train,
                 validation,
                 options,
@@ -269,7 +269,7 @@ class Stage2Trainer:
             )
         model.cpu().eval().requires_grad_(False)
         rows = torch.arange(len(validation)).split(options.batch_size)
-        run = free_run(model, [validation[chunk.numpy()] for chunk in rows])  # type: ignore[misc]
+        run = free_run(model, [validation[chunk.numpy()] for chunk in rows], n_folds)  # type: ignore[misc]
         stage2.head.gate.copy_(torch.tensor(run.gate))
         model.history["stage2"] = history
         logger.info(
@@ -281,41 +281,58 @@ class Stage2Trainer:
             "each section's own" if stage2.condition.uses_own_statistics else "training's",
         )
 
-    def _fit_prior(
-        self,
-        histology: Histology,
-        expression: Tensor,
-        tokens: Tensor,
-        coordinates: NDArray[np.floating],
-        sections: NDArray[Any] | None,
-        total_counts: NDArray[np.floating] | None,
-    ) -> Tensor:
-        """Train the prior and return what it says of each training spot without having seen it."""
+    def _prepare(
+        self, parts: Iterable[Measured], n_spots: int, scratch: Path | None
+    ) -> tuple[Spots, NDArray[np.int64], int]:
+        """Fit the condition, and put together what is learnt from, sections and the number of folds."""
+        model, seed = self.model, self.options.random_state
+        condition = model.var_stage.condition
+        survey = surveyed(parts, n_spots, seed)
+        standardized = model.stage1.scales.standardize(survey.expression)
+        fit_condition(condition, survey.histology, survey.sections, survey.moments, standardized, seed)
+        sections = survey.all_sections
+        folds = torch.from_numpy(cross_fit_folds(sections, survey.coordinates, model.config.n_members))
+        weights, depth = _weights_and_depth(survey.total_counts, n_spots)
+
+        def made() -> Iterator[Batch]:
+            start = 0
+            for part in parts:
+                rows = slice(start, start := start + len(part.sections))
+                histology = condition.align(part.histology, torch.from_numpy(part.sections), survey.moments)
+                histology = histology._replace(novelty=torch.zeros_like(histology.novelty))
+                tokens = model.tokenize(part.expression)
+                yield histology, tokens, part.expression, folds[rows], weights[rows], depth[rows]
+
+        return collected(made(), n_spots, scratch), sections, int(folds.max()) + 1
+
+    def _fit_prior(self, spots: Spots, n_folds: int) -> None:
+        """Train the prior, and measure how far from it the tokens lie."""
         model = self.model
         prior = model.var_stage.prior
         if prior is None:
-            return torch.zeros(len(expression), 0)
+            return
         prior.requires_grad_(True).train()
-        folds = torch.from_numpy(cross_fit_folds(sections, coordinates, model.config.n_members))
-        n_folds = int(folds.max()) + 1
-        features = model.var_stage.condition.features(histology)
-        depth, weights = torch.zeros(len(expression)), torch.ones(len(expression))
-        if total_counts is not None and total_counts.any():
-            totals = torch.from_numpy(total_counts.astype(np.float32))
-            weights = totals / (totals + HALF_WEIGHT * totals.median().clamp(min=1))
-            weights = weights / weights.mean()
-            depth = totals.log1p()
-            depth = (depth - depth.mean()) / depth.std(correction=0).clamp(min=1e-6)
-        targets = torch.cat([model.stage1.scales.standardize(expression), depth[:, None]], 1)
-        module = PriorModule(model, self.options, n_folds)
-        data = SpotDataset(features, targets, weights, folds)
         least, most = PRIOR_BATCH
-        batch_size = max(least, min(most, len(features) // 16)) // self.options.world_size
-        options = replace(self.options, batch_size=max(1, min(self.options.batch_size, batch_size)))
-        fit(module, data, None, options, max_epochs=PRIOR_EPOCHS, averaging=False, resumable=False)
+        batch_size = max(least, min(most, len(spots) // 16)) // self.options.world_size
+        batch_size = max(1, min(self.options.batch_size, batch_size))
+        options = replace(self.options, batch_size=batch_size, limit_train_batches=PRIOR_STEPS)
+        epochs = max(1, min(PRIOR_EPOCHS, PRIOR_STEPS // options.batches(len(spots))))
+        module = PriorModule(model, options, n_folds)
+        fit(module, spots, None, options, max_epochs=epochs, averaging=False, resumable=False)
+        model.cpu()
         prior.eval()
-        unseen = prior.out_of_fold(features, folds, n_folds)
-        parts = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)
-        values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(parts)]
+        histology, tokens, _, folds, _, _ = spots[sampled_spots(len(spots), options.random_state)]
+        unseen = unseen_prior(model, histology, folds, n_folds)  # type: ignore[arg-type]
+        pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)  # type: ignore[union-attr]
+        values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(pairs)]
         model.var_stage.head.set_spread(values)
-        return unseen
+
+
+def _weights_and_depth(total_counts: NDArray[np.floating] | None, n_spots: int) -> tuple[Tensor, Tensor]:
+    """Weight of every spot, 1 on average, and its standardised log total count; ones and zeros where not known."""
+    if total_counts is None or not total_counts.any():
+        return torch.ones(n_spots), torch.zeros(n_spots)
+    totals = torch.from_numpy(total_counts.astype(np.float32))
+    weights = totals / (totals + HALF_WEIGHT * totals.median().clamp(min=1))
+    depth = totals.log1p()
+    return weights / weights.mean(), (depth - depth.mean()) / depth.std(correction=0).clamp(min=1e-6)

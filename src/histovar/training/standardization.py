@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
@@ -9,7 +11,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from torch import Tensor
 
 from histovar.model import Histology
-from histovar.model.condition import ConditionProcessor
+from histovar.model.condition import ConditionProcessor, Moments
 
 PENALTIES = np.logspace(1, 6, 11)
 # More spots would not change the choice.
@@ -17,7 +19,12 @@ MOST_SPOTS = 5000
 
 
 def fit_condition(
-    condition: ConditionProcessor, histology: Histology, sections: Tensor, targets: Tensor, random_state: int
+    condition: ConditionProcessor,
+    histology: Histology,
+    sections: Tensor,
+    moments: Mapping[int, Moments],
+    targets: Tensor,
+    random_state: int,
 ) -> None:
     """Fit the condition; where its configuration leaves it open, choose between own and training's statistics.
 
@@ -32,27 +39,29 @@ def fit_condition(
     condition
         Fitted in place.
     histology
-        Inputs of the training spots.
+        Inputs of training spots.
     sections
         (n_spots,) number of each spot's section.
+    moments
+        Those of each section.
     targets
         (n_spots, n_targets) what the features are to predict.
     random_state
         Seed of the choice of 5,000 spots, where there are more.
     """
     config = condition.config
-    n_sections = len(sections.unique())
+    n_sections = len(moments)
     if config.condition != "pca" or config.standardize != "auto" or n_sections < 2:
-        condition.fit(histology, sections, own_statistics=config.standardize != "training")
+        condition.fit(histology, sections, config.standardize != "training", moments)
         return
     rows = np.random.default_rng(random_state).permutation(len(sections))[:MOST_SPOTS]
     scores = []
     for own in (False, True):
-        condition.fit(histology, sections, own_statistics=own)
-        features = condition.features(condition.align(histology, sections))
+        condition.fit(histology, sections, own, moments)
+        features = condition.features(condition.align(histology, sections, moments))
         scores.append(_scores(*(t[rows].numpy() for t in (features, targets, sections))))
     if (scores[0] > scores[1]).all():
-        condition.fit(histology, sections, own_statistics=False)
+        condition.fit(histology, sections, False, moments)
 
 
 def _scores(

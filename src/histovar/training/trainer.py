@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 
 from .callbacks import EpochSeed, History
-from .data import SpotDataset, train_loader, validation_loader
+from .data import Spots, train_loader, validation_loader
 
 
 @dataclass
@@ -30,6 +30,8 @@ class TrainingOptions:
     ----------
     max_epochs
         Most epochs; None leaves it to the stage, which counts in steps.
+    limit_train_batches
+        Most batches of an epoch; None for all. Of very many spots, training is watched more often with fewer.
     batch_size
         Spots a batch, of each process of a distributed run.
     learning_rate, weight_decay
@@ -57,6 +59,7 @@ class TrainingOptions:
     """
 
     max_epochs: int | None = None
+    limit_train_batches: int | None = None
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -77,8 +80,8 @@ class TrainingOptions:
     random_state: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "patience") + (("max_epochs",) if self.max_epochs is not None else ()):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "patience", "max_epochs", "limit_train_batches"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip_val"):
             if not getattr(self, name) > 0:
@@ -120,7 +123,11 @@ class TrainingOptions:
         """`max_epochs`, or as many as make about `steps` steps, at the least `least`."""
         if self.max_epochs is not None:
             return self.max_epochs
-        return max(least, round(steps / math.ceil(n_spots / self.global_batch_size)))
+        return max(least, round(steps / self.batches(n_spots)))
+
+    def batches(self, n_spots: int) -> int:
+        """Batches of an epoch."""
+        return min(math.ceil(n_spots / self.global_batch_size), self.limit_train_batches or n_spots)
 
 
 class StageModule(LightningModule):
@@ -150,6 +157,14 @@ class StageModule(LightningModule):
         for name, value in values.items():
             self.log(f"{part}_{name}", value, on_epoch=True, on_step=False, batch_size=n_spots, sync_dist=True)
 
+    def some_genes(self, n_genes: int, most: int, *, random: bool) -> torch.Tensor | None:
+        """At most so many genes, increasing: at random, or evenly spaced; None where that is all."""
+        if n_genes <= most:
+            return None
+        if random:
+            return torch.randperm(n_genes, device=self.device)[:most].sort().values
+        return torch.arange(most, device=self.device) * n_genes // most
+
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
@@ -178,8 +193,8 @@ def seeded(random_state: int) -> Iterator[None]:
 
 def fit(
     module: LightningModule,
-    train: SpotDataset,
-    validation: SpotDataset | None,
+    train: Spots,
+    validation: Spots | None,
     options: TrainingOptions,
     *,
     max_epochs: int,
@@ -238,6 +253,7 @@ def fit(
             enable_checkpointing=bool(monitor),
             gradient_clip_val=options.gradient_clip_val,
             max_epochs=max_epochs,
+            limit_train_batches=options.limit_train_batches,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             callbacks=callbacks,

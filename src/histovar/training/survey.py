@@ -1,0 +1,100 @@
+"""A first look at the training spots: what is needed of all of them before any can be learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from histovar.model import Histology
+from histovar.model.condition import Moments
+
+from .data import sampled_spots
+
+
+class Measured(NamedTuple):
+    """Training spots: all, or those of some sections.
+
+    Parameters
+    ----------
+    histology
+        Inputs as they were read.
+    expression
+        (n_spots, n_genes) in layer units.
+    sections
+        (n_spots,) number of each spot's section.
+    coordinates
+        (n_spots, 2), for folds within sections.
+    total_counts
+        (n_spots,) total count of every spot, where known: what weighs the spots of the prior, and its depth.
+    """
+
+    histology: Histology
+    expression: Tensor
+    sections: NDArray[np.int64]
+    coordinates: NDArray[np.floating]
+    total_counts: NDArray[np.floating] | None
+
+
+class Survey(NamedTuple):
+    """What :func:`surveyed` finds.
+
+    Parameters
+    ----------
+    moments
+        Of each section, by its number.
+    histology, expression, sections
+        Of a random sample of the spots, in their order.
+    all_sections, coordinates, total_counts
+        Of all spots.
+    """
+
+    moments: dict[int, Moments]
+    histology: Histology
+    expression: Tensor
+    sections: Tensor
+    all_sections: NDArray[np.int64]
+    coordinates: NDArray[np.floating]
+    total_counts: NDArray[np.floating] | None
+
+
+def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Survey:
+    """Go through the spots once.
+
+    Parameters
+    ----------
+    parts
+        The spots, each part of whole sections.
+    n_spots
+        Number of spots of all parts.
+    random_state
+        Seed of the sample.
+    """
+    sample = sampled_spots(n_spots, random_state)
+    moments: dict[int, Moments] = {}
+    chosen: list[tuple[Histology, Tensor, NDArray[np.int64]]] = []
+    light: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
+    start = 0
+    for part in parts:
+        moments |= Moments.by_section(part.histology, torch.from_numpy(part.sections))
+        stop = start + len(part.sections)
+        rows = sample[(sample >= start) & (sample < stop)] - start
+        chosen.append((part.histology.map(lambda t: t[rows]), part.expression[rows], part.sections[rows]))  # noqa: B023
+        light.append((part.sections, part.coordinates, part.total_counts))
+        start = stop
+    histologies, expressions, sections = zip(*chosen, strict=True)
+    all_sections, coordinates, totals = zip(*light, strict=True)
+    known = [total for total in totals if total is not None]
+    return Survey(
+        moments,
+        Histology.concatenated(histologies),
+        torch.cat(expressions),
+        torch.from_numpy(np.concatenate(sections)),
+        np.concatenate(all_sections),
+        np.concatenate(coordinates),
+        np.concatenate(known) if len(known) == len(totals) else None,
+    )

@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--spots", type=int, default=1_000_000)
     parser.add_argument("--section-size", type=int, default=10_000)
-    parser.add_argument("--chunk", type=int, default=4096)
+    parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--full", action="store_true", help="the default model, not narrowed")
     parser.add_argument("--niche", action="store_true")
     parser.add_argument("--scratch", type=Path, default=Path("archive_output"))

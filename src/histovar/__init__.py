@@ -1,16 +1,28 @@
 """Predict spatial gene expression from histology, with uncertainty, inside AnnData."""
 
 import logging
-import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", SyntaxWarning)  # of docrep, at every import of squidpy
-    import squidpy  # noqa: F401
-
-from . import datasets, get, metrics, pl, pp, tl
 from ._version import __version__
-from .model import ModelConfig, TwoStageVARST
+
+if TYPE_CHECKING:
+    from . import datasets, get, metrics, pl, pp, tl
+    from .model import ModelConfig, TwoStageVARST
 
 __all__ = ["ModelConfig", "TwoStageVARST", "__version__", "datasets", "get", "metrics", "pl", "pp", "tl"]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    """Import a part of the package when it is first asked for: some take seconds and half a gigabyte."""
+    if name in ("ModelConfig", "TwoStageVARST"):
+        return getattr(import_module(f"{__name__}.model"), name)
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

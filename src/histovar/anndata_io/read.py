@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scanpy as sc
-import squidpy as sq
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -75,6 +73,8 @@ def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
         raise ValueError(
             "adata: X is empty; counts are needed to log-normalise, or pass layer= with log-normalised values"
         )
+    import scanpy as sc
+
     for block in _blocks(adata.X, adata.n_obs):
         counts = sparse.csr_matrix(block, dtype=np.float32)
         validate.check_counts(counts.data, "X")
@@ -202,6 +202,8 @@ def _nearest(place: NDArray[np.floating], n_neighbors: int) -> sparse.csr_matrix
     """
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
+    from histovar._squidpy import sq
+
     with _quiet_squidpy():
         sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, max(len(place) // 4, 1)))
     graph = light.obsp["spatial_connectivities"].astype(np.float32)

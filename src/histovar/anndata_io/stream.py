@@ -16,8 +16,8 @@ from anndata import AnnData
 if TYPE_CHECKING:
     import dask.array as da
 
-# Spots of a chunk: 16 MB of embeddings 1,024 wide.
-ROWS_AT_ONCE = 4096
+# Spots of a chunk: 8 MB of embeddings 1,024 wide.
+ROWS_AT_ONCE = 2048
 DONE = "done"
 IDENTITY = "identity.json"
 

@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import squidpy as sq
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._squidpy import sq
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table
 from histovar.anndata_io.write import predicted_genes, read_prediction

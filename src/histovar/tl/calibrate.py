@@ -15,9 +15,8 @@ from histovar.anndata_io import read, validate
 from histovar.anndata_io.parts import Part, Parts
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import Histology, TwoStageVARST
+from histovar.prediction import on_device
 from histovar.training import cross_fit_folds
-
-from ._device import on_device
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,8 @@ from histovar.anndata_io.write import merge_uns, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
 from histovar.model.two_stage import Precision
+from histovar.prediction import Predictor, predict_lazily
 from histovar.training import section_numbers
-
-from ._chunks import predict_lazily
-from ._predictor import Predictor
 
 logger = logging.getLogger(__name__)
 

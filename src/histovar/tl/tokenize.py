@@ -12,8 +12,7 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table, copied, writing
 from histovar.model import TwoStageVARST
-
-from ._device import on_device
+from histovar.prediction import on_device
 
 logger = logging.getLogger(__name__)
 

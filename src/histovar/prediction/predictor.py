@@ -11,7 +11,7 @@ from histovar.anndata_io.write import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.two_stage import Precision
 
-from ._device import on_device
+from .device import on_device
 
 
 @dataclass(frozen=True)

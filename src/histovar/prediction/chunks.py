@@ -12,7 +12,7 @@ from histovar.anndata_io.chunks import ChunkedHistology
 from histovar.anndata_io.write import Prediction
 from histovar.model import Histology, TwoStageVARST
 
-from ._predictor import Predictor
+from .predictor import Predictor
 
 # Torch uses all threads that it was given by itself; two chunks at once in one process would hinder each other.
 _ONE_AT_A_TIME = threading.Lock()

@@ -60,7 +60,15 @@ TEXTS = {
         "her2st, section C2 held out, over the number of training spots, which are drawn at random from the other "
         "sections; neighbours are looked for among the spots drawn.",
     ),
-    "her2st_ablations": ("## What each part does", "histovar with one thing changed, her2st, section C2 held out."),
+    "simulated_curve": (
+        "## Many training spots",
+        "Simulated sections (`hv.datasets.simulate`), one held out, up to 20,000 training spots.",
+    ),
+    "her2st_ablations": (
+        "## What each part does",
+        "histovar with one thing changed, her2st, section C2 held out; and the reference configuration cut to what two "
+        "CPU cores train (one layer, 256 codes, scale order).",
+    ),
 }
 
 
@@ -106,6 +114,10 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             else:
                 parts.append("histovar is ahead of every other method on each of them.")
     ours = rows[rows["method"] == OURS]
+    if "spots" not in rows and ours["seed"].nunique() > 1:
+        for method in (OURS, "MLP"):
+            seeds = rows[rows["method"] == method].groupby("seed")[main].mean()
+            parts.append(f"{main} of {method} by seed: {', '.join(f'{value:.4f}' for value in seeds)}.")
     if set(DRAWS) <= set(numbers) and ours[DRAWS].notna().any().all():
         draws = ours[DRAWS].mean()
         rivals = rows[~rows["method"].isin([OURS, *BOUNDS])]

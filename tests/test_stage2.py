@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.model.dropout import dropout
 
 from .conftest import small_config
 
@@ -205,6 +206,21 @@ def test_freezing():
         model.set_training_stage(3)
     with pytest.raises(ValueError, match="no stage 2"):
         TwoStageVARST(small_config()).set_training_stage(2)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_keeps_the_expectation_and_drops_each_element_by_itself(p):
+    torch.manual_seed(0)
+    x = torch.ones(400, 96, requires_grad=True)
+    y = dropout(x, p, training=True)
+    y.sum().backward()
+    dropped = (y == 0).float()
+    assert abs(dropped.mean() - p) < 0.01 and abs(y.mean() - 1) < 0.02
+    assert torch.equal(x.grad, y.detach())
+    # Eight elements come of one random number.
+    together = torch.corrcoef(dropped.view(-1, 8).T) - torch.eye(8)
+    assert together.abs().max() < 0.06
+    assert dropout(x, p, training=False) is x
 
 
 def test_options_of_the_condition_reach_the_prediction(loaded):

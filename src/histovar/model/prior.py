@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .config import ModelConfig
 from .distributed import mean_of_processes
+from .dropout import dropout
 
 # How much of the predicted depth (in standard deviations) is added to genes (in standard deviations) of a section that
 # is like none of training. Log-normalised values follow depth through their zeros: the genes' mean correlation with it
@@ -73,9 +74,9 @@ class ConditionalMeanPrior(nn.Module):
     def _outputs(self, features: Tensor) -> Tensor:
         """Genes and depth of every member: (n_members, n_spots, n_genes + 1)."""
         x = features.expand(self.config.n_members, -1, -1)
-        x = F.dropout(x, self.config.prior_input_dropout, self.training)
+        x = dropout(x, self.config.prior_input_dropout, self.training)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.dropout(F.gelu(norm(layer(x))), self.config.prior_dropout, self.training)
+            x = dropout(F.gelu(norm(layer(x))), self.config.prior_dropout, self.training)
         out: Tensor = self.output(x)
         return out
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .condition import sine_cosine
 from .config import ModelConfig
+from .dropout import Dropout, dropout
 
 # Tokens of a wide scale that are generated at once.
 TOKENS_AT_ONCE = 512
@@ -132,7 +133,7 @@ class FewKeysAttention(Attention):
         """Attend from (n_spots, n, width) to what :meth:`fold` made of the condition."""
         weights, offsets, results = folded
         scores = torch.baddbmm(offsets, x, weights.transpose(1, 2)).unflatten(-1, (self.n_heads, -1))
-        shares = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        shares = dropout(scores.softmax(-1), self.dropout, self.training)
         return shares.flatten(-2) @ results + self.output.bias
 
 
@@ -155,11 +156,11 @@ class DecoderLayer(nn.Module):
         self.feedforward = nn.Sequential(
             nn.Linear(config.width, config.feedforward),
             nn.GELU() if self.pre_norm else nn.ReLU(),
-            nn.Dropout(inside),
+            Dropout(inside),
             nn.Linear(config.feedforward, config.width),
         )
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Folded, attend: Callable[[Attention, Tensor], Tensor]) -> Tensor:
         """One layer.

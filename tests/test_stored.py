@@ -60,6 +60,17 @@ def test_training_on_disk_repeats_with_its_seed(training, tmp_path, few_at_once)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_tables_that_are_not_in_memory_are_asked_for(training, tmp_path):
+    training.write_zarr(tmp_path / "in.zarr")
+    stored = ad.experimental.read_lazy(tmp_path / "in.zarr")
+    with pytest.raises(ValueError, match=r"obs is not in memory; read it with adata.obs = adata.obs.to_memory\(\)"):
+        hv.pp.gene_panel(stored, n_genes=30)
+    stored.obs, stored.var = stored.obs.to_memory(), stored.var.to_memory()
+    hv.pp.gene_panel(stored, n_genes=30)
+    hv.pp.gene_panel(training, n_genes=30)
+    assert (stored.var["histovar_panel"] == training.var["histovar_panel"]).all()
+
+
 def test_backed_sections_in_any_order(training, tmp_path):
     shuffled = training[np.random.default_rng(0).permutation(training.n_obs)].copy()
     shuffled.X = sparse.csr_matrix(shuffled.X)

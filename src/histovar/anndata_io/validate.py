@@ -16,13 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 def check_object(adata: AnnData, *, needs_genes: bool = False) -> None:
-    """Refuse an empty object and duplicated names.
+    """Refuse an empty object, tables that are not in memory, and duplicated names.
 
     Raises
     ------
     ValueError
         If so.
     """
+    for name, table in (("obs", adata.obs), ("var", adata.var)):
+        if not isinstance(table, pd.DataFrame):
+            raise ValueError(
+                f"adata: {name} is not in memory; read it with adata.{name} = adata.{name}.to_memory(). Expression and "
+                "embeddings may stay on disk"
+            )
     if adata.n_obs == 0:
         raise ValueError("adata: the object has no spots; check the filter that made it")
     if needs_genes and adata.n_vars == 0:

@@ -45,7 +45,7 @@ def gene_scales(
         replaced; coarser scales are unions of the sets, finer ones split them.
     layer
         Layer with expression; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent. Of more than
-        20,000 spots as many at random are looked at.
+        10,000 spots as many at random are looked at.
     key_added
         Prefix of the slots.
     random_state

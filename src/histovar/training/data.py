@@ -17,7 +17,7 @@ from histovar.model import Histology
 Item = Tensor | Histology
 
 # Spots that are a sample of all where all are not needed: for statistics, and a first look at the codes.
-SAMPLED_SPOTS = 20_000
+SAMPLED_SPOTS = 10_000
 # Spots of a chunk on disk, and chunks that are read, shuffled together and used up before the next are.
 CHUNK_SPOTS, SHUFFLED_CHUNKS = 1024, 16
 # Enough to tell one epoch from another, few enough not to cost more than training on small data.
@@ -141,7 +141,7 @@ class _ChunkSampler(DistributedSampler[Any]):
         place = rng.permutation(chunks.max() + 1)[chunks] // SHUFFLED_CHUNKS
         order = np.lexsort((rng.random(len(chunks)), place))
         order = np.resize(order, self.total_size)
-        return iter(order[self.rank :: self.num_replicas].tolist())
+        return map(int, order[self.rank :: self.num_replicas])
 
 
 def _length(item: Item) -> int:

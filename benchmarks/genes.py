@@ -25,7 +25,6 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-import torch
 
 import histovar as hv
 
@@ -120,7 +119,6 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(2)
     if arguments.smoke:
         arguments.genes, arguments.spots, arguments.training_spots = [50, 100], 100, 100
     if arguments.accuracy:

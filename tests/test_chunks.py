@@ -39,6 +39,14 @@ def test_chunks_are_predicted_as_the_whole(whole, loaded):
     assert ours.var_names.equals(theirs.var_names)
 
 
+def test_predicted_chunks_do_not_make_the_counts_lazy(simulated, loaded):
+    lazy = in_chunks(simulated[:, loaded.registry["genes"]])
+    hv.tl.predict(lazy, loaded)
+    assert "lognorm" not in lazy.layers
+    hv.tl.evaluate(lazy)
+    assert "lognorm" in lazy.layers
+
+
 def test_zarr_arrays_are_taken_as_they_are(whole, loaded, tmp_path):
     lazy = whole.copy()
     lazy.obsm[KEY] = zarr.array(np.asarray(whole.obsm[KEY]), chunks=(50, 16), store=tmp_path / "x.zarr")

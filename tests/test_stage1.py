@@ -39,6 +39,21 @@ def test_scales_split_expression_without_loss(fitted):
     torch.testing.assert_close(stage1.assemble(parts), expression, atol=1e-4, rtol=1e-4)
 
 
+def test_some_genes_are_made_as_among_all(fitted):
+    stage1, expression = fitted
+    stage1.train()
+    stage1.start_codebook(expression)
+    stage1.eval()
+    some = torch.tensor([2, 7, 28])
+    whole, part = stage1(expression), stage1(expression, some)
+    n_coarse = sum(stage1.config.scales[:-1])
+    assert torch.equal(part.tokens[:, :n_coarse], whole.tokens[:, :n_coarse])
+    assert torch.equal(part.tokens[:, n_coarse:], whole.tokens[:, n_coarse + some])
+    torch.testing.assert_close(part.rebuilt, whole.rebuilt[:, some])
+    rebuilt = stage1.scales.standardize(stage1.decode(whole.tokens))
+    torch.testing.assert_close(whole.rebuilt, rebuilt, atol=1e-4, rtol=1e-4)
+
+
 def test_coarse_scales_explain_most(fitted):
     stage1, expression = fitted
     genes = stage1.scales.standardize(expression)

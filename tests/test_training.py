@@ -27,6 +27,27 @@ def test_same_seed_same_model(prepared, model):
     assert not torch.equal(model.stage1.quantizer.codebook, other.stage1.quantizer.codebook)
 
 
+def test_epochs_are_cut_short_by_steps():
+    assert TrainingOptions(batch_size=10).epochs(1000, 50) == 1
+    short = TrainingOptions(batch_size=10, limit_train_batches=5)
+    assert short.epochs(1000, 50) == 10 and short.epochs(30, 50) == 17
+    with pytest.raises(ValueError, match="limit_train_batches must be at least 1, got 0"):
+        TrainingOptions(limit_train_batches=0)
+
+
+def test_an_epoch_has_no_more_batches_than_asked_for(prepared):
+    class Steps(Callback):
+        n = 0
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.n += 1
+
+    steps = Steps()
+    options = {"batch_size": 16, "limit_train_batches": 3, "max_epochs": 2, "callbacks": [steps]}
+    hv.tl.train_stage1(prepared.copy(), config=small_config(), enable_progress_bar=False, **options)
+    assert steps.n == 6
+
+
 def test_training_leaves_the_global_random_state(prepared):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -64,6 +64,16 @@ def test_calibration_mends_wrong_deviations():
     np.testing.assert_allclose(calibration.spread, [0.3, 1.0, 3.0], rtol=0.15)
 
 
+def test_calibration_of_many_genes_is_that_of_each():
+    generator = torch.Generator().manual_seed(0)
+    measured = torch.randn(60, 2100, generator=generator)
+    zeros, ones = torch.zeros_like(measured), torch.ones_like(measured)
+    many, last = Calibration(2100), Calibration(30)
+    many.fit(measured, zeros, ones)
+    last.fit(measured[:, -30:], zeros[:, -30:], ones[:, -30:])
+    torch.testing.assert_close(many.scores[:, -30:], last.scores)
+
+
 def test_calibrated_draws_keep_ranks_and_take_calibrated_values():
     generator = torch.Generator().manual_seed(0)
     calibration = Calibration(2)
@@ -206,15 +216,22 @@ def stained(adata, seed):
     return adata
 
 
-def test_what_sets_sections_apart_is_used_where_it_is_tissue_and_not_where_it_is_stain(prepared, query, model):
+def test_what_sets_sections_apart_is_used_where_it_is_tissue_and_not_where_it_is_stain():
+    # Sections large enough for their own statistics to be known: of 60 spots the score hangs on the seed.
+    sections = hv.datasets.simulate(4, 150, 40, embedding_dim=16, random_state=1)
+    query, training = (sections[(sections.obs["section"] == "S4") == held_out].copy() for held_out in (True, False))
+    hv.pp.gene_panel(training, n_genes=30)
+    hv.pp.gene_scales(training, scales=(1, 4, 10))
+    options = {"use_rep": "X_histology", "library_key": "section", "config": small_config(), **QUICK}
+
     def score(trained, adata):
         made = hv.tl.predict(adata, trained, copy=True)
         return hv.tl.evaluate(made)["pearson"].mean()
 
+    model = hv.tl.train(training, **options)
     assert not model.stage2.condition.uses_own_statistics
-    options = {"use_rep": "X_histology", "library_key": "section", "config": small_config(), **QUICK}
-    other = hv.tl.train(stained(prepared, 0), **options)
+    other = hv.tl.train(stained(training, 0), **options)
     assert other.stage2.condition.uses_own_statistics
-    assert score(other, stained(query, 1)) > 0.8 * score(model, query)
+    assert score(other, stained(query, 1)) > 0.85 * score(model, query)
     # Stain that training did not have is taken out of a new section all the same.
-    assert score(model, stained(query, 1)) > 0.6 * score(model, query)
+    assert score(model, stained(query, 1)) > 0.85 * score(model, query)

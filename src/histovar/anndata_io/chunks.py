@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from histovar._spots import section_numbers
 from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.condition import Moments
 
@@ -166,7 +167,7 @@ class ChunkedHistology:
         arrays = [embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
         self.embeddings = [values.rechunk({0: arrays[0].chunks[0]}) for values in arrays]
         names = validate.sections(adata, library_key)
-        self.sections = np.zeros(adata.n_obs, np.int64) if names is None else np.unique(names, return_inverse=True)[1]
+        self.sections = section_numbers(names, adata.n_obs)
         self.covariates = read.covariates(adata, encoders)
         self.coordinates = np.empty((adata.n_obs, 0), np.float32)
         graphs = []

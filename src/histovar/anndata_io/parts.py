@@ -13,6 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._keys import LOGNORM
+from histovar._spots import section_numbers
 
 from . import read, validate
 
@@ -53,10 +54,8 @@ class Parts:
     def __init__(self, adata: AnnData, library_key: str | None, layer: str, obsm: Sequence[str] = ()) -> None:
         self.adata, self.layer, self.obsm = adata, layer, [key for key in obsm if key in adata.obsm]
         self.names = validate.sections(adata, library_key)
-        self.numbers = np.zeros(adata.n_obs, np.int64)
-        if self.names is not None:
-            self.numbers = np.unique(self.names, return_inverse=True)[1].astype(np.int64)
-        self.stored = read.is_stored(adata, self.obsm)
+        self.numbers = section_numbers(self.names, adata.n_obs)
+        self.stored = read.is_stored(adata, layer, self.obsm)
 
     @property
     def order(self) -> NDArray[np.int64]:
@@ -87,7 +86,7 @@ class Parts:
         """Some spots, with what is needed of them."""
         adata = self.adata
         part = AnnData(
-            X=None if adata.X is None else rows_of(adata.X, rows),
+            X=rows_of(adata.X, rows) if adata.X is not None and self.layer in ("X", LOGNORM) else None,
             obs=adata.obs.iloc[rows],
             var=adata.var[[]],
             uns=dict(adata.uns),

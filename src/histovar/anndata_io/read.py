@@ -41,10 +41,15 @@ def stored_layer(adata: AnnData, layer: str | None) -> Any:
     return adata.layers[layer]
 
 
-def is_stored(adata: AnnData, obsm: Sequence[str] = ()) -> bool:
-    """Whether expression, or embeddings of these keys, are dask, zarr or HDF5 arrays."""
-    matrices = [*adata.layers.values(), *(adata.obsm.get(key) for key in obsm)]
-    return adata.isbacked or any(library(m) in ("dask", "zarr", "h5py") for m in (adata.X, *matrices))
+def is_stored(adata: AnnData, layer: str = LOGNORM, obsm: Sequence[str] = ()) -> bool:
+    """Whether X, the layer, or what ``obsm`` has under these keys is on disk."""
+    matrices = (adata.X, adata.layers.get(layer), *(adata.obsm.get(key) for key in obsm))
+    return adata.isbacked or any(on_disk(matrix) for matrix in matrices)
+
+
+def on_disk(values: Any) -> bool:
+    """Whether these are dask, zarr or HDF5 arrays."""
+    return library(values) in ("dask", "zarr", "h5py")
 
 
 def library(values: Any) -> str:
@@ -154,7 +159,7 @@ def embedding_width(adata: AnnData, key: str) -> int:
         As :func:`validate.embedding`.
     """
     values = validate.stored_embedding(adata, key)
-    if library(values) not in ("dask", "zarr", "h5py"):
+    if not on_disk(values):
         return validate.embedding(adata, key).shape[1]
     validate.check_embedding(key, values.shape, values.dtype, adata.n_obs, None)
     return int(values.shape[1])

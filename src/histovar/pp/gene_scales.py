@@ -10,11 +10,11 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._spots import sampled_spots
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.table import Data, as_table, copied, writing
 from histovar.anndata_io.write import merge_uns
 from histovar.model import group_genes
-from histovar.training.data import sampled_spots
 
 logger = logging.getLogger(__name__)
 

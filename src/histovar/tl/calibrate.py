@@ -107,7 +107,7 @@ def calibrate(
         measured = read.expression(part.adata, layer, columns, rows)
         return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), unseen[part.rows[rows]]
 
-    histologies, measurements, unseens = zip(*map(aligned, parts), strict=True)
+    histologies, measurements, unseens = zip(*parts.each(aligned), strict=True)
     inputs, measured, unseen = Histology.concatenated(histologies), torch.cat(measurements), np.concatenate(unseens)
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:

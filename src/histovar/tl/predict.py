@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from anndata import AnnData
 
 from histovar._keys import DEFAULT_KEY, Keys
+from histovar._spots import section_numbers
 from histovar.anndata_io import read, validate
 from histovar.anndata_io.chunks import is_lazy
 from histovar.anndata_io.table import Data, as_table, copied
@@ -18,7 +20,6 @@ from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
 from histovar.model.two_stage import Precision
 from histovar.prediction import Predictor, predict_lazily
-from histovar.training import section_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def predict(
         made = predict_lazily(adata, model, predictor, random_state, **condition)
     else:
         inputs = read.histology(adata, config, **condition, key=key_added)
-        numbers = section_numbers(validate.sections(adata, where_from["library_key"]), adata.n_obs)
+        numbers = torch.from_numpy(section_numbers(validate.sections(adata, where_from["library_key"]), adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
         made = predictor(model, inputs, random_state, show_progress_bar=show_progress_bar)
 

@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
-from histovar.anndata_io.parts import Parts
+from histovar.anndata_io.parts import Part, Parts
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp.gene_scales import gene_scales
@@ -102,9 +102,12 @@ def train_stage1(
         "n_spots_stage1": adata.n_obs,
         "sections_stage1": [] if parts.names is None else np.unique(parts.names).tolist(),
     }
+
+    def expression(part: Part) -> tuple[torch.Tensor]:
+        return (torch.from_numpy(read.expression(part.adata, layer or LOGNORM, columns)),)
+
     with parts.scratch() as scratch:
-        expression = ((torch.from_numpy(read.expression(part.adata, layer or LOGNORM, columns)),) for part in parts)
-        spots = collected(expression, adata.n_obs, scratch)
+        spots = collected(parts.each(expression), adata.n_obs, scratch)
         Stage1Trainer(model, **trainer_options).fit(spots, groups, parts.numbers[parts.order])
     return model
 

@@ -1,6 +1,6 @@
 """Training by Lightning."""
 
-from .data import collected, cross_fit_folds, section_numbers
+from .data import collected, cross_fit_folds
 from .stage1 import Stage1Trainer
 from .stage2 import Stage2Trainer
 from .survey import Measured
@@ -13,6 +13,5 @@ __all__ = [
     "TrainingOptions",
     "collected",
     "cross_fit_folds",
-    "section_numbers",
     "seeded",
 ]

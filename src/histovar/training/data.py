@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+from histovar._spots import section_numbers
 from histovar.model import Histology
 
 Item = Tensor | Histology
 
-# Spots that are a sample of all where all are not needed: for statistics, and a first look at the codes.
-SAMPLED_SPOTS = 10_000
 # Spots of a chunk on disk, and chunks that are read, shuffled together and used up before the next are.
 CHUNK_SPOTS, SHUFFLED_CHUNKS = 1024, 16
 # Enough to tell one epoch from another, few enough not to cost more than training on small data.
@@ -201,17 +200,6 @@ def _loader(dataset: Spots, batches: BatchSampler) -> DataLoader[Any]:
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
 
-def section_numbers(sections: NDArray[Any] | None, n_spots: int) -> torch.Tensor:
-    """Sections numbered from 0, (n_spots,); where none are given all spots are one section."""
-    numbers = np.zeros(n_spots, np.int64) if sections is None else np.unique(sections, return_inverse=True)[1]
-    return torch.from_numpy(numbers)
-
-
-def sampled_spots(n_spots: int, random_state: int) -> NDArray[np.int64]:
-    """Rows of a random sample of the spots, increasing; all where they are no more than that."""
-    return np.sort(np.random.default_rng(random_state).permutation(n_spots)[:SAMPLED_SPOTS])
-
-
 def held_out_spots(
     sections: NDArray[Any] | None, n_spots: int, random_state: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -267,7 +255,7 @@ def cross_fit_folds(
         spots would leave a spot's neighbours in the other folds.
     """
     n_spots = len(coordinates)
-    codes = section_numbers(sections, n_spots).numpy()
+    codes = section_numbers(sections, n_spots)
     n_sections = codes.max() + 1
     if n_sections >= 3 or n_members < 2:
         return codes % max(n_members, 1)

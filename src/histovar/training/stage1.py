@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histovar._spots import sampled_spots
 from histovar.metrics import mean_pearson
 from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity, usage
 from histovar.model.vqvae import Stage1Losses
 
-from .data import Spots, held_out_spots, sampled_spots
+from .data import Spots, held_out_spots
 from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)

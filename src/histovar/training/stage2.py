@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histovar._spots import sampled_spots
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
 
-from .data import Spots, collected, cross_fit_folds, held_out_spots, sampled_spots
+from .data import Spots, collected, cross_fit_folds, held_out_spots
 from .standardization import fit_condition
 from .survey import Measured, surveyed
 from .trainer import StageModule, TrainingOptions, fit, seeded

@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histovar._spots import sampled_spots
 from histovar.model import Histology
 from histovar.model.condition import Moments
-
-from .data import sampled_spots
 
 
 class Measured(NamedTuple):

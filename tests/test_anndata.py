@@ -11,6 +11,7 @@ from spatialdata.models import TableModel
 
 import histovar as hv
 from histovar.anndata_io import read
+from histovar.anndata_io.neighbors import Neighborhoods
 
 from .conftest import QUICK, small_config
 
@@ -58,7 +59,7 @@ def test_niche_is_the_mean_of_the_neighbours_within_the_section(training):
     shuffled = training[np.random.default_rng(0).permutation(training.n_obs)].copy()
     hv.pp.niche(shuffled, use_rep="X_histology", n_neighbors=(4, 8), library_key="section")
     made = shuffled.obsm["histovar_niche"]
-    assert made.shape == (shuffled.n_obs, 32)
+    assert made.shape == (shuffled.n_obs, 32 + 4)
     for spot in (0, 77):
         same = np.flatnonzero(shuffled.obs["section"] == shuffled.obs["section"].iloc[spot])
         distance = np.linalg.norm(shuffled.obsm["spatial"][same] - shuffled.obsm["spatial"][spot], axis=1)
@@ -66,7 +67,25 @@ def test_niche_is_the_mean_of_the_neighbours_within_the_section(training):
         ties = distance <= np.sort(distance)[8] + 1e-6
         if ties.sum() == 9:
             near = same[np.argsort(distance)[1:9]]
-            np.testing.assert_allclose(made[spot, 16:], shuffled.obsm["X_histology"][near].mean(0), atol=1e-5)
+            np.testing.assert_allclose(made[spot, 16:32], shuffled.obsm["X_histology"][near].mean(0), atol=1e-5)
+
+
+def test_niche_tells_how_near_the_outline_a_spot_lies():
+    place = np.stack(np.meshgrid(np.arange(15.0), np.arange(15.0)), 2).reshape(-1, 2)
+    names = np.repeat(["a", "b"], 225)
+    found = Neighborhoods.of(np.concatenate([place, 100 * place + 7]), names, (8, 48)).outline
+    np.testing.assert_allclose(found[:225], found[225:], atol=1e-4)  # in units of each section's own spacing
+    corner, middle = 0, 7 * 15 + 7
+    distance, offset = found[:, [0, 2]], found[:, [1, 3]]
+    assert (distance[corner] > distance[middle] + 0.2).all()
+    assert (offset[corner] > 0.5).all() and (offset[middle] < 0.1).all()
+
+
+def test_niche_features_of_versions_without_outline_are_made_again(query, model):
+    expected = predicted(query, model).obsm["histovar"]
+    hv.pp.niche(query, use_rep="X_histology", n_neighbors=(4, 8), library_key="section")
+    query.obsm["histovar_niche"] = query.obsm["histovar_niche"][:, :32]
+    np.testing.assert_allclose(predicted(query, model).obsm["histovar"], expected, atol=1e-4)
 
 
 def test_prediction_with_and_without_niche_features_computed_before(query, model):
@@ -303,6 +322,6 @@ def test_neighbours_in_a_small_section_say_what_the_spot_says(simulated):
     small = simulated[simulated.obs["section"] == "S1"][:24].copy()
     small.obsm["X_place"] = np.asarray(small.obsm["spatial"], dtype=np.float32)
     hv.pp.niche(small, use_rep="X_place", n_neighbors=(8, 48), library_key="section")
-    near, far = np.split(np.asarray(small.obsm["histovar_niche"]), 2, axis=1)
+    near, far = np.split(np.asarray(small.obsm["histovar_niche"])[:, :-4], 2, axis=1)
     for mean in (near, far):
         assert (hv.metrics.pearson(mean, small.obsm["X_place"]) > 0.7).all()

@@ -12,7 +12,7 @@ from .conftest import small_config
 
 def histology_of(config, n=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    sources = tuple(torch.randn(n, config.n_pcs, generator=generator) for _ in config.source_dims)
+    sources = tuple(torch.randn(n, width, generator=generator) for width in config.projected_dims)
     place = torch.rand(n, 2 * config.coordinates, generator=generator)
     return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator), torch.zeros(n))
 

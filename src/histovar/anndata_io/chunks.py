@@ -17,6 +17,7 @@ from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.condition import Moments
 
 from . import read, validate
+from .neighbors import Neighborhoods, section_coordinates
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -108,7 +109,7 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
 def niche(
     adata: AnnData, use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
 ) -> da.Array:
-    """Mean embeddings over nested neighbourhoods as dask array, chunked as the first embedding is.
+    """What :func:`histovar.pp.niche` writes, as dask array, chunked as the first embedding is.
 
     Raises
     ------
@@ -123,9 +124,11 @@ def niche(
     inputs = ChunkedHistology(
         adata, config, use_rep=use_rep, spatial_key=spatial_key, library_key=library_key, encoders={}
     )
-    width = sum(widths) * len(n_neighbors)
+    n_sources = len(config.source_dims)
+    means = [i for i in range(n_sources) if i % (1 + len(n_neighbors)) or i == n_sources - 1]
+    width = sum(config.source_dims[i] for i in means)
     parts = [
-        da.from_delayed(delayed(_means)(part, 1 + len(n_neighbors)), (chunk.stop - chunk.start, width), np.float32)
+        da.from_delayed(delayed(_side_by_side)(part, means), (chunk.stop - chunk.start, width), np.float32)
         for part, chunk in zip(inputs.histology("niche"), inputs.chunks, strict=True)
     ]
     return da.concatenate(parts)
@@ -170,14 +173,15 @@ class ChunkedHistology:
         self.sections = section_numbers(names, adata.n_obs)
         self.covariates = read.covariates(adata, encoders)
         self.coordinates = np.empty((adata.n_obs, 0), np.float32)
-        graphs = []
+        self.outline = np.empty((adata.n_obs, 0), np.float32)
+        graphs: list[sparse.csr_matrix] = []
         if config.coordinates or config.n_neighbors:
             place = validate.coordinates(adata, spatial_key)
             if config.coordinates:
-                self.coordinates = read.section_coordinates(place, names)
+                self.coordinates = section_coordinates(place, names)
             if config.n_neighbors:
                 validate.check_neighbors(names, adata.n_obs, config.n_neighbors)
-                graphs = read.neighbor_graphs(place, names, config.n_neighbors)
+                graphs, self.outline = Neighborhoods.of(place, names, config.n_neighbors)
         self.bounds = np.concatenate([[0], np.cumsum(arrays[0].chunks[0])])
         self.chunks = [Chunk.of(i, self.bounds, graphs) for i in range(len(self.bounds) - 1)]
 
@@ -195,6 +199,7 @@ class ChunkedHistology:
                 chunk,
                 [[column[i] for i in chunk.blocks] for column in blocks],
                 self.use_rep,
+                self.outline[chunk.start : chunk.stop] if self.config.has_outline else None,
                 self.coordinates[chunk.start : chunk.stop],
                 self.covariates[chunk.start : chunk.stop],
             )
@@ -222,16 +227,18 @@ def _histology(
     chunk: Chunk,
     blocks: list[list[Any]],
     keys: list[str],
+    outline: NDArray[np.float32] | None,
     coordinates: NDArray[np.float32],
     covariates: NDArray[np.float32],
 ) -> Histology:
     place, extra = torch.from_numpy(coordinates.copy()), torch.from_numpy(covariates.copy())
-    return Histology(chunk.sources(blocks, keys), place, extra, torch.zeros(len(place)))
+    sources = chunk.sources(blocks, keys) + (() if outline is None else (torch.from_numpy(outline.copy()),))
+    return Histology(sources, place, extra, torch.zeros(len(place)))
 
 
-def _means(histology: Histology, n: int) -> NDArray[np.float32]:
-    """The sources but the spots' own embeddings, which are every n-th, side by side."""
-    return np.concatenate([s.numpy() for i, s in enumerate(histology.sources) if i % n], axis=1)
+def _side_by_side(histology: Histology, which: list[int]) -> NDArray[np.float32]:
+    """Some of the sources."""
+    return np.concatenate([histology.sources[i].numpy() for i in which], axis=1)
 
 
 def _moments(histology: Histology, sections: NDArray[np.integer]) -> dict[int, Moments]:

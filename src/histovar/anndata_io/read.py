@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,10 @@ from scipy import sparse
 
 from histovar._keys import LOGNORM, LOGNORM_UNITS, TARGET_SUM, Keys
 from histovar.model import Histology, ModelConfig
+from histovar.model.config import N_OUTLINE
 
 from . import validate
+from .neighbors import Neighborhoods, section_coordinates
 from .table import writing
 
 logger = logging.getLogger(__name__)
@@ -165,67 +166,6 @@ def embedding_width(adata: AnnData, key: str) -> int:
     return int(values.shape[1])
 
 
-@contextmanager
-def _quiet_squidpy() -> Iterator[None]:
-    """Without squidpy's line for every graph."""
-    talker = logging.getLogger("spatialdata._logging")
-    level = talker.level
-    talker.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        talker.setLevel(level)
-
-
-def neighbor_graphs(
-    place: NDArray[np.floating], names: NDArray[np.str_] | None, n_neighbors: Sequence[int]
-) -> list[sparse.csr_matrix]:
-    """Row-normalised graphs of each spot's nearest neighbours within its section, itself left out, by squidpy.
-
-    Parameters
-    ----------
-    place
-        (n_obs, 2).
-    names
-        (n_obs,) sections, or None.
-    n_neighbors
-        Neighbourhood sizes, one graph each; a size above a quarter of a section's spots is that quarter there.
-    """
-    labels = np.zeros(len(place)) if names is None else names
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    order = np.concatenate(members).argsort()
-    in_order = np.array_equal(order, np.arange(len(order)))
-    graphs = [sparse.block_diag([_nearest(place[rows], n) for rows in members], format="csr") for n in n_neighbors]
-    return graphs if in_order else [graph[order][:, order] for graph in graphs]
-
-
-def _nearest(place: NDArray[np.floating], n_neighbors: int) -> sparse.csr_matrix:
-    """Graph of one section; a neighbourhood is at most a quarter of it.
-
-    The mean over all other spots would say of a spot the contrary of what its neighbours say: it is low where the spot
-    itself is high. And where a section was sampled sparsely, more spots would reach too far.
-    """
-    light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
-    light.obsm["spatial"] = np.asarray(place)
-    from histovar._squidpy import sq
-
-    with _quiet_squidpy():
-        sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, max(len(place) // 4, 1)))
-    graph = light.obsp["spatial_connectivities"].astype(np.float32)
-    return sparse.diags_array(1 / np.asarray(graph.sum(1)).ravel().clip(min=1)) @ graph
-
-
-def section_coordinates(place: NDArray[np.floating], names: NDArray[np.str_] | None) -> NDArray[np.float32]:
-    """Coordinates scaled to [0, 1] within each section, the longer side deciding: (n_obs, 2)."""
-    scaled = np.empty(place.shape, dtype=np.float32)
-    labels = np.zeros(len(place)) if names is None else names
-    for label in np.unique(labels):
-        rows = labels == label
-        low = place[rows].min(0)
-        scaled[rows] = (place[rows] - low) / max(np.ptp(place[rows], axis=0).max(), 1e-12)
-    return scaled
-
-
 def learn_covariates(adata: AnnData, names: Sequence[str]) -> dict[str, Any]:
     """How to encode ``obs`` columns: categories, or mean and standard deviation.
 
@@ -340,18 +280,52 @@ def histology(
     if config.coordinates or config.n_neighbors:
         place = validate.coordinates(adata, spatial_key)
     keys = Keys(key)
-    if not has_niche(adata, keys, use_rep, config.n_neighbors, spatial_key, library_key):
-        validate.check_neighbors(names, adata.n_obs, config.n_neighbors)
-        graphs = neighbor_graphs(place, names, config.n_neighbors) if config.n_neighbors else []
-        means = [[np.asarray(graph @ values, np.float32) for graph in graphs] for values in embeddings]
+    sources: list[NDArray[np.float32]] = []
+    if config.n_neighbors and has_niche(adata, keys, use_rep, config, spatial_key, library_key):
+        ends = np.cumsum([width for width in config.embedding_dims for _ in config.n_neighbors])
+        *around, outline = np.split(np.asarray(adata.obsm[keys.niche], np.float32), ends, axis=1)
     else:
-        ends = np.cumsum([w for w in config.embedding_dims for _ in config.n_neighbors])
-        flat = np.split(np.asarray(adata.obsm[keys.niche], np.float32), ends[:-1], axis=1)
-        step = len(config.n_neighbors)
-        means = [flat[i * step : (i + 1) * step] for i in range(len(embeddings))]
-    sources = [torch.from_numpy(x) for own, around in zip(embeddings, means, strict=True) for x in (own, *around)]
+        around, outline = niche(embeddings, place, names, config.n_neighbors)
+    step = len(config.n_neighbors)
+    for i, embedding in enumerate(embeddings):
+        sources += [embedding, *around[i * step : (i + 1) * step]]
+    if config.has_outline:
+        sources.append(outline)
     where = section_coordinates(place, names) if config.coordinates else np.empty((adata.n_obs, 0), np.float32)
-    return Histology(tuple(sources), torch.from_numpy(where), torch.from_numpy(extra), torch.zeros(adata.n_obs))
+    tensors = tuple(torch.from_numpy(source) for source in sources)
+    return Histology(tensors, torch.from_numpy(where), torch.from_numpy(extra), torch.zeros(adata.n_obs))
+
+
+def niche(
+    embeddings: Sequence[NDArray[np.float32]],
+    place: NDArray[np.floating],
+    names: NDArray[np.str_] | None,
+    n_neighbors: Sequence[int],
+) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Mean of every embedding over every neighbourhood, and the outline.
+
+    Parameters
+    ----------
+    embeddings
+        (n_obs, dim) each.
+    place, names, n_neighbors
+        As in :meth:`Neighborhoods.of`.
+
+    Returns
+    -------
+    means
+        For each embedding, and of it for each neighbourhood, (n_obs, dim).
+    outline
+        As in :class:`Neighborhoods`.
+
+    Raises
+    ------
+    ValueError
+        If a section has too few spots.
+    """
+    validate.check_neighbors(names, len(place), n_neighbors)
+    around = Neighborhoods.of(place, names, n_neighbors)
+    return [np.asarray(g @ values, np.float32) for values in embeddings for g in around.graphs], around.outline
 
 
 def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
@@ -372,13 +346,17 @@ def has_niche(
     adata: AnnData,
     keys: Keys,
     use_rep: Sequence[str],
-    n_neighbors: Sequence[int],
+    config: ModelConfig,
     spatial_key: str,
     library_key: str | None,
 ) -> bool:
     """Whether ``pp.niche`` left niche features in the object that were made with these parameters."""
     made = adata.uns.get(keys.uns, {}).get("niche")
     if made is None or keys.niche not in adata.obsm:
+        return False
+    n_neighbors = config.n_neighbors
+    width = len(n_neighbors) * sum(adata.obsm[key].shape[1] for key in use_rep) + N_OUTLINE * len(n_neighbors)
+    if adata.obsm[keys.niche].shape[1] != width:  # of a version that knew no outline
         return False
     wanted = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
     return all(np.array_equal(made.get(k), v) for k, v in wanted.items())

@@ -15,7 +15,8 @@ from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, KFold
 
 from histovar._keys import Keys
-from histovar.anndata_io import read, validate
+from histovar.anndata_io import validate
+from histovar.anndata_io.neighbors import Neighborhoods
 from histovar.anndata_io.table import Data, as_table, copied
 from histovar.anndata_io.write import Prediction, merge_uns, write_prediction
 
@@ -124,7 +125,7 @@ class Baseline:
             graphs = dict(
                 zip(
                     sizes,
-                    read.neighbor_graphs(validate.coordinates(adata, self.spatial_key), names, sizes),
+                    Neighborhoods.of(validate.coordinates(adata, self.spatial_key), names, sizes).graphs,
                     strict=True,
                 )
             )

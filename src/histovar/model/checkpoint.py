@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pandas as pd
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="TwoStageVARST")
 
 FORMAT = "histovar"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CARD = "model.json"
 
 
@@ -99,15 +100,26 @@ def read_card(path: Path) -> dict[str, Any]:
     if card["format_version"] <= 2:
         # Then every scale attended to itself.
         card["config"]["attention_limit"] = card["config"]["n_genes"]
+    if card["format_version"] <= 3:
+        card["config"]["outline"] = False
     return card
 
 
-def _from_format_1(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of stage 2 as format 1 had them: no spread, no depth among the prior's outputs, no calibration."""
-    for name in ("prior.output.weight", "prior.output.bias"):
-        if name in state:
-            state[name] = pad(state[name], (0, 1))
-    return wanted | state
+def _from_older(state: dict[str, Tensor], wanted: dict[str, Tensor], version: int) -> dict[str, Tensor]:
+    """Weights of stage 2 as older formats had them.
+
+    In format 1 there was no spread, no depth among the prior's outputs and no calibration. Up to format 3 the
+    cross-fitted members of the prior predicted new spots, too, and had no linear part.
+    """
+    if version == 1:
+        for name in ("prior.output.weight", "prior.output.bias"):
+            if name in state:
+                state[name] = pad(state[name], (0, 1))
+        state = wanted | state
+    if version <= 3:
+        linear = {name: t for name, t in wanted.items() if name.startswith("prior.linear.")}
+        state |= {name: torch.cat([t, t]) for name, t in state.items() if name.startswith("prior.")} | linear
+    return state
 
 
 def _load_weights(module: Any, path: Path, stage: int, version: int) -> None:
@@ -116,8 +128,8 @@ def _load_weights(module: Any, path: Path, stage: int, version: int) -> None:
         raise FileNotFoundError(f"path: {str(path)!r} lacks {file.name}; save the model again")
     try:
         state = load_file(file)
-        if version == 1 and stage == 2:
-            state = _from_format_1(state, module.state_dict())
+        if stage == 2:
+            state = _from_older(state, module.state_dict(), version)
         module.load_state_dict(state)
     except SafetensorError as error:
         raise ValueError(f"path: {str(file)!r} is truncated or damaged ({error}); save the model again") from None

@@ -24,7 +24,8 @@ class Histology(NamedTuple):
     ----------
     sources
         One (n_spots, dim) tensor for each of ``config.source_dims``: each embedding, followed by its mean
-        over each neighbourhood; once aligned (:meth:`ConditionProcessor.align`), their principal components.
+        over each neighbourhood; the outline; once aligned (:meth:`ConditionProcessor.align`), their principal
+        components.
     coordinates
         (n_spots, 2) in [0, 1] within the section, or (n_spots, 0).
     covariates
@@ -127,10 +128,10 @@ class ConditionProcessor(nn.Module):
                     nn.LayerNorm(config.coordinate_dim),
                 )
             return
-        for i, dim in enumerate(config.source_dims):
+        for i, (dim, projected) in enumerate(zip(config.source_dims, config.projected_dims, strict=True)):
             self.register_buffer(f"centre_{i}", torch.zeros(dim))
             self.register_buffer(f"spread_{i}", torch.ones(dim))
-            self.register_buffer(f"projection_{i}", torch.zeros(dim, config.n_pcs))
+            self.register_buffer(f"projection_{i}", torch.zeros(dim, projected))
         self.register_buffer("familiar", torch.tensor(FAMILIAR))
         self.register_buffer("own_statistics", torch.tensor(config.standardize != "training"))
         self.inputs = nn.ModuleList(nn.Linear(width, config.width) for width in self.feature_widths)
@@ -139,8 +140,7 @@ class ConditionProcessor(nn.Module):
     @property
     def feature_widths(self) -> list[int]:
         """Width of each part of :meth:`features`."""
-        widths = [self.config.n_pcs] * len(self.config.source_dims)
-        return widths + [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
+        return [*self.config.projected_dims] + [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
 
     familiar: Tensor
     own_statistics: Tensor
@@ -186,9 +186,9 @@ class ConditionProcessor(nn.Module):
         shifts = torch.stack([self._shift(own.means[0]) for own in moments.values()])
         self.familiar.copy_((2 * shifts.mean()).clamp(min=FAMILIAR))
         for i, source in enumerate(self._standardized(histology, sections, moments).sources):
-            axes = torch.linalg.svd(source, full_matrices=False).Vh[: self.config.n_pcs].T
-            scale = (source @ axes).square().mean().sqrt().clamp(min=1e-8)
             projection = torch.zeros_like(getattr(self, f"projection_{i}"))
+            axes = torch.linalg.svd(source, full_matrices=False).Vh[: projection.shape[1]].T
+            scale = (source @ axes).square().mean().sqrt().clamp(min=1e-8)
             projection[:, : axes.shape[1]] = axes / scale
             getattr(self, f"projection_{i}").copy_(projection)
 
@@ -216,8 +216,8 @@ class ConditionProcessor(nn.Module):
         Returns
         -------
         Histology
-            With sources (n_spots, n_pcs), as :meth:`features` and :meth:`forward` take them; unchanged where
-            ``condition="mlp"``.
+            With sources of ``config.projected_dims``, as :meth:`features` and :meth:`forward` take them; unchanged
+            where ``condition="mlp"``.
         """
         if self.config.condition == "mlp":
             return histology

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+# What the outline says of a spot for each neighbourhood: how far its neighbours lie, and how lopsidedly.
+N_OUTLINE = 2
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -46,6 +49,9 @@ class ModelConfig:
     n_neighbors
         Sizes of the nested neighbourhoods whose mean embeddings join the condition (the niche). A section needs more
         spots than the smallest; one is at most a quarter of its section.
+    outline
+        Whether the niche tells, too, how near the section's outline a spot lies: how far its neighbours are, and how
+        lopsidedly.
     coordinates
         Whether a spot's coordinates, scaled to its section, join the condition.
     n_covariates
@@ -76,8 +82,8 @@ class ModelConfig:
         Bandwidth of the softened targets, in units of the standard deviation of a scale's values; 0 gives
         hard targets.
     n_members
-        Members of the cross-fitted conditional-mean head whose prediction shifts the token logits: at least 2, or 0
-        for none.
+        Members of the conditional-mean head whose mean prediction shifts the token logits: at least 2, or 0 for none.
+        As many again are cross-fitted, to predict the training spots.
     prior_hidden, prior_dropout, prior_input_dropout
         Width of its two hidden layers and its dropout rates.
 
@@ -102,6 +108,7 @@ class ModelConfig:
     commitment_weight: float = 0.25
     embedding_dims: tuple[int, ...] = ()
     n_neighbors: tuple[int, ...] = (8, 48)
+    outline: bool = True
     coordinates: bool = False
     n_covariates: int = 0
     condition: Literal["pca", "mlp"] = "pca"
@@ -209,9 +216,25 @@ class ModelConfig:
         return self.order == "scale" and 0 < scale and self.scales[scale] > self.attention_limit
 
     @property
+    def has_outline(self) -> bool:
+        """Whether the last source is the outline."""
+        return self.outline and bool(self.n_neighbors)
+
+    @property
     def source_dims(self) -> tuple[int, ...]:
-        """Width of every source of the condition: each embedding, then its mean over each neighbourhood."""
-        return tuple(dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors)))
+        """Width of every source of the condition: each embedding and its mean over each neighbourhood; the outline."""
+        embeddings = [dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors))]
+        return (*embeddings, *self._outline_dims)
+
+    @property
+    def projected_dims(self) -> tuple[int, ...]:
+        """Width of every source once it is aligned."""
+        n_embeddings = len(self.embedding_dims) * (1 + len(self.n_neighbors))
+        return (*[self.n_pcs] * n_embeddings, *self._outline_dims)
+
+    @property
+    def _outline_dims(self) -> tuple[int, ...]:
+        return (N_OUTLINE * len(self.n_neighbors),) if self.has_outline else ()
 
     @classmethod
     def default(cls, n_genes: int, embedding_dim: int | Sequence[int] = (), **changes: Any) -> ModelConfig:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .config import ModelConfig
 from .distributed import mean_of_processes
 from .dropout import dropout
+from .linear import LinearPart
 
 # How much of the predicted depth (in standard deviations) is added to genes (in standard deviations) of a section that
 # is like none of training. Log-normalised values follow depth through their zeros: the genes' mean correlation with it
@@ -28,8 +29,8 @@ class _EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_members, n_in, n_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: Tensor, members: slice) -> Tensor:
+        return torch.baddbmm(self.bias[members], x, self.weight[members])
 
 
 class _EnsembleNorm(nn.Module):
@@ -40,17 +41,19 @@ class _EnsembleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_members, 1, width))
         self.bias = nn.Parameter(torch.zeros(n_members, 1, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+    def forward(self, x: Tensor, members: slice) -> Tensor:
+        return torch.addcmul(self.bias[members], F.layer_norm(x, x.shape[-1:]), self.weight[members])
 
 
 class ConditionalMeanPrior(nn.Module):
-    """Expected standardised expression and depth given the condition's features, by a cross-fitted ensemble.
+    """Expected standardised expression and depth given the condition's features, by an ensemble.
 
-    Each member is a multilayer perceptron (two hidden layers, layer norm, GELU, strong dropout) that never
-    sees one fold of the training spots. So a training spot can be given the prediction of members that did
-    not see it, which is as wrong as the prediction of a new spot, and the token model that builds on it
-    learns from honest errors. A new spot gets the mean of all members.
+    Each member is a multilayer perceptron (two hidden layers, layer norm, GELU, strong dropout). The first
+    ``config.n_members`` are cross-fitted: each never sees one fold of the training spots. So a training spot can be
+    given the prediction of members that did not see it, which is as wrong as the prediction of a new spot, and the
+    token model and the calibration that build on it learn from honest errors. As many again see every training spot;
+    a new spot gets their mean. Where ridge regression predicts training spots better than perceptrons do, as of few
+    spots it may, each has some of it (:class:`LinearPart`).
 
     Depth, the log total count, is one more output. Within a tissue it is left out of expression; where a section is
     unlike those of training (:attr:`Histology.novelty`), some of it is added.
@@ -66,22 +69,23 @@ class ConditionalMeanPrior(nn.Module):
     def __init__(self, config: ModelConfig, n_features: int) -> None:
         super().__init__()
         self.config = config
-        n, hidden = config.n_members, config.prior_hidden
+        n, hidden = 2 * config.n_members, config.prior_hidden
         self.layers = nn.ModuleList([_EnsembleLinear(n, n_features, hidden), _EnsembleLinear(n, hidden, hidden)])
         self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
         self.output = _EnsembleLinear(n, hidden, config.n_genes + 1)
+        self.linear = LinearPart(config.n_members, n_features, config.n_genes + 1)
 
-    def _outputs(self, features: Tensor) -> Tensor:
-        """Genes and depth of every member: (n_members, n_spots, n_genes + 1)."""
-        x = features.expand(self.config.n_members, -1, -1)
+    def _outputs(self, features: Tensor, members: slice) -> Tensor:
+        """Genes and depth of some members: (number of them, n_spots, n_genes + 1)."""
+        x = features.expand(len(self.output.bias[members]), -1, -1)
         x = dropout(x, self.config.prior_input_dropout, self.training)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = dropout(F.gelu(norm(layer(x))), self.config.prior_dropout, self.training)
-        out: Tensor = self.output(x)
+            x = dropout(F.gelu(norm(layer(x, members), members)), self.config.prior_dropout, self.training)
+        out: Tensor = self.output(x, members)
         return out
 
-    def forward(self, features: Tensor, novelty: Tensor) -> Tensor:
-        """Prediction of every member.
+    def forward(self, features: Tensor, novelty: Tensor, *, cross_fitted: bool = False) -> Tensor:
+        """Prediction of every member that saw all training spots, or of every cross-fitted one.
 
         Parameters
         ----------
@@ -89,17 +93,22 @@ class ConditionalMeanPrior(nn.Module):
             (n_spots, n_features).
         novelty
             (n_spots,) between 0 and 1.
+        cross_fitted
+            Which of them.
 
         Returns
         -------
         Tensor
             (n_members, n_spots, n_genes), standardised expression.
         """
-        genes, depth = self._outputs(features).split([self.config.n_genes, 1], 2)
+        n = self.config.n_members
+        members = slice(0, n) if cross_fitted else slice(n, 2 * n)
+        outputs = self.linear(self._outputs(features, members), features, cross_fitted=cross_fitted)
+        genes, depth = outputs.split([self.config.n_genes, 1], 2)
         return genes + DEPTH_SHARE * novelty[:, None] * depth
 
     def loss(self, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor, n_folds: int) -> Tensor:
-        """Sum over members of the weighted mean squared error on the spots outside the member's fold.
+        """Sum over all members of the weighted mean squared error on the spots that the member may see.
 
         Parameters
         ----------
@@ -112,17 +121,18 @@ class ConditionalMeanPrior(nn.Module):
         folds
             (n_spots,) fold of each spot.
         n_folds
-            Number of folds; member ``m`` leaves out fold ``m % n_folds``.
+            Number of folds; cross-fitted member ``m`` leaves out fold ``m % n_folds``.
         """
-        errors = (self._outputs(features) - targets).square().mean(2) * weights
+        errors = (self._outputs(features, slice(None)) - targets).square().mean(2) * weights
         seen = (~self._unseen(folds, n_folds)).to(errors.dtype)
+        seen = torch.cat([seen, torch.ones_like(seen)])
         return ((errors * seen).sum(1) / mean_of_processes(seen.sum(1)).clamp(min=1)).sum()
 
     @torch.no_grad()
     def out_of_fold(self, features: Tensor, folds: Tensor, n_folds: int) -> Tensor:
-        """Mean prediction of the members that did not see each spot: (n_spots, n_genes)."""
+        """Mean prediction of the members that did not see each training spot: (n_spots, n_genes)."""
         unseen = self._unseen(folds, n_folds).to(features.dtype)
-        members = self(features, features.new_zeros(len(features)))
+        members = self(features, features.new_zeros(len(features)), cross_fitted=True)
         return torch.einsum("mng,mn->ng", members, unseen) / unseen.sum(0)[:, None]
 
     def _unseen(self, folds: Tensor, n_folds: int) -> Tensor:

@@ -192,7 +192,7 @@ class TwoStageVARST(nn.Module):
         tokens
             (n_spots, n_tokens): the targets.
         prior
-            (n_spots, n_genes): standardised conditional means; by default the mean over the prior's members.
+            (n_spots, n_genes): standardised conditional means; by default the mean over :meth:`prior_members`.
         teacher
             (n_spots, :attr:`ModelConfig.n_feeding`, width): embeddings to feed in place of those of `tokens`.
         genes
@@ -279,8 +279,15 @@ class TwoStageVARST(nn.Module):
             return None
         return self.prior_mean(self.prior_members(histology).mean(0) if prior is None else prior)
 
-    def prior_members(self, histology: Histology) -> Tensor:
-        """Standardised expression that each member of the prior expects: (n_members, n_spots, n_genes).
+    def prior_members(self, histology: Histology, *, cross_fitted: bool = False) -> Tensor:
+        """Standardised expression that members of the prior expect: (n_members, n_spots, n_genes).
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots, aligned.
+        cross_fitted
+            Of the members that have each left out some of the training spots, in place of those that have not.
 
         Raises
         ------
@@ -290,7 +297,8 @@ class TwoStageVARST(nn.Module):
         stage2 = self.var_stage
         if stage2.prior is None:
             raise ValueError("the model has no prior (n_members=0)")
-        members: Tensor = stage2.prior(stage2.condition.features(histology), histology.novelty)
+        features = stage2.condition.features(histology)
+        members: Tensor = stage2.prior(features, histology.novelty, cross_fitted=cross_fitted)
         return members
 
     @torch.no_grad()
@@ -318,7 +326,7 @@ class TwoStageVARST(nn.Module):
         n_samples
             Draws for each spot; the rows of the result are the draws of the first spot, then of the second.
         members
-            (n, n_spots, n_genes): standardised conditional means in place of those of all members of the prior.
+            (n, n_spots, n_genes): standardised conditional means in place of :meth:`prior_members`.
         generator
             Source of randomness for sampling.
         keep_logits

@@ -28,7 +28,7 @@ def niche(
     table_name: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Mean embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section.
+    """Mean embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section, and its outline.
 
     Training and prediction do this by themselves; call it to use the features elsewhere, or to fix
     them before spots are filtered out.
@@ -57,7 +57,9 @@ def niche(
     -------
     AnnData or None
         Writes ``obsm[f"{key_added}_niche"]``, for each embedding and then each neighbourhood the mean embedding, side
-        by side, and ``uns[key_added]["niche"]``, the parameters.
+        by side; then, for each neighbourhood, two numbers that tell how near the section's outline the spot lies: the
+        log of the neighbours' mean distance over the section's median, and how far their centroid lies from the spot
+        in units of that mean distance. And ``uns[key_added]["niche"]``, the parameters.
 
     Raises
     ------
@@ -79,11 +81,8 @@ def niche(
         embeddings = [validate.embedding(adata, key) for key in reps]
         names = validate.sections(adata, library_key)
         place = validate.coordinates(adata, spatial_key)
-        validate.check_neighbors(names, adata.n_obs, sizes)
-        graphs = read.neighbor_graphs(place, names, sizes)
-        features = np.concatenate(
-            [graph @ values for values in embeddings for graph in graphs], axis=1, dtype=np.float32
-        )
+        means, outline = read.niche(embeddings, place, names, sizes)
+        features = np.concatenate([*means, outline], axis=1)
     if copy:
         adata = copied(adata)
     keys = Keys(key_added)

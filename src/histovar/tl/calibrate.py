@@ -119,7 +119,9 @@ def calibrate(
         ]
         for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
-            some = None if stage2.prior is None else model.prior_members(batch)[torch.from_numpy(members)]
+            some = None
+            if members.any():
+                some = model.prior_members(batch, cross_fitted=True)[torch.from_numpy(members)]
             made = model.predict(batch, members=some)
             results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
     truth, mean, std = (torch.cat(part) for part in zip(*results, strict=True))
@@ -140,12 +142,12 @@ def _coverage(truth: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> flo
 
 
 def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None) -> NDArray[np.bool_]:
-    """Which members of the prior have not seen each spot: (n_obs, n_members)."""
+    """Which cross-fitted members predict each spot, having not seen it; none of a held-out spot: (n_obs, n_members)."""
     registry, n_members = model.registry, model.config.n_members
     known = registry["sections_stage2"]
     labels = np.full(adata.n_obs, "") if names is None else names
     trained_on = np.isin(labels, known) if known else np.full(adata.n_obs, registry["n_spots_stage2"] == adata.n_obs)
-    unseen = np.ones((adata.n_obs, n_members), bool)
+    unseen = np.zeros((adata.n_obs, n_members), bool)
     if not trained_on.any():
         return unseen
     if n_members == 0:

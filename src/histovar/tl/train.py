@@ -59,9 +59,9 @@ def train(
     validate.coordinates(adata, spatial_key)
     read.learn_covariates(adata, list(covariates))
     names = validate.sections(adata, library_key)
-    neighbors = (config or ModelConfig.default(2)).n_neighbors
-    if not read.has_niche(adata, Keys(key_added), reps, neighbors, spatial_key, library_key):
-        validate.check_neighbors(names, adata.n_obs, neighbors)
+    wanted = config or ModelConfig.default(2)
+    if not read.has_niche(adata, Keys(key_added), reps, wanted, spatial_key, library_key):
+        validate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
     shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
     model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})
     model = train_stage2(

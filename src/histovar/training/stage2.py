@@ -19,6 +19,7 @@ from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
 
 from .data import Spots, collected, cross_fit_folds, held_out_spots
+from .linear import fit_linear
 from .standardization import fit_condition
 from .survey import Measured, surveyed
 from .trainer import StageModule, TrainingOptions, fit, seeded
@@ -82,9 +83,8 @@ class PriorModule(_Stage2Module):
         histology, _, expression, folds, weights, depth = batch
         assert self.prior is not None
         features = self.model.var_stage.condition.features(histology)
-        targets = torch.cat([self.model.stage1.scales.standardize(expression), depth[:, None]], 1)
-        loss = self.prior.loss(features, targets, weights, folds, self.n_folds)
-        self.watch("prior", len(features), loss=loss / self.prior.config.n_members)
+        loss = self.prior.loss(features, prior_targets(self.model, expression, depth), weights, folds, self.n_folds)
+        self.watch("prior", len(features), loss=loss / (2 * self.prior.config.n_members))
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -93,6 +93,11 @@ class PriorModule(_Stage2Module):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRIOR_LEARNING_RATE, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def prior_targets(model: TwoStageVARST, expression: Tensor, depth: Tensor) -> Tensor:
+    """What the prior is to predict: standardised genes, then depth, (n_spots, n_genes + 1)."""
+    return torch.cat([model.stage1.scales.standardize(expression), depth[:, None]], 1)
 
 
 def unseen_prior(model: TwoStageVARST, histology: Histology, folds: Tensor, n_folds: int) -> Tensor:
@@ -274,10 +279,12 @@ class Stage2Trainer:
         stage2.head.gate.copy_(torch.tensor(run.gate))
         model.history["stage2"] = history
         logger.info(
-            "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f), gate %s, %s statistics",
+            "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s, "
+            "%s statistics",
             len(history),
             run.pcc,
             run.prior_pcc,
+            0 if stage2.prior is None else 100 * float(stage2.prior.linear.share),
             [round(g, 2) for g in run.gate],
             "each section's own" if stage2.condition.uses_own_statistics else "training's",
         )
@@ -307,7 +314,7 @@ class Stage2Trainer:
         return collected(made(), n_spots, scratch), sections, int(folds.max()) + 1
 
     def _fit_prior(self, spots: Spots, n_folds: int) -> None:
-        """Train the prior, and measure how far from it the tokens lie."""
+        """Train the prior, perceptrons and then the linear part, and measure how far from it the tokens lie."""
         model = self.model
         prior = model.var_stage.prior
         if prior is None:
@@ -322,9 +329,12 @@ class Stage2Trainer:
         fit(module, spots, None, options, max_epochs=epochs, averaging=False, resumable=False)
         model.cpu()
         prior.eval()
-        histology, tokens, _, folds, _, _ = spots[sampled_spots(len(spots), options.random_state)]
-        unseen = unseen_prior(model, histology, folds, n_folds)  # type: ignore[arg-type]
-        pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)  # type: ignore[union-attr]
+        batch: Any = spots[sampled_spots(len(spots), options.random_state)]
+        histology, tokens, expression, folds, weights, depth = batch
+        features = model.var_stage.condition.features(histology)
+        fit_linear(prior, features, prior_targets(model, expression, depth), weights, folds, n_folds)
+        unseen = prior.out_of_fold(features, folds, n_folds)
+        pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)
         values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(pairs)]
         model.var_stage.head.set_spread(values)
 

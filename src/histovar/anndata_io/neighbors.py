@@ -1,0 +1,109 @@
+"""Where spots lie: their neighbours within the section, its outline, coordinates scaled to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from histovar.model.config import N_OUTLINE
+
+
+class Neighborhoods(NamedTuple):
+    """Each spot's nearest neighbours within its section, itself left out, by squidpy.
+
+    Parameters
+    ----------
+    graphs
+        For each neighbourhood size the row-normalised graph, (n_obs, n_obs).
+    outline
+        (n_obs, 2 x n_sizes), how near the section's outline a spot lies. For each size: the log of its neighbours' mean
+        distance over the section's median, which grows where there is nothing on one side; and how far the neighbours'
+        centroid lies from the spot, over that mean distance.
+    """
+
+    graphs: list[sparse.csr_matrix]
+    outline: NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls, place: NDArray[np.floating], names: NDArray[np.str_] | None, n_neighbors: Sequence[int]
+    ) -> Neighborhoods:
+        """Find them.
+
+        Parameters
+        ----------
+        place
+            (n_obs, 2).
+        names
+            (n_obs,) sections, or None.
+        n_neighbors
+            Neighbourhood sizes; a size above a quarter of a section's spots is that quarter there.
+        """
+        outline = np.empty((len(place), N_OUTLINE * len(n_neighbors)), np.float32)
+        if not n_neighbors:
+            return cls([], outline)
+        labels = np.zeros(len(place)) if names is None else names
+        members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        order = np.concatenate(members).argsort()
+        in_order = np.array_equal(order, np.arange(len(order)))
+        graphs = []
+        for i, n in enumerate(n_neighbors):
+            blocks = []
+            for rows in members:
+                graph, outline[rows, N_OUTLINE * i : N_OUTLINE * (i + 1)] = _nearest(place[rows], n)
+                blocks.append(graph)
+            whole = sparse.block_diag(blocks, format="csr")
+            graphs.append(whole if in_order else whole[order][:, order])
+        return cls(graphs, outline)
+
+
+def _nearest(place: NDArray[np.floating], n_neighbors: int) -> tuple[sparse.csr_matrix, NDArray[np.float32]]:
+    """Graph and outline of one section; a neighbourhood is at most a quarter of it.
+
+    The mean over all other spots would say of a spot the contrary of what its neighbours say: it is low where the spot
+    itself is high. And where a section was sampled sparsely, more spots would reach too far.
+    """
+    light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
+    light.obsm["spatial"] = np.asarray(place)
+    from histovar._squidpy import sq
+
+    with _quiet_squidpy():
+        sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, max(len(place) // 4, 1)))
+    graph = light.obsp.pop("spatial_connectivities").astype(np.float32)
+    n_found = np.asarray(graph.sum(1)).ravel().clip(min=1)
+    graph = sparse.diags_array(1 / n_found) @ graph
+    # Spots may lie on top of each other.
+    distance = (np.asarray(light.obsp["spatial_distances"].sum(1)).ravel() / n_found).clip(min=1e-12)
+    offset = np.linalg.norm(graph @ place - place, axis=1)
+    return graph, np.stack([np.log(distance / np.median(distance)), offset / distance], 1).astype(np.float32)
+
+
+@contextmanager
+def _quiet_squidpy() -> Iterator[None]:
+    """Without squidpy's line for every graph."""
+    talker = logging.getLogger("spatialdata._logging")
+    level = talker.level
+    talker.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        talker.setLevel(level)
+
+
+def section_coordinates(place: NDArray[np.floating], names: NDArray[np.str_] | None) -> NDArray[np.float32]:
+    """Coordinates scaled to [0, 1] within each section, the longer side deciding: (n_obs, 2)."""
+    scaled = np.empty(place.shape, dtype=np.float32)
+    labels = np.zeros(len(place)) if names is None else names
+    for label in np.unique(labels):
+        rows = labels == label
+        low = place[rows].min(0)
+        scaled[rows] = (place[rows] - low) / max(np.ptp(place[rows], axis=0).max(), 1e-12)
+    return scaled

@@ -8,6 +8,7 @@
     python benchmarks/compare.py simulated --curve         # up to 20,000 simulated spots
     python benchmarks/compare.py her2st --shallow          # held-out section thinned to 650 counts, embeddings shifted
     python benchmarks/compare.py my.h5ad --use-rep X_uni --library-key section --group-key patient
+    python benchmarks/compare.py her2st --methods MLP --update  # anew for some methods, in the results of a run before
     python benchmarks/compare.py simulated --smoke         # minutes: to see that it runs
 
 Tables go to standard output and, with every score, to ``--out`` as CSV, with a plot. Named data sets are found by
@@ -50,6 +51,7 @@ BASELINES = {
 }
 RANDOM = {"MLP"}
 TRAINING = "training sections, measured"
+NOISE = "sampling noise of held-out spots"
 OURS = "histovar"
 # The reference with one layer, a narrower feed-forward, fewer codes and in scale order, which two CPU cores can train.
 REFERENCE_CUT = {
@@ -199,10 +201,11 @@ def dense(adata: ad.AnnData) -> np.ndarray:
 def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, units: str) -> pd.DataFrame:
     """What other methods are held against: rows of scores.
 
-    The noise ceiling of the counts; the oracle that knows every spot's total count and nothing else; and the
-    co-expression measured in the training sections, as a prediction of that in the held-out ones.
+    The noise ceiling of the counts; the oracle that knows every spot's total count and nothing else; the co-expression
+    measured in the training sections, as a prediction of that in the held-out ones; and how far the true co-expression
+    would be from that measured in so many spots, which is half of the difference between random halves of them.
     """
-    names = ("noise ceiling", "depth oracle", TRAINING)
+    names = ("noise ceiling", "depth oracle", TRAINING, NOISE)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     columns = query.var_names.get_indexer(genes)
 
@@ -216,6 +219,10 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
         total = counts.sum(1)
         values = in_units(counts)
         rows[TRAINING].append({"correlation error": hv.metrics.gene_correlation_error(known, values)})
+        halves = np.array_split(np.random.default_rng(0).permutation(values), 2)
+        n = min(len(half) for half in halves)
+        apart = hv.metrics.gene_correlation_error(halves[0][:n], halves[1][:n])
+        rows[NOISE].append({"correlation error": apart / 2})
         ceiling = np.sort(hv.metrics.noise_ceiling(counts, columns, log_counts=units == "log_counts"))[::-1]
         rows["noise ceiling"].append({f"PCC-{n}": ceiling[:n].mean() for n in (10, 50, 200)})
         depth = np.log1p(total)
@@ -353,6 +360,7 @@ def main() -> None:
     parser.add_argument("--group-key", help="obs column of what is left out; the section by default")
     parser.add_argument("--units", choices=["lognorm", "log_counts"], default="lognorm")
     parser.add_argument("--methods", nargs="+", help="some methods alone")
+    parser.add_argument("--update", action="store_true", help="keep what --out has of methods that are not run now")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 200, 400])
@@ -396,10 +404,14 @@ def main() -> None:
         if arguments.curve
         else compare(data, methods, arguments)
     )
+    path = arguments.out / f"{name}.csv"
+    before = pd.read_csv(path) if arguments.update and path.is_file() else pd.DataFrame({"method": []})
     rows = pd.DataFrame()
     for row in found:
         rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
-        rows.to_csv(arguments.out / f"{name}.csv", index=False)
+        kept = before[~before["method"].isin(rows["method"])]
+        pd.concat([rows, kept], ignore_index=True).to_csv(path, index=False)
+    rows = pd.read_csv(path)
     print(table(rows).to_string(float_format=lambda v: f"{v:.3f}"))
     if "PCC-200" in rows and "PCC-partial" in rows:
         plot(rows, arguments.out / f"{name}.png")

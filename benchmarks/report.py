@@ -15,12 +15,12 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
-from compare import OURS, TRAINING, plot
+from compare import NOISE, OURS, TRAINING, plot
 
 import histovar as hv
 
 MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "MSE", "RVD", "correlation error", "CRPS", "coverage 90"]
-BOUNDS = ["noise ceiling", "depth oracle", TRAINING]
+BOUNDS = ["noise ceiling", "depth oracle", TRAINING, NOISE]
 DRAWS = ["RVD of draws", "correlation error of draws"]
 
 HEAD = """# How good is it?
@@ -127,11 +127,16 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             f"{draws.iloc[0]:.3f}. The smallest correlation error of another method's prediction is "
             f"{least.min():.3f} ({least.idxmin()})."
         )
-        floor = rows.loc[rows["method"] == TRAINING, "correlation error"].mean()
+        floor, noise = (rows.loc[rows["method"] == m, "correlation error"].mean() for m in (TRAINING, NOISE))
         if pd.notna(floor):
             parts.append(
-                f"That measured in the training sections is itself {floor:.3f} away from that measured in the held-out "
-                "ones: noise and biology, below which no model that learns from those sections can be expected to get."
+                f"Co-expression as measured in the training sections is itself {floor:.3f} away from that measured in "
+                "the held-out ones."
+            )
+        if pd.notna(noise):
+            parts.append(
+                f"The true co-expression would be {noise:.3f} away: so few spots measure it no better (half of the "
+                "difference between random halves of them)."
             )
     seconds = rows.groupby("method")["training, s"].mean() if "training, s" in rows else None
     if seconds is not None and OURS in seconds and "spots" not in rows:

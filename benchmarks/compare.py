@@ -189,6 +189,7 @@ def run(
     hv.tl.evaluate(query, key=method)
     scores = query.uns[method]["evaluation"].loc["mean"].copy()
     scores["training, s"], scores["prediction, s"] = trained - begin, predicted - trained
+    scores["threads"] = torch.get_num_threads()
     scores["GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return scores
 

@@ -140,7 +140,9 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             )
     seconds = rows.groupby("method")["training, s"].mean() if "training, s" in rows else None
     if seconds is not None and OURS in seconds and "spots" not in rows:
-        parts.append(f"Training histovar took {seconds[OURS]:.0f} s a fold on 2 CPU cores.")
+        threads = int(ours["threads"].max()) if "threads" in rows else 2
+        cores = "one CPU core" if threads == 1 else f"{threads} CPU cores"
+        parts.append(f"Training histovar took {seconds[OURS]:.0f} s a fold on {cores}.")
     if {"PCC-200", "PCC-partial"} <= set(numbers):
         plot(rows, figures / f"{name}.png")
         parts.append(f"![{title[3:]}](_static/{figures.name}/{name}.png)")

@@ -318,10 +318,11 @@ def test_evaluating_what_was_trained_on_is_warned_of(training, query, model, cap
         assert any("among those trained on" in r.message for r in caplog.records) == warned
 
 
-def test_neighbours_in_a_small_section_say_what_the_spot_says(simulated):
+def test_neighbours_in_a_small_section_say_what_the_spot_says(simulated, caplog):
     small = simulated[simulated.obs["section"] == "S1"][:24].copy()
     small.obsm["X_place"] = np.asarray(small.obsm["spatial"], dtype=np.float32)
     hv.pp.niche(small, use_rep="X_place", n_neighbors=(8, 48), library_key="section")
+    assert "neighbourhoods of 48 are cut to 6 in section 'S1' of 24 spots" in caplog.text
     near, far = np.split(np.asarray(small.obsm["histovar_niche"])[:, :-4], 2, axis=1)
     for mean in (near, far):
         assert (hv.metrics.pearson(mean, small.obsm["X_place"]) > 0.7).all()

@@ -192,6 +192,7 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
         return
     least, most = min(n_neighbors), max(n_neighbors)
     labels, counts = np.unique(names, return_counts=True) if names is not None else (["all"], [n_obs])
+    cut = []
     for label, count in zip(labels, counts, strict=True):
         if count <= least:
             raise ValueError(
@@ -199,10 +200,10 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
                 "drop the section, or train with smaller n_neighbors"
             )
         if count // 4 < most:
-            logger.warning(
-                "section %r has %d spots: its neighbourhoods of %d are cut to %d",
-                *(str(label), count, most, max(count // 4, 1)),
-            )
+            cut.append(f"{max(count // 4, 1)} in section {str(label)!r} of {count} spots")
+    if cut:
+        more = f" and in {len(cut) - 3} further sections" if len(cut) > 3 else ""
+        logger.warning("neighbourhoods of %d are cut to %s%s", most, ", ".join(cut[:3]), more)
 
 
 def check_counts(values: NDArray[Any], what: str) -> None:

@@ -155,7 +155,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = FewKeysAttention(config.width, config.n_heads, inside)
         self.feedforward = nn.Sequential(
             nn.Linear(config.width, config.feedforward),
-            nn.GELU() if self.pre_norm else nn.ReLU(),
+            nn.GELU() if self.pre_norm else nn.ReLU(inplace=True),
             Dropout(inside),
             nn.Linear(config.feedforward, config.width),
         )

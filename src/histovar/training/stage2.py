@@ -36,7 +36,7 @@ PRIOR_STEPS = 10_000
 PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
 # Small data need small batches, for there to be steps enough: a sixteenth of the spots, within these.
-PRIOR_BATCH = (16, 64)
+PRIOR_BATCH = (16, 256)
 # A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
 HALF_WEIGHT = 0.3
 # Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
@@ -321,8 +321,7 @@ class Stage2Trainer:
             return
         prior.requires_grad_(True).train()
         least, most = PRIOR_BATCH
-        batch_size = max(least, min(most, len(spots) // 16)) // self.options.world_size
-        batch_size = max(1, min(self.options.batch_size, batch_size))
+        batch_size = max(1, max(least, min(most, len(spots) // 16)) // self.options.world_size)
         options = replace(self.options, batch_size=batch_size, limit_train_batches=PRIOR_STEPS)
         epochs = max(1, min(PRIOR_EPOCHS, PRIOR_STEPS // options.batches(len(spots))))
         module = PriorModule(model, options, n_folds)

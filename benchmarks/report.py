@@ -20,10 +20,7 @@ from compare import NOISE, OURS, TRAINING, plot
 import histovar as hv
 
 # Of tables that were not made anew since.
-BEFORE = (
-    " Measured before members of the prior saw every training spot, and before outline and linear part: the present "
-    "version differs by some 0.002 in the table above."
-)
+BEFORE = " Measured before members of the prior saw every training spot, and before the outline and the linear part."
 MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "MSE", "RVD", "correlation error", "CRPS", "coverage 90"]
 BOUNDS = ["noise ceiling", "depth oracle", TRAINING, NOISE]
 DRAWS = ["RVD of draws", "correlation error of draws"]

@@ -115,10 +115,10 @@ def _from_older(state: dict[str, Tensor], wanted: dict[str, Tensor], version: in
         for name in ("prior.output.weight", "prior.output.bias"):
             if name in state:
                 state[name] = pad(state[name], (0, 1))
-        state = wanted | state
+        state = {name: t for name, t in wanted.items() if not name.startswith("prior.")} | state
     if version <= 3:
-        linear = {name: t for name, t in wanted.items() if name.startswith("prior.linear.")}
-        state |= {name: torch.cat([t, t]) for name, t in state.items() if name.startswith("prior.")} | linear
+        state |= {name: torch.cat([t, t]) for name, t in state.items() if name.startswith("prior.")}
+        state |= {name: t for name, t in wanted.items() if name.startswith("prior.linear.")}
     return state
 
 

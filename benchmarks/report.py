@@ -64,7 +64,7 @@ TEXTS = {
     ),
     "simulated_curve": (
         "## Many training spots",
-        "Simulated sections (`hv.datasets.simulate`), one held out, up to 20,000 training spots.",
+        "Simulated sections (`hv.datasets.simulate`), one held out. histovar was not measured with 20,000 spots.",
     ),
     "her2st_ablations": (
         "## What each part does",

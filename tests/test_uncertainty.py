@@ -158,6 +158,7 @@ def test_calibration_on_part_of_the_training_sections_is_refused(prepared, loade
 
 
 def test_members_that_disagree_widen_the_prediction(query, loaded):
+    loaded.stage2.prior.linear.share.fill_(0)  # which all members have in common
     narrow = hv.tl.predict(query, loaded, n_samples=20, copy=True)
     with torch.no_grad():
         loaded.stage2.prior.output.bias[-1] += 3
@@ -182,6 +183,7 @@ def test_shifted_and_scaled_embeddings_of_a_section_change_little(query, model):
 def test_depth_is_added_where_a_section_is_unlike_training(query, loaded):
     prior = loaded.stage2.prior
     condition = loaded.stage2.condition
+    prior.linear.share.fill_(0)
     with torch.no_grad():
         prior.output.bias[:, :, -1] = 2.0  # every spot predicted two standard deviations deep
     condition.own_statistics.fill_(True)

@@ -336,7 +336,7 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
                 axis.plot(means.index, means, "o-", label=method)
             sizes = sorted(rows["spots"].unique())
             axis.set(xscale="log", xlabel="training spots", ylabel=score)
-            axis.set_xticks(sizes, labels=[str(n) for n in sizes], rotation=45)
+            axis.set_xticks(sizes, labels=[f"{n:.0f}" for n in sizes], rotation=45)
             axis.minorticks_off()
             axis.legend()
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -203,23 +203,27 @@ class TwoStageVARST(nn.Module):
         Tensor
             (n_spots, number of tokens predicted).
         """
-        return torch.cat(list(self._by_scale(self.var_stage.head.loss, histology, tokens, prior, teacher, genes)), 1)
+        (loss,) = self._scored((self.var_stage.head.loss,), histology, tokens, prior, teacher, genes)
+        return loss
 
-    def token_rank(
+    def token_loss_and_rank(
         self, histology: Histology, tokens: Tensor, prior: Tensor | None = None, genes: Tensor | None = None
-    ) -> Tensor:
-        """How many codes are more probable than the true one; arguments and shape as in :meth:`token_loss`."""
-        return torch.cat(list(self._by_scale(self.var_stage.head.rank, histology, tokens, prior, None, genes)), 1)
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and how many codes are more probable than the true one, each as :meth:`token_loss`."""
+        head = self.var_stage.head
+        loss, rank = self._scored((head.loss, head.rank), histology, tokens, prior, None, genes)
+        return loss, rank
 
-    def _by_scale(
+    def _scored(
         self,
-        score: Callable[[Tensor, int, slice | Tensor, Tensor | None, Tensor], Tensor],
+        scores: Sequence[Callable[[Tensor, int, slice | Tensor, Tensor | None, Tensor], Tensor]],
         histology: Histology,
         tokens: Tensor,
         prior: Tensor | None,
         teacher: Tensor | None,
         genes: Tensor | None,
-    ) -> Iterator[Tensor]:
+    ) -> list[Tensor]:
+        """Scores of the head for the true tokens, of one pass through the transformer."""
         scales = self.config.scales
         n_coarse = sum(scales[:-1])
         positions = None
@@ -228,9 +232,12 @@ class TwoStageVARST(nn.Module):
         hidden = self._hidden(histology, tokens, teacher, positions)
         shifts = self._shifts(histology, prior)
         parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
+        rows = []
         for k, (part, ids) in enumerate(zip(parts, tokens.split(scales, 1), strict=True)):
             some = slice(None) if genes is None or k < len(scales) - 1 else genes
-            yield score(part, k, some, None if shifts is None else shifts[k][:, some], ids[:, some])
+            shift = None if shifts is None else shifts[k][:, some]
+            rows.append([score(part, k, some, shift, ids[:, some]) for score in scores])
+        return [torch.cat(columns, 1) for columns in zip(*rows, strict=True)]
 
     def token_logits(self, histology: Histology, tokens: Tensor) -> Tensor:
         """Logits of all tokens given the tokens before each, (n_spots, n_tokens, codebook_size)."""

@@ -150,8 +150,8 @@ class Stage2Module(_Stage2Module):
         histology, tokens, _, folds, _, _ = batch
         prior = unseen_prior(self.model, histology, folds, self.n_folds)
         genes = self._some_genes(random=False)
-        loss = self._mean(self.model.token_loss(histology, tokens, prior, None, genes))
-        rank = self.model.token_rank(histology, tokens, prior, genes)
+        losses, rank = self.model.token_loss_and_rank(histology, tokens, prior, genes)
+        loss = self._mean(losses)
         self.watch(
             "val",
             len(tokens),

@@ -61,15 +61,17 @@ class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.modulation = nn.Linear(WIDTH, 6 * WIDTH)
-        self.attention = nn.MultiheadAttention(WIDTH, 4, dropout=0.1, batch_first=True)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
         self.feedforward = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
         a, b, c, d, e, f = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
         h = F.layer_norm(x, (WIDTH,)) * (1 + a) + b
-        x = x + c * self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
+        x = x + (1 + c) * self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
         h = F.layer_norm(x, (WIDTH,)) * (1 + d) + e
-        out: Tensor = x + f * self.feedforward(h)
+        out: Tensor = x + (1 + f) * self.feedforward(h)
         return out
 
 

@@ -6,6 +6,7 @@ import torch
 
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.dropout import dropout
+from histovar.model.head import TokenHead
 
 from .conftest import small_config
 
@@ -174,6 +175,18 @@ def test_gate_decides_between_prior_and_token_model(ordered):
     torch.testing.assert_close(closed, ordered.stage1.scales.restore(prior), atol=1e-3, rtol=1e-3)
     head.gate.fill_(1)
     assert (ordered.predict(histology).expression - closed).abs().max() > 1e-3
+
+
+def test_gate_opens_for_what_helps_and_not_by_chance():
+    torch.manual_seed(0)
+
+    def best(n_spots, signal):
+        truth, noise = torch.randn(2, n_spots, 8, 1)
+        return TokenHead.best_gate(truth, torch.zeros_like(truth), 2 * (signal * truth + (1 - signal) * noise))
+
+    assert best(2000, 0.0) < 0.05
+    assert 0.4 < best(2000, 1.0) <= 0.5  # the shift is twice what it should be
+    assert sum(best(25, 0.0) > 0 for _ in range(200)) < 20
 
 
 def test_loss_matches_cross_entropy_with_hard_targets(loaded):

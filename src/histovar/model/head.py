@@ -17,6 +17,8 @@ from .vqvae import MultiScaleGeneVQVAE
 NEVER = -1e4
 # Logits that are held at once: few enough to stay in cache and in reused memory.
 LOGITS_AT_ONCE = 2**20
+# Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
+GATE_ERRORS = 2.0
 
 # Some of the groups of a scale.
 Groups = slice | Tensor
@@ -167,9 +169,11 @@ class TokenHead(nn.Module):
     @staticmethod
     @torch.no_grad()
     def best_gate(values: Tensor, prior: Tensor, expected: Tensor) -> Tensor:
-        """How far a scale's mean should move from the prior's: by least squares on spots not trained on, in [0, 1].
+        r"""How far a scale's mean should move from the prior's, in [0, 1], judged on spots not trained on.
 
-        The token model improves the shape of the distributions long after it has begun to spoil their
+        With the error :math:`e` of the prior's mean and the shift :math:`d` that the token model proposes, least
+        squares give :math:`\sum e d / \sum d^2`. The gate is that, less two of its standard errors as a ratio of sums
+        over spots. The token model improves the shape of the distributions long after it has begun to spoil their
         means, so the two are decided apart.
 
         Parameters
@@ -179,8 +183,12 @@ class TokenHead(nn.Module):
             token distributions.
         """
         shift = expected - prior
-        share = ((values - prior) * shift).sum() / shift.square().sum().clamp(min=1e-12)
-        return share.clamp(0, 1)
+        agreement = ((values - prior) * shift).flatten(1).sum(1)
+        size = shift.square().flatten(1).sum(1)
+        total = size.sum().clamp(min=1e-12)
+        share = agreement.sum() / total
+        error = (agreement - share * size).square().sum().sqrt() / total
+        return (share - GATE_ERRORS * error).clamp(0, 1)
 
     def embed(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """Embeddings of tokens: (...) to (..., width)."""

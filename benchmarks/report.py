@@ -33,7 +33,7 @@ over genes of the Pearson correlation over the held-out spots, "PCC-partial" the
 total count, linear and squared) was taken out of prediction and measurement. The *noise ceiling* is what binomial
 splitting of the counts says that a perfect predictor could reach; the *depth oracle* knows each spot's total count
 and nothing else. Methods "per section" standardise embeddings within sections, as histovar does. Settings were chosen
-on sections inside the training data.
+on sections inside the training data. Training times are upper bounds, as runs shared the cores.
 """
 TEXTS = {
     "her2st_table": (

@@ -62,7 +62,8 @@ def metrics(
     ax.plot(rank, scores, drawstyle="steps-mid")
     mean = float(scores.mean())
     ax.axhline(mean, color="0.4", linestyle="--", linewidth=1)
-    ax.annotate(f"mean {mean:.3f}", (len(scores), mean), ha="right", va="bottom", color="0.3")
+    # At the left, below the line: inside the curve, away from the names.
+    ax.annotate(f" mean {mean:.3f}", (1, mean), ha="left", va="top", color="0.3")
     named = "\n".join(f"{gene}  {value:.2f}" for gene, value in scores.head(n_labels).items())
     ax.text(0.98, 0.97, named, transform=ax.transAxes, ha="right", va="top", fontsize=8, family="monospace")
     ax.set(

@@ -208,6 +208,20 @@ def test_loss_matches_cross_entropy_with_hard_targets(loaded):
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_rank_counts_the_codes_that_are_more_probable(ordered):
+    histology = histology_of(ordered.config)
+    tokens = ordered.predict(histology, Decoding("sample"), generator=torch.Generator().manual_seed(0)).tokens
+    loss, rank = ordered.token_loss_and_rank(histology, tokens)
+    assert torch.equal(loss, ordered.token_loss(histology, tokens))
+    logits = ordered.token_logits(histology, tokens)
+    own = logits.gather(2, tokens[..., None])
+    # Codes within rounding of the true one may be counted either way.
+    fewest, most = ((logits > own + margin).sum(2) for margin in (1e-3, -1e-3))
+    assert (rank >= fewest).all() and (rank <= most).all()
+    assert rank.unique().numel() > 10
+
+
 def test_freezing():
     model = TwoStageVARST(small_config(embedding_dims=(16,)))
     model.set_training_stage(1)

@@ -6,8 +6,8 @@
 
 The run is killed when half of the chunks are written, and started again; in the second half one worker is killed. Then
 whole sections are predicted in memory and compared. Memory is the sum of resident memory over the client and the
-workers, sampled four times a second. The model is a small one (40 genes, one layer 32 wide, 512 codes), so that
-reading, neighbourhoods, scheduling and writing are what is measured; ``--full`` takes the default.
+workers, sampled four times a second in both halves. The model is a small one (40 genes, one layer 32 wide, 512 codes),
+so that reading, neighbourhoods, scheduling and writing are what is measured; ``--full`` takes the default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from histovar.anndata_io import stream
 WIDTH = 1024
 # Workers of dask.distributed give every tensor's memory back at once, by default, and spend their time asking for it.
 ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
-KEEP_MEMORY = {f"{ENVIRONMENT}.MALLOC_TRIM_THRESHOLD_": 2**28, f"{ENVIRONMENT}.MALLOC_MMAP_THRESHOLD_": 2**25}
+KEEP_MEMORY = {f"{ENVIRONMENT}.MALLOC_TRIM_THRESHOLD_": 2**26, f"{ENVIRONMENT}.MALLOC_MMAP_THRESHOLD_": 2**25}
 
 
 def make_store(path: Path, n_spots: int, section_size: int, chunk: int) -> None:
@@ -74,24 +74,29 @@ def make_model(path: Path, full: bool) -> None:
 
 
 class Memory(threading.Thread):
-    """Largest resident memory of this process and all it started, and the two apart."""
+    """Largest resident memory of a process and all it started, and the two apart, until it ends.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    pid
+        The process.
+    """
+
+    def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.peak, self.parts, self.stopped = 0.0, (0.0, 0.0), False
+        self.process, self.peak, self.parts = psutil.Process(pid), 0.0, (0.0, 0.0)
+        self.start()
 
     def run(self) -> None:
-        """Sample until stopped."""
-        me = psutil.Process()
-        while not self.stopped:
-            own, others = me.memory_info().rss / 1e9, 0.0
-            for child in me.children(recursive=True):
-                try:
-                    others += child.memory_info().rss / 1e9
-                except psutil.Error:
-                    continue
-            if own + others > self.peak:
-                self.peak, self.parts = own + others, (own, others)
+        """Sample."""
+        while self.process.is_running():
+            with suppress(psutil.Error):
+                own, others = self.process.memory_info().rss / 1e9, 0.0
+                for child in self.process.children(recursive=True):
+                    with suppress(psutil.Error):
+                        others += child.memory_info().rss / 1e9
+                if own + others > self.peak:
+                    self.peak, self.parts = own + others, (own, others)
             time.sleep(0.25)
 
 
@@ -108,8 +113,6 @@ def stream_store(
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    memory = Memory()
-    memory.start()
     model = hv.TwoStageVARST.load(model_path)
     start = time.perf_counter()
     adata = stream.read_zarr(source, model.registry["genes"], chunk)
@@ -134,14 +137,12 @@ def stream_store(
 
             threading.Thread(target=kill, daemon=True).start()
         stream.write_zarr(adata, out, {"benchmark": "archive"})
-        report.put((planned, time.perf_counter() - start, memory.peak, memory.parts))
-    memory.stopped = True
+        report.put((planned, time.perf_counter() - start))
 
 
 def niche(source: Path, chunk: int) -> None:
     """Time and memory of niche features, each chunk made and let go."""
-    memory = Memory()
-    memory.start()
+    memory = Memory(os.getpid())
     start = time.perf_counter()
     adata = stream.read_zarr(source, [], chunk)
     hv.pp.niche(adata, use_rep="X_histology", library_key="section")
@@ -208,6 +209,7 @@ def main() -> None:
         return process
 
     first = run(None)
+    memories = [Memory(first.pid)]
     while first.is_alive() and n_written(part) < n_chunks // 2:
         time.sleep(0.1)
     for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
@@ -218,12 +220,15 @@ def main() -> None:
         flush=True,
     )
     second = run(3 * n_chunks // 4)
-    planned, seconds, peak, (own, workers) = report.get()
+    memories.append(Memory(second.pid))
+    planned, seconds = report.get()
     second.join()
+    (peak, own, workers), (other, _, _) = sorted([(m.peak, *m.parts) for m in memories], reverse=True)
     total = time.perf_counter() - begin
     print(
         f"continued: {seconds:.0f} s, {planned:.0f} s of it to plan; {arguments.spots:,} spots in {total:.0f} s in "
-        f"all, {arguments.spots / total:.0f} a second; peak {peak:.2f} GB: {own:.2f} here, {workers:.2f} in the workers"
+        f"all, {arguments.spots / total:.0f} a second; peak {peak:.2f} GB: {own:.2f} in the client, "
+        f"{workers:.2f} in the workers ({other:.2f} GB in the other half)"
     )
     n_sections = arguments.spots // arguments.section_size
     compare(source, model_path, out, arguments.section_size, [0, n_sections // 2, n_sections - 1])

@@ -62,13 +62,14 @@ class Chunk(NamedTuple):
         home = np.searchsorted(bounds, needed, side="right") - 1
         blocks, which = np.unique(home, return_inverse=True)
         before = np.concatenate([[0], np.diff(bounds)[blocks].cumsum()[:-1]])
+        small = np.min_scalar_type(len(needed))  # neighbours of all chunks are in memory, and sent to the workers
         return cls(
             start,
             stop,
             blocks.tolist(),
             (needed - bounds[blocks][which] + before[which]).astype(np.int32),
-            np.searchsorted(needed, np.arange(start, stop)).astype(np.int32),
-            [(part.indptr.astype(np.int32), np.searchsorted(needed, part.indices).astype(np.int32)) for part in parts],
+            np.searchsorted(needed, np.arange(start, stop)).astype(small),
+            [(part.indptr.astype(np.int32), np.searchsorted(needed, part.indices).astype(small)) for part in parts],
         )
 
     def sources(self, embeddings: Sequence[Sequence[Any]], keys: Sequence[str]) -> tuple[Tensor, ...]:
@@ -80,7 +81,7 @@ class Chunk(NamedTuple):
             found.append(torch.from_numpy(values[self.own]))
             for pointers, indices in self.neighbors:
                 shares = np.repeat(1 / np.diff(pointers).clip(min=1), np.diff(pointers)).astype(np.float32)
-                graph = sparse.csr_matrix((shares, indices, pointers), shape=(len(self.own), len(values)))
+                graph = sparse.csr_matrix((shares, indices.astype(np.int32), pointers), (len(self.own), len(values)))
                 found.append(torch.from_numpy(graph @ values))
         return tuple(found)
 

@@ -14,9 +14,8 @@ from .quantizer import CODES_AT_ONCE, argmax
 from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
-# Spots that are generated at once on a CPU, and hidden values of a feed-forward layer: more do not fit its caches, and
-# cost time.
-SPOTS_AT_ONCE, HIDDEN_AT_ONCE = 64, 6_000_000
+# Spots that are generated at once on a CPU: more do not fit its caches, and cost time.
+SPOTS_AT_ONCE = 64
 
 Mode = Literal["expected", "sample", "greedy"]
 
@@ -142,10 +141,7 @@ def generate(
     -------
     Generation
     """
-    at_once = max(1, len(memory))
-    if memory.device.type == "cpu":
-        widest = transformer.config.feedforward * max(block.stop - block.start for block in transformer.blocks)
-        at_once = min(SPOTS_AT_ONCE, max(1, HIDDEN_AT_ONCE // widest))
+    at_once = SPOTS_AT_ONCE if memory.device.type == "cpu" else max(1, len(memory))
     made = []
     for start in range(0, len(memory), at_once):
         rows = slice(start, start + at_once)
@@ -194,7 +190,7 @@ def _generate(
     for block in transformer.blocks:
         scale, start, stop, _ = block
         groups = slice(start - offsets[scale], stop - offsets[scale])
-        x = inputs[:, sources[start:stop]] + transformer.positions[start:stop]
+        x = inputs[:, sources[start:stop]].add_(transformer.positions[start:stop])
         hidden = transformer.step(x, block, projected, caches)
         shift = None if prior is None else prior[scale][:, groups]
         if keep_logits:

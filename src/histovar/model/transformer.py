@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .condition import sine_cosine
 from .config import ModelConfig
 from .dropout import Dropout, dropout
+from .feedforward import FeedForward
 
 # Tokens of a wide scale that are generated at once.
 TOKENS_AT_ONCE = 512
@@ -116,7 +117,7 @@ class FewKeysAttention(Attention):
         Returns
         -------
         tuple of Tensor
-            (n_spots, n_heads x n_memory, width), (n_spots, 1, n_heads x n_memory) and as the first.
+            (n_spots, n_memory x n_heads, width), (n_spots, n_memory x n_heads, 1) and as the first.
         """
         keys, values = self.project(memory)
         keys = keys * keys.shape[-1] ** -0.5
@@ -124,17 +125,21 @@ class FewKeysAttention(Attention):
         def by_head(weight: Tensor) -> Tensor:
             return weight.unflatten(0, (self.n_heads, -1))
 
-        weights = (keys @ by_head(self.query.weight)).flatten(1, 2)
-        offsets = (keys @ by_head(self.query.bias)[..., None]).flatten(1, 3)[:, None]
-        results = (values @ by_head(self.output.weight.T)).flatten(1, 2)
-        return weights, offsets, results
+        def memory_first(folded: Tensor) -> Tensor:
+            # The softmax over the condition then runs along whole rows of tokens, which vectorises.
+            return folded.transpose(1, 2).flatten(1, 2)
+
+        weights = keys @ by_head(self.query.weight)
+        offsets = keys @ by_head(self.query.bias)[..., None]
+        results = values @ by_head(self.output.weight.T)
+        return memory_first(weights), memory_first(offsets), memory_first(results)
 
     def attend(self, x: Tensor, folded: Folded) -> Tensor:
         """Attend from (n_spots, n, width) to what :meth:`fold` made of the condition."""
         weights, offsets, results = folded
-        scores = torch.baddbmm(offsets, x, weights.transpose(1, 2)).unflatten(-1, (self.n_heads, -1))
-        shares = dropout(scores.softmax(-1), self.dropout, self.training)
-        return shares.flatten(-2) @ results + self.output.bias
+        scores = torch.baddbmm(offsets, weights, x.transpose(1, 2)).unflatten(1, (-1, self.n_heads))
+        shares = dropout(scores.softmax(1), self.dropout, self.training)
+        return shares.flatten(1, 2).transpose(1, 2) @ results + self.output.bias
 
 
 class DecoderLayer(nn.Module):
@@ -153,12 +158,8 @@ class DecoderLayer(nn.Module):
         inside = 0.0 if self.pre_norm else config.dropout
         self.self_attention = Attention(config.width, config.n_heads, inside)
         self.cross_attention = FewKeysAttention(config.width, config.n_heads, inside)
-        self.feedforward = nn.Sequential(
-            nn.Linear(config.width, config.feedforward),
-            nn.GELU() if self.pre_norm else nn.ReLU(inplace=True),
-            Dropout(inside),
-            nn.Linear(config.feedforward, config.width),
-        )
+        activation = "gelu" if self.pre_norm else "relu"
+        self.feedforward = FeedForward(config.width, config.feedforward, activation, inside)
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
@@ -180,7 +181,8 @@ class DecoderLayer(nn.Module):
             self.feedforward,
         )
         for norm, step in zip(self.norms, steps, strict=True):
-            x = x + self.dropout(step(norm(x))) if self.pre_norm else norm(x + self.dropout(step(x)))
+            made = self.dropout(step(norm(x) if self.pre_norm else x)).add_(x)  # fresh memory costs more than the sum
+            x = made if self.pre_norm else norm(made)
         return x
 
 

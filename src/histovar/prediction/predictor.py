@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from rich.progress import track
 
+from histovar._memory import keep_freed_memory
 from histovar.anndata_io.write import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.two_stage import Precision
@@ -56,6 +57,7 @@ class Predictor:
         show_progress_bar
             Show progress.
         """
+        keep_freed_memory()
         model = model.in_precision(self.precision)
         calibration = model.var_stage.calibration
         n_spots, config = len(inputs.novelty), model.config

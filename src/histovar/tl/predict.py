@@ -75,8 +75,9 @@ def predict(
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     precision
-        ``"fp32"``, or ``"bf16"`` for the transformer and its products with the codes: faster on hardware that has it,
-        with means off by less than a hundredth of a gene's standard deviation.
+        ``"fp32"``, or ``"bf16"`` for the transformer and its products with the codes: faster on hardware that has it
+        and several times slower on CPUs that do not, with means off by less than a hundredth of a gene's standard
+        deviation.
     random_state
         Seed of the draws. Each chunk of dask arrays has draws of its own.
     show_progress_bar

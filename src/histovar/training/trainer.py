@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 
+from histovar._memory import keep_freed_memory
+
 from .callbacks import EpochSeed, History
 from .data import Spots, train_loader, validation_loader
 
@@ -226,6 +228,7 @@ def fit(
     DataFrame
         The history, one row an epoch.
     """
+    keep_freed_memory()
     history = History()
     callbacks: list[Callback] = [EpochSeed(options.random_state), history, *(options.callbacks if resumable else ())]
     if averaging:

@@ -55,6 +55,14 @@ def test_zarr_arrays_are_taken_as_they_are(whole, loaded, tmp_path):
     np.testing.assert_allclose(lazy.obsm["histovar"].compute(), whole.obsm["histovar"].to_numpy(), atol=1e-4)
 
 
+def test_other_processes_predict_the_same(whole, loaded):
+    lazy = in_chunks(whole, rows=200)
+    hv.tl.predict(whole, loaded)
+    hv.tl.predict(lazy, loaded)
+    made = lazy.obsm["histovar"].compute(scheduler="processes", num_workers=1)
+    np.testing.assert_allclose(made, whole.obsm["histovar"].to_numpy(), atol=1e-4)
+
+
 def test_draws_of_chunks_repeat_with_their_seed(whole, loaded):
     def drawn(seed):
         lazy = in_chunks(whole)

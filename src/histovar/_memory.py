@@ -10,4 +10,4 @@ def keep_freed_memory() -> None:
     and on CPUs fresh memory costs more than what a layer computes in it. Freeing one block of 31 MB, which nothing has
     touched, has it keep 62 MB. Elsewhere, and where ``MALLOC_TRIM_THRESHOLD_`` is set, this does nothing.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")

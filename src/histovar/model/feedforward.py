@@ -30,7 +30,6 @@ class FeedForward(nn.Sequential):
     def __init__(self, width: int, hidden: int, activation: str, dropout: float) -> None:
         between = nn.GELU() if activation == "gelu" else nn.ReLU(inplace=True)
         super().__init__(nn.Linear(width, hidden), between, Dropout(dropout), nn.Linear(hidden, width))
-        self.activate_ = torch.ops.aten.gelu_ if activation == "gelu" else torch.relu_
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows of (..., width), each by itself."""
@@ -38,9 +37,10 @@ class FeedForward(nn.Sequential):
             whole: Tensor = super().forward(x)
             return whole
         up, up_bias, down, down_bias = self.parameters()
+        activate_ = torch.ops.aten.gelu_ if isinstance(self[1], nn.GELU) else torch.relu_
         rows, at_once = x.flatten(0, -2), max(1, HIDDEN_AT_ONCE // len(up))
         made, buffer = torch.empty_like(rows), x.new_empty(min(at_once, len(rows)), len(up))
         for some, out in zip(rows.split(at_once), made.split(at_once), strict=True):
             hidden = torch.addmm(up_bias, some, up.T, out=buffer[: len(some)])
-            torch.addmm(down_bias, self.activate_(hidden), down.T, out=out)
+            torch.addmm(down_bias, activate_(hidden), down.T, out=out)
         return made.view(x.shape)

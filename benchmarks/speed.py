@@ -226,30 +226,52 @@ def caching(model: TwoStageVARST, n_spots: int) -> None:
     )
 
 
-def training(table: Table, name: str, model: TwoStageVARST, arguments: argparse.Namespace) -> None:
-    """A step of stage 2 with its backward pass."""
-    options = TrainingOptions(enable_progress_bar=False)
+def training_step(model: TwoStageVARST, batch: int) -> Callable[[], None]:
+    """A step of stage 2 with its backward pass, on random spots."""
     model.set_training_stage(2)
     if model.var_stage.prior is not None:
         model.var_stage.prior.requires_grad_(False)
-    module = Stage2Module(model, options, n_folds=max(model.config.n_members, 1))
+    module = Stage2Module(model, TrainingOptions(enable_progress_bar=False), n_folds=max(model.config.n_members, 1))
     module.watch = lambda *_, **__: None  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    histology = spots(model.config, batch)
+    tokens = torch.randint(0, model.config.codebook_size, (batch, model.config.n_tokens))
+    folds = torch.randint(0, module.n_folds, (batch,))
+    others = torch.zeros(0)  # which the prior's training takes
+
+    def step() -> None:
+        loss = module.training_step((histology, tokens, others, folds, others, others), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def training(table: Table, name: str, model: TwoStageVARST, arguments: argparse.Namespace) -> None:
+    """A training step of every size of batch."""
     for batch in arguments.batches[1:]:
-        if model.config.style == "reference" and batch > MOST_OF_REFERENCE:
-            continue
-        histology = spots(model.config, batch)
-        tokens = torch.randint(0, model.config.codebook_size, (batch, model.config.n_tokens))
-        folds = torch.randint(0, module.n_folds, (batch,))
-        others = torch.zeros(0)  # which the prior's training takes
+        if model.config.style == "modern" or batch <= MOST_OF_REFERENCE:
+            seconds = best_time(training_step(model, batch), arguments.seconds)
+            table.add(name, "training step, stage 2", batch, seconds, flops(model, True))
 
-        def step() -> None:
-            loss = module.training_step((histology, tokens, others, folds, others, others), 0)  # noqa: B023
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
 
-        table.add(name, "training step, stage 2", batch, best_time(step, arguments.seconds), flops(model, True))
+def compiling(name: str, model: TwoStageVARST, batch: int, seconds: float) -> None:
+    """What ``torch.compile`` makes of the transformer's layers."""
+
+    def times() -> list[float]:
+        found = []
+        for work in (training_step(model, batch), torch.no_grad()(lambda: model.eval().predict(inputs))):
+            work()  # which compiles
+            found.append(best_time(work, seconds))
+        return found
+
+    inputs = spots(model.config, batch)
+    before = times()
+    for layer in model.var_stage.transformer.layers:
+        layer.compile()
+    training, generation = (old / new for old, new in zip(before, times(), strict=True))
+    print(f"{name}, batch {batch}, compiled layers: training {training:.2f}, generation {generation:.2f} times as fast")
 
 
 def stage1_epoch(arguments: argparse.Namespace) -> None:
@@ -279,6 +301,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of each measurement")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None, help="CSV file")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too; needs a C++ compiler")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
@@ -312,6 +335,8 @@ def main() -> None:
                 ratio = found[f"scale bf16 {batch}"] / found[f"scale expected {batch}"]
                 print(f"{name}, batch {batch}: bf16 is {ratio:.2f} times as fast as fp32")
         training(table, name, model, arguments)
+        if arguments.compile:
+            compiling(name, model, arguments.batches[1], arguments.seconds)
         if name == "reference":
             caching(model.eval(), 1 if arguments.smoke else 8)
     stage1_epoch(arguments)

@@ -38,8 +38,8 @@ class FeedForward(nn.Sequential):
             return whole
         up, up_bias, down, down_bias = self.parameters()
         activate_ = torch.ops.aten.gelu_ if isinstance(self[1], nn.GELU) else torch.relu_
-        rows, at_once = x.flatten(0, -2), max(1, HIDDEN_AT_ONCE // len(up))
-        made, buffer = torch.empty_like(rows), x.new_empty(min(at_once, len(rows)), len(up))
+        rows, at_once = x.flatten(0, -2).to(up.dtype), max(1, HIDDEN_AT_ONCE // len(up))
+        made, buffer = torch.empty_like(rows), rows.new_empty(min(at_once, len(rows)), len(up))
         for some, out in zip(rows.split(at_once), made.split(at_once), strict=True):
             hidden = torch.addmm(up_bias, some, up.T, out=buffer[: len(some)])
             torch.addmm(down_bias, activate_(hidden), down.T, out=out)

@@ -181,8 +181,7 @@ class DecoderLayer(nn.Module):
             self.feedforward,
         )
         for norm, step in zip(self.norms, steps, strict=True):
-            made = self.dropout(step(norm(x) if self.pre_norm else x)).add_(x)  # fresh memory costs more than the sum
-            x = made if self.pre_norm else norm(made)
+            x = x + self.dropout(step(norm(x))) if self.pre_norm else norm(x + self.dropout(step(x)))
         return x
 
 

@@ -6,6 +6,7 @@ import torch
 
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.dropout import dropout
+from histovar.model.feedforward import FeedForward
 from histovar.model.head import TokenHead
 
 from .conftest import small_config
@@ -250,6 +251,19 @@ def test_dropout_keeps_the_expectation_and_drops_each_element_by_itself(p):
     together = torch.corrcoef(dropped.view(-1, 8).T) - torch.eye(8)
     assert together.abs().max() < 0.06
     assert dropout(x, p, training=False) is x
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_feed_forward_is_the_same_without_gradients(activation, monkeypatch):
+    monkeypatch.setattr("histovar.model.feedforward.HIDDEN_AT_ONCE", 100)  # seven rows at a time
+    torch.manual_seed(0)
+    layers, x = FeedForward(6, 14, activation, dropout=0.0).eval(), torch.randn(5, 4, 6)
+    expected, before = layers(x).detach(), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x), expected)
+        # Rows of less precision, as under autocast.
+        torch.testing.assert_close(layers(x.bfloat16()), expected, atol=0.03, rtol=0)
+    assert torch.equal(x, before)
 
 
 def test_options_of_the_condition_reach_the_prediction(loaded):

@@ -97,7 +97,6 @@ ABLATIONS = {
     "standardised by training": Ablation({"standardize": "training"}),
     "token order": Ablation({"order": "token"}),
     "codebook of 512": Ablation({"codebook_size": 512}),
-    "hard targets": Ablation({"softening": 0.0}),
     "arg-max decoding": Ablation({}, decoding="greedy"),
     "one sample": Ablation({}, decoding="sample"),
 }

@@ -190,8 +190,8 @@ def test_gate_opens_for_what_helps_and_not_by_chance():
     assert sum(best(25, 0.0) > 0 for _ in range(200)) < 20
 
 
-def test_loss_matches_cross_entropy_with_hard_targets(loaded):
-    config = loaded.config.replace(softening=0.0)
+def test_loss_matches_cross_entropy(loaded):
+    config = loaded.config
     loaded.add_stage2(config)
     loaded.stage2.head.set_codes(loaded.stage1)
     torch.manual_seed(0)
@@ -207,6 +207,23 @@ def test_loss_matches_cross_entropy_with_hard_targets(loaded):
     weight = loaded.stage2.head.output.weight
     ours, theirs = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_code_never_used_is_learnt_as_the_one_of_nearest_value(loaded):
+    histology = histology_of(loaded.config)
+    k = len(loaded.config.scales) - 1
+    values, is_used = loaded.stage1.code_values(k)[:, 0], loaded.stage1.code_counts[k] > 0
+    unused = (~is_used).nonzero()[0, 0]
+    used = is_used.nonzero()[:, 0]
+    nearest = used[(values[used] - values[unused]).abs().argmin()]
+    tokens = used[torch.randint(0, len(used), (6, loaded.config.n_tokens))]
+    losses = []
+    for code in (unused, nearest):
+        tokens[:, -1] = code  # the last token of the finest scale, which no other takes in
+        losses.append(loaded.token_loss(histology, tokens)[:, -1])
+    assert losses[0].max() < 100
+    torch.testing.assert_close(*losses)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class Neighborhoods(NamedTuple):
 
     @classmethod
     def of(
-        cls, place: NDArray[np.floating], names: NDArray[np.str_] | None, n_neighbors: Sequence[int]
+        cls, place: NDArray[np.floating], names: NDArray[np.str_ | np.integer] | None, n_neighbors: Sequence[int]
     ) -> Neighborhoods:
         """Find them.
 
@@ -71,6 +71,8 @@ def _nearest(place: NDArray[np.floating], n_neighbors: int) -> tuple[sparse.csr_
     The mean over all other spots would say of a spot the contrary of what its neighbours say: it is low where the spot
     itself is high. And where a section was sampled sparsely, more spots would reach too far.
     """
+    if len(place) == 1:
+        return sparse.csr_matrix((1, 1), dtype=np.float32), np.zeros((1, N_OUTLINE), np.float32)
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
     from histovar._squidpy import sq

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="TwoStageVARST")
 
 FORMAT = "histovar"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CARD = "model.json"
 
 
@@ -102,6 +102,9 @@ def read_card(path: Path) -> dict[str, Any]:
         card["config"]["attention_limit"] = card["config"]["n_genes"]
     if card["format_version"] <= 3:
         card["config"]["outline"] = False
+    if card["format_version"] <= 4:
+        # Then targets could be softened, which concerned training alone.
+        del card["config"]["softening"]
     return card
 
 
@@ -109,7 +112,8 @@ def _from_older(state: dict[str, Tensor], wanted: dict[str, Tensor], version: in
     """Weights of stage 2 as older formats had them.
 
     In format 1 there was no spread, no depth among the prior's outputs and no calibration. Up to format 3 the
-    cross-fitted members of the prior predicted new spots, too, and had no linear part.
+    cross-fitted members of the prior predicted new spots, too, and had no linear part. Up to format 4 targets were
+    softened.
     """
     if version == 1:
         for name in ("prior.output.weight", "prior.output.bias"):
@@ -119,7 +123,7 @@ def _from_older(state: dict[str, Tensor], wanted: dict[str, Tensor], version: in
     if version <= 3:
         state |= {name: torch.cat([t, t]) for name, t in state.items() if name.startswith("prior.")}
         state |= {name: t for name, t in wanted.items() if name.startswith("prior.linear.")}
-    return state
+    return {name: t for name, t in state.items() if not name.startswith("head.softened_")}
 
 
 def _load_weights(module: Any, path: Path, stage: int, version: int) -> None:

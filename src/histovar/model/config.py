@@ -78,9 +78,6 @@ class ModelConfig:
     style
         ``"modern"``: pre-norm, GELU, learned positions, token embedding and head tied to the codebook.
         ``"reference"``: post-norm, ReLU, sine-cosine positions, free token embedding and head.
-    softening
-        Bandwidth of the softened targets, in units of the standard deviation of a scale's values; 0 gives
-        hard targets.
     n_members
         Members of the conditional-mean head whose mean prediction shifts the token logits: at least 2, or 0 for none.
         As many again are cross-fitted, to predict the training spots.
@@ -122,7 +119,6 @@ class ModelConfig:
     order: Literal["scale", "token"] = "scale"
     attention_limit: int = 64
     style: Literal["modern", "reference"] = "modern"
-    softening: float = 0.1
     n_members: int = 6
     prior_hidden: int = 256
     prior_dropout: float = 0.5
@@ -151,7 +147,6 @@ class ModelConfig:
             "hierarchical_weight",
             "vq_weight",
             "commitment_weight",
-            "softening",
             "n_members",
             "n_covariates",
             "attention_limit",
@@ -290,7 +285,6 @@ class ModelConfig:
             "dropout": 0.1,
             "order": "token",
             "style": "reference",
-            "softening": 0.0,
             "n_members": 0,
         }
         return cls(**{**values, **changes})

@@ -84,8 +84,7 @@ class TokenHead(nn.Module):
             self.register_buffer(f"codes_{k}", torch.zeros(size, dim + 2 * c))
             self.register_buffer(f"log_weight_{k}", torch.zeros(size))
             if self.tied:
-                self.register_buffer(f"softened_{k}", torch.zeros(size, dim + 2 * c + 1))
-                for name in ("used", "used_codes", "used_log_weight"):
+                for name in ("used", "used_codes", "used_log_weight", "stand_in"):
                     self.register_buffer(f"{name}_{k}", torch.empty(0), persistent=False)
             if self.has_prior:
                 self.register_parameter(f"log_spread_{k}", nn.Parameter(torch.zeros(n, c)))
@@ -119,30 +118,34 @@ class TokenHead(nn.Module):
             if not self.tied:
                 continue
             frequency = counts / counts.sum()
-            mean = frequency @ values
-            sd = (frequency @ (values - mean).square()).sqrt().clamp(min=1e-6)
-            unit = (values - mean) / sd
-            distance = torch.cdist(unit, unit).square()
             log_weight = frequency.log()
             if self.has_prior:
+                mean = frequency @ values
+                sd = (frequency @ (values - mean).square()).sqrt().clamp(min=1e-6)
+                unit = (values - mean) / sd
+                distance = torch.cdist(unit, unit).square()
                 bandwidth = int((counts > 0).sum()) ** (-1 / (values.shape[1] + 4))
                 log_weight = log_weight - torch.logsumexp(log_weight - distance / (2 * bandwidth**2), 1)
-            log_weight = torch.where(counts > 0, log_weight, NEVER)
-            table = torch.cat([features, log_weight[:, None]], 1)
-            if self.config.softening:
-                table = torch.softmax(log_weight - distance / (2 * self.config.softening**2), 1) @ table
-            getattr(self, f"log_weight_{k}").copy_(log_weight)
-            getattr(self, f"softened_{k}").copy_(table)
+            getattr(self, f"log_weight_{k}").copy_(torch.where(counts > 0, log_weight, NEVER))
         self._select_codes()
 
     @torch.no_grad()
     def _select_codes(self) -> None:
-        """Set apart the codes that each scale uses, often a fifth of all: no others need logits."""
+        """Set apart the codes that each scale uses, often a fifth of all: no others need logits.
+
+        Should another be a target, as it can be of spots that stage 1 was not trained on, the one of nearest value that
+        is used stands in for it.
+        """
         if not self.tied:
             return
-        for k in range(len(self.config.scales)):
+        dim = self.config.codebook_dim
+        for k, c in enumerate(self.config.components):
             codes, log_weight = getattr(self, f"codes_{k}"), getattr(self, f"log_weight_{k}")
-            used = torch.nonzero(log_weight > NEVER)[:, 0]
+            in_use = log_weight > NEVER
+            used, values = torch.nonzero(in_use)[:, 0], codes[:, dim : dim + c]
+            stand_in = torch.arange(len(codes), device=codes.device)
+            stand_in[~in_use] = used[torch.cdist(values[~in_use], values[used]).argmin(1)]
+            setattr(self, f"stand_in_{k}", stand_in)
             n_filling = -len(used) % CODES_AT_ONCE
             setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))
             setattr(self, f"used_codes_{k}", F.pad(codes[used], (0, 0, 0, n_filling)))
@@ -339,10 +342,9 @@ class TokenHead(nn.Module):
         return used[torch.cat(chosen)].view(hidden.shape[:2])
 
     def loss(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
-        """Cross-entropy against the softened targets.
+        """Cross-entropy.
 
-        As the logits are linear in the code features, the softened target enters by its expected features
-        alone, and only the normalisation needs the logits.
+        As logits are linear in a code's features, the target's needs no others; those are needed for the normaliser.
 
         Parameters
         ----------
@@ -361,8 +363,9 @@ class TokenHead(nn.Module):
         query = self._query(hidden, scale, groups, prior)
         _, codes, log_weight = self._used(scale)
         normaliser: Tensor = _Normaliser.apply(query, codes, log_weight)
-        target = F.embedding(tokens, getattr(self, f"softened_{scale}"))
-        return normaliser - (query * target[..., :-1]).sum(-1) - target[..., -1]
+        targets = self.get_buffer(f"stand_in_{scale}")[tokens]
+        own_codes = F.embedding(targets, self.get_buffer(f"codes_{scale}"))
+        return normaliser - (query * own_codes).sum(-1) - self.get_buffer(f"log_weight_{scale}")[targets]
 
     @torch.no_grad()
     def rank(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:

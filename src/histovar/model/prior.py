@@ -20,7 +20,7 @@ from .linear import LinearPart
 DEPTH_SHARE = 0.6
 
 
-class _EnsembleLinear(nn.Module):
+class EnsembleLinear(nn.Module):
     """A linear layer for each member: (n_members, n, n_in) to (n_members, n, n_out)."""
 
     def __init__(self, n_members: int, n_in: int, n_out: int) -> None:
@@ -30,6 +30,7 @@ class _EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, members: slice) -> Tensor:
+        """Of some members."""
         return torch.baddbmm(self.bias[members], x, self.weight[members])
 
 
@@ -70,19 +71,18 @@ class ConditionalMeanPrior(nn.Module):
         super().__init__()
         self.config = config
         n, hidden = 2 * config.n_members, config.prior_hidden
-        self.layers = nn.ModuleList([_EnsembleLinear(n, n_features, hidden), _EnsembleLinear(n, hidden, hidden)])
+        self.layers = nn.ModuleList([EnsembleLinear(n, n_features, hidden), EnsembleLinear(n, hidden, hidden)])
         self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
-        self.output = _EnsembleLinear(n, hidden, config.n_genes + 1)
+        self.output = EnsembleLinear(n, hidden, config.n_genes + 1)
         self.linear = LinearPart(config.n_members, n_features, config.n_genes + 1)
 
-    def _outputs(self, features: Tensor, members: slice) -> Tensor:
-        """Genes and depth of some members: (number of them, n_spots, n_genes + 1)."""
+    def _hidden(self, features: Tensor, members: slice) -> Tensor:
+        """What some members make of the features: (number of them, n_spots, prior_hidden)."""
         x = features.expand(len(self.output.bias[members]), -1, -1)
         x = dropout(x, self.config.prior_input_dropout, self.training)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = dropout(F.gelu(norm(layer(x, members), members)), self.config.prior_dropout, self.training)
-        out: Tensor = self.output(x, members)
-        return out
+        return x
 
     def forward(self, features: Tensor, novelty: Tensor, *, cross_fitted: bool = False) -> Tensor:
         """Prediction of every member that saw all training spots, or of every cross-fitted one.
@@ -103,11 +103,20 @@ class ConditionalMeanPrior(nn.Module):
         """
         n = self.config.n_members
         members = slice(0, n) if cross_fitted else slice(n, 2 * n)
-        outputs = self.linear(self._outputs(features, members), features, cross_fitted=cross_fitted)
+        outputs = self.output(self._hidden(features, members), members)
+        outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
         genes, depth = outputs.split([self.config.n_genes, 1], 2)
         return genes + DEPTH_SHARE * novelty[:, None] * depth
 
-    def loss(self, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor, n_folds: int) -> Tensor:
+    def loss(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        folds: Tensor,
+        n_folds: int,
+        also: EnsembleLinear | None = None,
+    ) -> Tensor:
         """Sum over all members of the weighted mean squared error on the spots that the member may see.
 
         Parameters
@@ -115,15 +124,20 @@ class ConditionalMeanPrior(nn.Module):
         features
             (n_spots, n_features).
         targets
-            (n_spots, n_genes + 1): standardised genes, then depth.
+            (n_spots, n_genes + 1 + outputs of `also`): standardised genes, depth, then what `also` is to predict.
         weights
             (n_spots,) weight of each spot.
         folds
             (n_spots,) fold of each spot.
         n_folds
             Number of folds; cross-fitted member ``m`` leaves out fold ``m % n_folds``.
+        also
+            Further outputs of the hidden layers, for training alone.
         """
-        errors = (self._outputs(features, slice(None)) - targets).square().mean(2) * weights
+        every = slice(None)
+        hidden = self._hidden(features, every)
+        outputs = torch.cat([layer(hidden, every) for layer in (self.output, also) if layer is not None], 2)
+        errors = (outputs - targets).square().mean(2) * weights
         seen = (~self._unseen(folds, n_folds)).to(errors.dtype)
         seen = torch.cat([seen, torch.ones_like(seen)])
         return ((errors * seen).sum(1) / mean_of_processes(seen.sum(1)).clamp(min=1)).sum()

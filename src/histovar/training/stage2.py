@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histovar._spots import sampled_spots
+from histovar.anndata_io.neighbors import Neighborhoods
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
+from histovar.model.prior import EnsembleLinear
 
 from .data import Spots, collected, cross_fit_folds, held_out_spots
 from .linear import fit_linear
@@ -26,8 +28,8 @@ from .trainer import StageModule, TrainingOptions, fit, seeded
 
 logger = logging.getLogger(__name__)
 
-# Inputs, tokens, expression, fold, weight and depth of some spots.
-Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Inputs, tokens, expression, fold, weight, depth and surroundings of some spots.
+Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The prior's recipe: one-cycle AdamW, few epochs, strong decay.
 PRIOR_EPOCHS = 30
@@ -39,7 +41,7 @@ PRIOR_WEIGHT_DECAY = 0.1
 PRIOR_BATCH = (16, 256)
 # A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
 HALF_WEIGHT = 0.3
-# Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
+# Of a wide finest scale, tokens that are learnt in one step; the next step draws others. And genes of the surroundings.
 GENES_AT_ONCE = 1024
 # Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
 EXPECTED_TEACHER = 0.5
@@ -72,18 +74,32 @@ class _Stage2Module(StageModule):
 
 
 class PriorModule(_Stage2Module):
-    """Lightning module of the conditional-mean prior, which it trains; parameters as of its base."""
+    """Lightning module of the conditional-mean prior, which it trains.
 
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
+    Its members learn, too, what a spot's neighbours express on average: the same tissue, measured with less noise. The
+    layer that says so is not kept.
+
+    Parameters
+    ----------
+    model, options, n_folds
+        As of its base.
+    n_around
+        Number of genes of the surroundings.
+    """
+
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int, n_around: int) -> None:
         super().__init__(model, options, n_folds)
         self.prior = model.var_stage.prior
+        config = model.config
+        self.around = EnsembleLinear(2 * config.n_members, config.prior_hidden, n_around) if n_around else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        histology, _, expression, folds, weights, depth = batch
+        histology, _, expression, folds, weights, depth, around = batch
         assert self.prior is not None
         features = self.model.var_stage.condition.features(histology)
-        loss = self.prior.loss(features, prior_targets(self.model, expression, depth), weights, folds, self.n_folds)
+        targets = torch.cat([prior_targets(self.model, expression, depth), around], 1)
+        loss = self.prior.loss(features, targets, weights, folds, self.n_folds, self.around)
         self.watch("prior", len(features), loss=loss / (2 * self.prior.config.n_members))
         return loss
 
@@ -118,7 +134,7 @@ class Stage2Module(_Stage2Module):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        histology, tokens, _, folds, _, _ = batch
+        histology, tokens, _, folds, *_ = batch
         model = self.model
         prior = unseen_prior(model, histology, folds, self.n_folds)
         teacher = model.token_embeddings(tokens)
@@ -147,7 +163,7 @@ class Stage2Module(_Stage2Module):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Lightning's hook."""
-        histology, tokens, _, folds, _, _ = batch
+        histology, tokens, _, folds, *_ = batch
         prior = unseen_prior(self.model, histology, folds, self.n_folds)
         genes = self._some_genes(random=False)
         losses, rank = self.model.token_loss_and_rank(histology, tokens, prior, genes)
@@ -195,7 +211,7 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> Fr
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
     measured = []
     has_prior = model.var_stage.prior is not None
-    for histology, tokens, expression, folds, _, _ in batches:
+    for histology, tokens, expression, folds, *_ in batches:
         prior = unseen_prior(model, histology, folds, n_folds)
         expected = model.predict(histology, members=prior[None]).values
         means = model.prior_mean(prior) if has_prior else expected
@@ -309,7 +325,8 @@ class Stage2Trainer:
                 histology = condition.align(part.histology, torch.from_numpy(part.sections), survey.moments)
                 histology = histology._replace(novelty=torch.zeros_like(histology.novelty))
                 tokens = model.tokenize(part.expression)
-                yield histology, tokens, part.expression, folds[rows], weights[rows], depth[rows]
+                around = surroundings(model, part, folds[rows].numpy())
+                yield histology, tokens, part.expression, folds[rows], weights[rows], depth[rows], around
 
         return collected(made(), n_spots, scratch), sections, int(folds.max()) + 1
 
@@ -324,18 +341,32 @@ class Stage2Trainer:
         batch_size = max(1, max(least, min(most, len(spots) // 16)) // self.options.world_size)
         options = replace(self.options, batch_size=batch_size, limit_train_batches=PRIOR_STEPS)
         epochs = max(1, min(PRIOR_EPOCHS, PRIOR_STEPS // options.batches(len(spots))))
-        module = PriorModule(model, options, n_folds)
+        module = PriorModule(model, options, n_folds, spots.items[-1].shape[1])  # type: ignore[union-attr]
         fit(module, spots, None, options, max_epochs=epochs, averaging=False, resumable=False)
         model.cpu()
         prior.eval()
         batch: Any = spots[sampled_spots(len(spots), options.random_state)]
-        histology, tokens, expression, folds, weights, depth = batch
+        histology, tokens, expression, folds, weights, depth, _ = batch
         features = model.var_stage.condition.features(histology)
         fit_linear(prior, features, prior_targets(model, expression, depth), weights, folds, n_folds)
         unseen = prior.out_of_fold(features, folds, n_folds)
         pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)
         values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(pairs)]
         model.var_stage.head.set_spread(values)
+
+
+def surroundings(model: TwoStageVARST, part: Measured, folds: NDArray[np.int64]) -> Tensor:
+    """Mean standardised expression of each spot's nearest neighbours of its section and fold.
+
+    As many neighbours as the smallest neighbourhood of the niche has; at most 1,024 genes, evenly spaced, and none
+    without a niche.
+    """
+    n_genes, sizes = model.config.n_genes, model.config.n_neighbors[:1]
+    labels = part.sections * (folds.max() + 1) + folds
+    some = np.arange(n := min(n_genes, GENES_AT_ONCE)) * n_genes // n
+    standardized = model.stage1.scales.standardize(part.expression)[:, some].numpy()
+    around = [graph @ standardized for graph in Neighborhoods.of(part.coordinates, labels, sizes).graphs]
+    return torch.from_numpy(np.concatenate([standardized[:, :0], *around], 1))
 
 
 def _weights_and_depth(total_counts: NDArray[np.floating] | None, n_spots: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from compare import NOISE, OURS, TRAINING, plot
 import histovar as hv
 
 # Of tables that were not made anew since.
-BEFORE = " histovar was measured before its gate became as cautious as it is now, which matters where spots are few."
+BEFORE = " histovar was measured before its prior learnt the mean expression of neighbours."
 MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "MSE", "RVD", "correlation error", "CRPS", "coverage 90"]
 BOUNDS = ["noise ceiling", "depth oracle", TRAINING, NOISE]
 DRAWS = ["RVD of draws", "correlation error of draws"]
@@ -40,16 +40,16 @@ TEXTS = {
         "## Another section of the same patient",
         "her2st (Andersson et al. 2021), sections C2 to C5 of one patient, 732 spots; one section is left out in turn. "
         "MFBP and VAR_ST are written and trained here from a short description; VAR_ST in this size learns next to "
-        "nothing from so few spots, which says little of the original." + BEFORE,
+        "nothing from so few spots, which says little of the original.",
     ),
     "her2st_table_log_counts": (
         "## The same in raw log counts",
         "As above, every method trained and scored on log1p of the counts themselves, in which depth is part of what "
-        "is to be predicted." + BEFORE,
+        "is to be predicted.",
     ),
     "mob_table": (
         "## Another individual",
-        "Mouse olfactory bulb, four sections of two mice, 1,627 spots; one mouse is left out in turn." + BEFORE,
+        "Mouse olfactory bulb, four sections of two mice, 1,627 spots; one mouse is left out in turn.",
     ),
     "her2st_shallow": (
         "## A shallow section from elsewhere",
@@ -64,13 +64,13 @@ TEXTS = {
     ),
     "simulated_curve": (
         "## Many training spots",
-        "Simulated sections (`hv.datasets.simulate`), one held out.",
+        "Simulated sections (`hv.datasets.simulate`), one held out." + BEFORE,
     ),
     "her2st_ablations": (
         "## What each part does",
-        "histovar with one thing changed, her2st, section C2 held out; and the reference configuration cut to what two "
-        "CPU cores train (one layer, 256 codes, scale order). One seed: compare differences with those of seeds, above."
-        + BEFORE,
+        "histovar with one thing changed, her2st, section C2 held out; and the reference configuration cut to what "
+        "two CPU cores train (one layer, 256 codes, scale order). One seed: compare differences with those of seeds, "
+        "above.",
     ),
 }
 

@@ -312,16 +312,17 @@ def shallow(data: Data, arguments: argparse.Namespace) -> Iterator[dict[str, Any
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over sections and seeds of every method, and the spread of PCC-200 over sections."""
+    """Mean over held-out groups and seeds of every method, and the spread of its main score over each."""
     keys = ["method", "spots"] if "spots" in rows else ["method"]
     scores = [c for c in rows if c not in (*keys, "held out", "seed")]
     kept = [c for c in COLUMNS if c in scores] if "MSE" in scores else scores
     means = rows.groupby(keys, sort=False)[kept].mean()
     main = next(c for c in ("PCC-200", "PCC-200 lognorm", "PCC-all") if c in scores)
-    sections = rows.groupby([*keys, "held out"], sort=False)[main].mean()
-    means.insert(
-        0, f"{main} by held-out", sections.groupby(keys, sort=False).apply(lambda s: " ".join(f"{v:.3f}" for v in s))
-    )
+    groups = rows.groupby([*keys, "held out"], sort=False)[main].mean().groupby(keys, sort=False)
+    seeds = rows.groupby([*keys, "seed"], sort=False)[main].mean().groupby(keys, sort=False)
+    means.insert(0, f"{main} by held-out", groups.apply(lambda s: " ".join(f"{v:.3f}" for v in s)))
+    means.insert(1, "sd over held-out", groups.std())
+    means.insert(2, "sd over seeds", seeds.std())
     return means
 
 

@@ -51,6 +51,10 @@ TEXTS = {
         "## Another individual",
         "Mouse olfactory bulb, four sections of two mice, 1,627 spots; one mouse is left out in turn.",
     ),
+    "mob_table_log_counts": (
+        "## Another individual in raw log counts",
+        "As above, trained and scored on log1p of the counts.",
+    ),
     "her2st_shallow": (
         "## A shallow section from elsewhere",
         "A stand-in for another patient: the held-out section's counts are thinned to a median of 650, and its "

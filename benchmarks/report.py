@@ -99,7 +99,9 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     numbers = [c for c in rows if c not in (*keys, "held out", "seed")]
     kept = [c for c in MAIN if c in numbers] or numbers
     means = rows.groupby(keys, sort=False)[kept].mean()
-    if "spots" not in rows:
+    if "spots" in rows:
+        means = means.sort_index()
+    else:
         means = means.sort_values(means.columns[min(1, len(kept) - 1)], ascending=False)
     parts = [title, text, markdown(means)]
     groups = rows["held out"].unique()

@@ -240,7 +240,7 @@ def training_step(model: TwoStageVARST, batch: int) -> Callable[[], None]:
     others = torch.zeros(0)  # which the prior's training takes
 
     def step() -> None:
-        loss = module.training_step((histology, tokens, others, folds, others, others), 0)
+        loss = module.training_step((histology, tokens, others, folds, others, others, others), 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,7 +24,7 @@ from .data import Spots, collected, cross_fit_folds, held_out_spots
 from .linear import fit_linear
 from .standardization import fit_condition
 from .survey import Measured, surveyed
-from .trainer import StageModule, TrainingOptions, fit, seeded
+from .trainer import StageModule, TrainingOptions, evenly_spaced, fit, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -359,11 +359,12 @@ def surroundings(model: TwoStageVARST, part: Measured, folds: NDArray[np.int64])
     """Mean standardised expression of each spot's nearest neighbours of its section and fold.
 
     As many neighbours as the smallest neighbourhood of the niche has; at most 1,024 genes, evenly spaced, and none
-    without a niche.
+    without a niche or a prior.
     """
-    n_genes, sizes = model.config.n_genes, model.config.n_neighbors[:1]
+    config = model.config
+    sizes = config.n_neighbors[:1] if config.n_members else ()
     labels = part.sections * (folds.max() + 1) + folds
-    some = np.arange(n := min(n_genes, GENES_AT_ONCE)) * n_genes // n
+    some = evenly_spaced(config.n_genes, GENES_AT_ONCE)
     standardized = model.stage1.scales.standardize(part.expression)[:, some].numpy()
     around = [graph @ standardized for graph in Neighborhoods.of(part.coordinates, labels, sizes).graphs]
     return torch.from_numpy(np.concatenate([standardized[:, :0], *around], 1))

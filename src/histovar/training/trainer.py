@@ -165,7 +165,13 @@ class StageModule(LightningModule):
             return None
         if random:
             return torch.randperm(n_genes, device=self.device)[:most].sort().values
-        return torch.arange(most, device=self.device) * n_genes // most
+        return evenly_spaced(n_genes, most).to(self.device)
+
+
+def evenly_spaced(n_genes: int, most: int) -> torch.Tensor:
+    """At most so many genes, increasing."""
+    n = min(n_genes, most)
+    return torch.arange(n) * n_genes // n
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
 import histovar as hv
-from histovar.anndata_io import read
+from histovar.anndata_io import neighbors, read
 from histovar.anndata_io.neighbors import Neighborhoods
 
 from .conftest import QUICK, small_config
@@ -79,6 +79,19 @@ def test_niche_tells_how_near_the_outline_a_spot_lies():
     distance, offset = found[:, [0, 2]], found[:, [1, 3]]
     assert (distance[corner] > distance[middle] + 0.2).all()
     assert (offset[corner] > 0.5).all() and (offset[middle] < 0.1).all()
+
+
+@pytest.mark.parametrize("stretch", [(1, 1), (0.01, 1), (20, 1)])
+def test_neighbours_of_a_large_section_are_those_of_the_whole(monkeypatch, stretch):
+    rng = np.random.default_rng(0)
+    scattered = rng.random((20, 2)) * 5  # far apart, so that their neighbours lie in other strips
+    place = np.concatenate([rng.random((1500, 2)), scattered]) * stretch
+    whole = Neighborhoods.of(place, None, (8, 48))
+    monkeypatch.setattr(neighbors, "SPOTS_AT_ONCE", 100)
+    strips = Neighborhoods.of(place, None, (8, 48))
+    for one, other in zip(whole.graphs, strips.graphs, strict=True):
+        assert abs(one - other).max() == 0
+    np.testing.assert_allclose(strips.outline, whole.outline, atol=1e-6)
 
 
 def test_niche_features_of_versions_without_outline_are_made_again(query, model):

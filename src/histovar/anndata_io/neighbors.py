@@ -15,6 +15,9 @@ from scipy import sparse
 
 from histovar.model.config import N_OUTLINE
 
+# Of larger sections neighbours are sought in strips of so many spots.
+SPOTS_AT_ONCE = 2**16
+
 
 class Neighborhoods(NamedTuple):
     """Each spot's nearest neighbours within its section, itself left out, by squidpy.
@@ -60,7 +63,7 @@ class Neighborhoods(NamedTuple):
             for rows in members:
                 graph, outline[rows, N_OUTLINE * i : N_OUTLINE * (i + 1)] = _nearest(place[rows], n)
                 blocks.append(graph)
-            whole = sparse.block_diag(blocks, format="csr")
+            whole = blocks[0] if len(blocks) == 1 else sparse.block_diag(blocks, format="csr")
             graphs.append(whole if in_order else whole[order][:, order])
         return cls(graphs, outline)
 
@@ -71,21 +74,73 @@ def _nearest(place: NDArray[np.floating], n_neighbors: int) -> tuple[sparse.csr_
     The mean over all other spots would say of a spot the contrary of what its neighbours say: it is low where the spot
     itself is high. And where a section was sampled sparsely, more spots would reach too far.
     """
-    if len(place) == 1:
+    n_spots = len(place)
+    if n_spots == 1:
         return sparse.csr_matrix((1, 1), dtype=np.float32), np.zeros((1, N_OUTLINE), np.float32)
+    n = min(n_neighbors, max(n_spots // 4, 1))
+    found = _knn(place, n) if n_spots <= SPOTS_AT_ONCE else _knn_in_strips(place, n)
+    share = np.full(n_spots * n, 1 / n, np.float32)
+    graph = sparse.csr_matrix((share, found.neighbors.ravel(), np.arange(n_spots + 1) * n), (n_spots, n_spots))
+    distance = found.distance.clip(min=1e-12)  # spots may lie on top of each other
+    offset = np.linalg.norm(graph @ place - place, axis=1)
+    return graph, np.stack([np.log(distance / np.median(distance)), offset / distance], 1).astype(np.float32)
+
+
+class _Nearest(NamedTuple):
+    """Nearest neighbours of some spots.
+
+    Parameters
+    ----------
+    neighbors
+        (n_spots, n_neighbors), which spots.
+    distance, farthest
+        (n_spots,) mean distance and that of the last.
+    """
+
+    neighbors: NDArray[np.int32]
+    distance: NDArray[np.floating]
+    farthest: NDArray[np.floating]
+
+
+def _knn(place: NDArray[np.floating], n_neighbors: int) -> _Nearest:
+    """Neighbours of all spots, by squidpy."""
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
     from histovar._squidpy import sq
 
     with _quiet_squidpy():
-        sq.gr.spatial_neighbors_knn(light, n_neighs=min(n_neighbors, max(len(place) // 4, 1)))
-    graph = light.obsp.pop("spatial_connectivities").astype(np.float32)
-    n_found = np.asarray(graph.sum(1)).ravel().clip(min=1)
-    graph = sparse.diags_array(1 / n_found) @ graph
-    # Spots may lie on top of each other.
-    distance = (np.asarray(light.obsp["spatial_distances"].sum(1)).ravel() / n_found).clip(min=1e-12)
-    offset = np.linalg.norm(graph @ place - place, axis=1)
-    return graph, np.stack([np.log(distance / np.median(distance)), offset / distance], 1).astype(np.float32)
+        sq.gr.spatial_neighbors_knn(light, n_neighs=n_neighbors)
+    distances = light.obsp["spatial_distances"]
+    return _Nearest(
+        light.obsp["spatial_connectivities"].indices.reshape(-1, n_neighbors),
+        np.asarray(distances.sum(1)).ravel() / n_neighbors,
+        distances.max(axis=1).toarray().ravel(),
+    )
+
+
+def _knn_in_strips(place: NDArray[np.floating], n_neighbors: int) -> _Nearest:
+    """The same, strip by strip along the longer axis, each with as much margin as its spots' neighbours reach.
+
+    As squidpy takes a kilobyte or more for each spot that it looks at.
+    """
+    n_spots = len(place)
+    found = _Nearest(np.empty((n_spots, n_neighbors), np.int32), np.empty(n_spots), np.empty(n_spots))
+    along = place[:, np.ptp(place, axis=0).argmax()].astype(float)
+    order = along.argsort(kind="stable")
+    padded = np.concatenate([[-np.inf], along[order], [np.inf]])
+    for start in range(0, n_spots, SPOTS_AT_ONCE):
+        rows = order[start : start + SPOTS_AT_ONCE]
+        margin = max(SPOTS_AT_ONCE // 8, n_neighbors)
+        while True:
+            low, high = max(start - margin, 0), min(start + len(rows) + margin, n_spots)
+            strip, own = _knn(place[order[low:high]], n_neighbors), slice(start - low, start - low + len(rows))
+            farthest, before, after = strip.farthest[own], padded[low], padded[high + 1]  # the nearest spots left out
+            if (along[rows] - farthest >= before).all() and (along[rows] + farthest <= after).all():
+                break
+            margin *= 2
+        found.neighbors[rows] = order[low:high][strip.neighbors[own]]
+        found.distance[rows], found.farthest[rows] = strip.distance[own], farthest
+    return found
 
 
 @contextmanager

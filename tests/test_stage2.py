@@ -271,16 +271,27 @@ def test_dropout_keeps_the_expectation_and_drops_each_element_by_itself(p):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_feed_forward_is_the_same_without_gradients(activation, monkeypatch):
+def test_feed_forward_of_some_rows_at_a_time(activation, monkeypatch):
     monkeypatch.setattr("histovar.model.feedforward.HIDDEN_AT_ONCE", 100)  # seven rows at a time
     torch.manual_seed(0)
-    layers, x = FeedForward(6, 14, activation, dropout=0.0).eval(), torch.randn(5, 4, 6)
-    expected, before = layers(x).detach(), x.clone()
+    layers, x = FeedForward(6, 14, activation, dropout=0.0), torch.randn(5, 4, 6, requires_grad=True)
+    at_once, before = torch.nn.Sequential(*layers), x.detach().clone()
+    expected = at_once(x)
+    torch.testing.assert_close(layers(x), expected)
+    wanted = (x, *layers.parameters())
+    some, every = (torch.autograd.grad(made(x).square().sum(), wanted) for made in (layers, at_once))
+    torch.testing.assert_close(some, every)
     with torch.no_grad():
-        torch.testing.assert_close(layers(x), expected)
         # Rows of less precision, as under autocast.
         torch.testing.assert_close(layers(x.bfloat16()), expected, atol=0.03, rtol=0)
     assert torch.equal(x, before)
+
+
+def test_feed_forward_drops_in_training_alone():
+    layers, x = FeedForward(6, 64, "relu", dropout=0.5), torch.randn(3, 6)
+    assert not torch.equal(layers(x), layers(x))
+    layers.eval()
+    assert torch.equal(layers(x), layers(x))
 
 
 def test_options_of_the_condition_reach_the_prediction(loaded):

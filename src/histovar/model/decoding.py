@@ -170,7 +170,6 @@ def _generate(
     config = transformer.config
     memory = memory.to(transformer.positions.dtype)
     codebook = stage1.quantizer.codebook
-    values_of = [stage1.code_values(k) for k in range(len(config.scales))]
     projected, caches = transformer.project_memory(memory), transformer.caches(memory)
     n_spots = len(memory)
     # The condition, which feeds the first block, then the tokens that feed later ones.
@@ -203,7 +202,7 @@ def _generate(
             chosen, embedding = made.likeliest, made.embedding
         else:
             chosen = head.choose(hidden, scale, groups, shift, pick)
-            values[scale][:, groups] = values_of[scale][chosen]
+            values[scale][:, groups] = head.values(chosen, scale)
         tokens[:, start:stop] = chosen
         if feeds:
             inputs[:, start + 1 : stop + 1] = head.embed(chosen, codebook) if embedding is None else embedding

@@ -201,6 +201,11 @@ class TokenHead(nn.Module):
         embedded: Tensor = self.embedding(F.embedding(tokens, codebook.to(self.output.weight.dtype)))
         return embedded
 
+    def values(self, tokens: Tensor, scale: int) -> Tensor:
+        """Values that tokens of a scale decode to: (...) to (..., components)."""
+        dim, c = self.config.codebook_dim, self.config.components[scale]
+        return F.embedding(tokens, self.get_buffer(f"codes_{scale}")[:, dim : dim + c])
+
     def _query(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
         """What the code features are multiplied with: (n_spots, n, features)."""
         query: Tensor = self.output(hidden)

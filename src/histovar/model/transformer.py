@@ -139,7 +139,7 @@ class FewKeysAttention(Attention):
         weights, offsets, results = folded
         scores = torch.baddbmm(offsets, weights, x.transpose(1, 2)).unflatten(1, (-1, self.n_heads))
         shares = dropout(scores.softmax(1), self.dropout, self.training)
-        return shares.flatten(1, 2).transpose(1, 2) @ results + self.output.bias
+        return torch.baddbmm(self.output.bias, shares.flatten(1, 2).transpose(1, 2), results)
 
 
 class DecoderLayer(nn.Module):

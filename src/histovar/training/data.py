@@ -40,7 +40,7 @@ class Spots(Dataset[tuple[Item, ...]]):
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
         index = np.asarray(rows)
-        return tuple(_mapped(item, lambda t: t[index]) for item in self.items)
+        return tuple(mapped(item, lambda t: t[index]) for item in self.items)
 
     def take(self, rows: NDArray[np.integer]) -> Spots:
         """Some of the spots."""
@@ -69,10 +69,10 @@ class StoredSpots(Spots):
 
         start = 0
         for items in parts:
-            block = np.concatenate([t.reshape(len(t), -1).numpy().astype(np.float32) for t in _tensors(items)], 1)
+            block = np.concatenate([t.reshape(len(t), -1).numpy().astype(np.float32) for t in tensors(items)], 1)
             if start == 0:
                 # A spot of what is stored, which says how to take a row apart again.
-                self.items = tuple(_mapped(item, lambda t: t[:1].clone()) for item in items)
+                self.items = tuple(mapped(item, lambda t: t[:1].clone()) for item in items)
                 self.store: Any = zarr.create_array(
                     scratch / "spots.zarr",
                     shape=(n_spots, block.shape[1]),
@@ -96,10 +96,10 @@ class StoredSpots(Spots):
         for number in np.unique(numbers).tolist():
             here = numbers == number
             block[here] = self._chunk(number)[wanted[here] - number * CHUNK_SPOTS]
-        widths = [t[0].numel() for t in _tensors(self.items)]
+        widths = [t[0].numel() for t in tensors(self.items)]
         columns = iter(torch.from_numpy(block).split(widths, 1))
         return tuple(
-            _mapped(item, lambda t: next(columns).reshape(len(wanted), *t.shape[1:]).to(t.dtype)) for item in self.items
+            mapped(item, lambda t: next(columns).reshape(len(wanted), *t.shape[1:]).to(t.dtype)) for item in self.items
         )
 
     def _chunk(self, number: int) -> NDArray[np.float32]:
@@ -147,11 +147,12 @@ def _length(item: Item) -> int:
     return len(item.novelty if isinstance(item, Histology) else item)
 
 
-def _mapped(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
+def mapped(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
+    """A function of a tensor, or of every tensor of a :class:`Histology`."""
     return item.map(function) if isinstance(item, Histology) else function(item)
 
 
-def _tensors(items: Iterable[Item]) -> list[Tensor]:
+def tensors(items: Iterable[Item]) -> list[Tensor]:
     """All tensors, in the order in which :meth:`Histology.map` visits them."""
     found: list[Tensor] = []
 
@@ -160,7 +161,7 @@ def _tensors(items: Iterable[Item]) -> list[Tensor]:
         return tensor
 
     for item in items:
-        _mapped(item, visit)
+        mapped(item, visit)
     return found
 
 

@@ -314,15 +314,16 @@ class Stage2Trainer:
         survey = surveyed(parts, n_spots, seed)
         standardized = model.stage1.scales.standardize(survey.expression)
         fit_condition(condition, survey.histology, survey.sections, survey.moments, standardized, seed)
-        sections = survey.all_sections
+        sections, moments = survey.all_sections, survey.moments
         folds = torch.from_numpy(cross_fit_folds(sections, survey.coordinates, model.config.n_members))
         weights, depth = _weights_and_depth(survey.total_counts, n_spots)
+        del survey, standardized  # which would be in memory while spots are read again
 
         def made() -> Iterator[Batch]:
             start = 0
             for part in parts:
                 rows = slice(start, start := start + len(part.sections))
-                histology = condition.align(part.histology, torch.from_numpy(part.sections), survey.moments)
+                histology = condition.align(part.histology, torch.from_numpy(part.sections), moments)
                 histology = histology._replace(novelty=torch.zeros_like(histology.novelty))
                 tokens = model.tokenize(part.expression)
                 around = surroundings(model, part, folds[rows].numpy())

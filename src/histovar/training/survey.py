@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from histovar._spots import sampled_spots
 from histovar.model import Histology
 from histovar.model.condition import Moments
+
+from .data import mapped, tensors
 
 
 class Measured(NamedTuple):
@@ -75,25 +77,30 @@ def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Surv
     """
     sample = sampled_spots(n_spots, random_state)
     moments: dict[int, Moments] = {}
-    chosen: list[tuple[Histology, Tensor, NDArray[np.int64]]] = []
+    chosen: tuple[Any, ...] = ()
     light: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
     start = 0
     for part in parts:
         moments |= Moments.by_section(part.histology, torch.from_numpy(part.sections))
         stop = start + len(part.sections)
-        rows = sample[(sample >= start) & (sample < stop)] - start
-        chosen.append((part.histology.map(lambda t: t[rows]), part.expression[rows], part.sections[rows]))  # noqa: B023
+        items = part.histology, part.expression
+        if not chosen:
+            chosen = tuple(mapped(item, lambda t: t.new_empty(len(sample), *t.shape[1:])) for item in items)
+        low, high = np.searchsorted(sample, (start, stop))
+        for some, values in zip(tensors(chosen), tensors(items), strict=True):
+            some[low:high] = values[sample[low:high] - start]
         light.append((part.sections, part.coordinates, part.total_counts))
         start = stop
-    histologies, expressions, sections = zip(*chosen, strict=True)
-    all_sections, coordinates, totals = zip(*light, strict=True)
+    sections, coordinates, totals = zip(*light, strict=True)
+    all_sections = np.concatenate(sections)
+    histology, expression = chosen
     known = [total for total in totals if total is not None]
     return Survey(
         moments,
-        Histology.concatenated(histologies),
-        torch.cat(expressions),
-        torch.from_numpy(np.concatenate(sections)),
-        np.concatenate(all_sections),
+        histology,
+        expression,
+        torch.from_numpy(all_sections[sample]),
+        all_sections,
         np.concatenate(coordinates),
         np.concatenate(known) if len(known) == len(totals) else None,
     )

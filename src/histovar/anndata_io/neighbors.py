@@ -48,42 +48,35 @@ class Neighborhoods(NamedTuple):
         names
             (n_obs,) sections, or None.
         n_neighbors
-            Neighbourhood sizes; a size above a quarter of a section's spots is that quarter there.
+            Neighbourhood sizes; a size above a quarter of a section's spots is that quarter there. The mean over all
+            other spots would say of a spot the contrary of what its neighbours say: it is low where the spot itself is
+            high. And where a section was sampled sparsely, more spots would reach too far.
         """
-        outline = np.empty((len(place), N_OUTLINE * len(n_neighbors)), np.float32)
+        n_spots = len(place)
+        outline = np.zeros((n_spots, N_OUTLINE * len(n_neighbors)), np.float32)
         if not n_neighbors:
             return cls([], outline)
-        labels = np.zeros(len(place)) if names is None else names
+        labels = np.zeros(n_spots) if names is None else names
         members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        order = np.concatenate(members).argsort()
-        in_order = np.array_equal(order, np.arange(len(order)))
         graphs = []
-        for i, n in enumerate(n_neighbors):
-            blocks = []
+        for i, wanted in enumerate(n_neighbors):
+            counts, distance = np.empty(n_spots, np.int64), np.ones(n_spots)
             for rows in members:
-                graph, outline[rows, N_OUTLINE * i : N_OUTLINE * (i + 1)] = _nearest(place[rows], n)
-                blocks.append(graph)
-            whole = blocks[0] if len(blocks) == 1 else sparse.block_diag(blocks, format="csr")
-            graphs.append(whole if in_order else whole[order][:, order])
+                counts[rows] = min(wanted, len(rows) - 1, max(len(rows) // 4, 1))
+            pointers = np.concatenate([[0], counts.cumsum()])
+            neighbors = np.empty(pointers[-1], np.int32)
+            near, off = outline[:, N_OUTLINE * i : N_OUTLINE * (i + 1)].T
+            for rows in members:
+                if n := counts[rows[0]]:
+                    found = (_knn if len(rows) <= SPOTS_AT_ONCE else _knn_in_strips)(place[rows], n)
+                    neighbors[pointers[rows, None] + np.arange(n)] = rows[found.neighbors]
+                    distance[rows] = found.distance.clip(min=1e-12)  # spots may lie on top of each other
+                    near[rows] = np.log(distance[rows] / np.median(distance[rows]))
+            shares = np.repeat((1 / counts.clip(min=1)).astype(np.float32), counts)
+            graph = sparse.csr_matrix((shares, neighbors, pointers), (n_spots, n_spots))
+            off[:] = np.where(counts > 0, np.linalg.norm(graph @ place - place, axis=1) / distance, 0)
+            graphs.append(graph)
         return cls(graphs, outline)
-
-
-def _nearest(place: NDArray[np.floating], n_neighbors: int) -> tuple[sparse.csr_matrix, NDArray[np.float32]]:
-    """Graph and outline of one section; a neighbourhood is at most a quarter of it.
-
-    The mean over all other spots would say of a spot the contrary of what its neighbours say: it is low where the spot
-    itself is high. And where a section was sampled sparsely, more spots would reach too far.
-    """
-    n_spots = len(place)
-    if n_spots == 1:
-        return sparse.csr_matrix((1, 1), dtype=np.float32), np.zeros((1, N_OUTLINE), np.float32)
-    n = min(n_neighbors, max(n_spots // 4, 1))
-    found = _knn(place, n) if n_spots <= SPOTS_AT_ONCE else _knn_in_strips(place, n)
-    share = np.full(n_spots * n, 1 / n, np.float32)
-    graph = sparse.csr_matrix((share, found.neighbors.ravel(), np.arange(n_spots + 1) * n), (n_spots, n_spots))
-    distance = found.distance.clip(min=1e-12)  # spots may lie on top of each other
-    offset = np.linalg.norm(graph @ place - place, axis=1)
-    return graph, np.stack([np.log(distance / np.median(distance)), offset / distance], 1).astype(np.float32)
 
 
 class _Nearest(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,15 +133,20 @@ def collected(parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path | N
 
 
 class _ChunkSampler(DistributedSampler[Any]):
-    """Shuffles chunks, then the spots of several chunks at a time."""
+    """Shuffles chunks, then the spots of several chunks at a time, of rows that increase."""
 
     def __iter__(self) -> Iterator[int]:
+        # Processes draw equally many: where spots run out, the first are drawn again.
+        return islice(chain(self._order(), self._order()), self.rank, self.total_size, self.num_replicas)
+
+    def _order(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        chunks = self.dataset.rows // CHUNK_SPOTS  # type: ignore[attr-defined]
-        place = rng.permutation(chunks.max() + 1)[chunks] // SHUFFLED_CHUNKS
-        order = np.lexsort((rng.random(len(chunks)), place))
-        order = np.resize(order, self.total_size)
-        return map(int, order[self.rank :: self.num_replicas])
+        rows = self.dataset.rows  # type: ignore[attr-defined]
+        bounds = np.searchsorted(rows, np.arange(0, rows[-1] + CHUNK_SPOTS + 1, CHUNK_SPOTS))
+        chunks = rng.permutation(len(bounds) - 1)
+        for group in np.split(chunks, range(SHUFFLED_CHUNKS, len(chunks), SHUFFLED_CHUNKS)):
+            spots = np.concatenate([np.arange(bounds[chunk], bounds[chunk + 1]) for chunk in group])
+            yield from rng.permutation(spots).tolist()
 
 
 def _length(item: Item) -> int:

@@ -34,8 +34,6 @@ class LinearPart(nn.Module):
 
     def forward(self, outputs: Tensor, features: Tensor, *, cross_fitted: bool) -> Tensor:
         """Outputs of members, (n_members, n_spots, n_out), with the linear prediction's share."""
-        if self.share == 0:
-            return outputs
         return torch.lerp(outputs, self.predict(features, cross_fitted=cross_fitted), self.share)
 
     @torch.no_grad()

@@ -53,16 +53,14 @@ class SharedVectorQuantizer(nn.Module):
         if not ema:
             bound = 1 / config.codebook_size
             nn.init.uniform_(self.vq.codebook, -bound, bound)
+        # Whether the codebook still waits for its k-means start; known here, as to ask a device has it waited for.
+        self.needs_start = ema
+        self.register_load_state_dict_post_hook(_is_started)
 
     @property
     def codebook(self) -> Tensor:
         """The codes, (codebook_size, codebook_dim)."""
         return self.vq.codebook
-
-    @property
-    def needs_start(self) -> bool:
-        """Whether the codebook still waits for its k-means start."""
-        return not bool(self.vq._codebook.initted)
 
     @torch.no_grad()
     def start(self, latents: Sequence[Tensor]) -> None:
@@ -75,6 +73,7 @@ class SharedVectorQuantizer(nn.Module):
         self.vq(sample[None])
         loguru.logger.enable("vector_quantize_pytorch")
         self.vq.train(training)
+        self.needs_start = False
 
     @torch.no_grad()
     def update(self, latents: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
@@ -140,6 +139,11 @@ class SharedVectorQuantizer(nn.Module):
         if self.config.codebook_update == "gradient":
             loss = loss + F.mse_loss(codes, latents.detach())
         return latents + (codes - latents).detach(), tokens, loss
+
+
+def _is_started(quantizer: SharedVectorQuantizer, _: object) -> None:
+    """What is to happen after a state is loaded."""
+    quantizer.needs_start = not bool(quantizer.vq._codebook.initted)
 
 
 def some(rows: Tensor, n: int) -> Tensor:

@@ -216,8 +216,16 @@ class GeneVARTransformer(nn.Module):
             table = sine_cosine(torch.arange(config.n_tokens).float(), config.width)
             self.register_buffer("positions", table, persistent=False)
         self.register_buffer("parents", torch.full((config.n_tokens,), -1, dtype=torch.long))
+        # Of every token: how many it attends to, and where the scale of its parent starts.
+        seen = torch.tensor([block.n_seen for block in self.blocks for _ in range(block.start, block.stop)])
+        starts = torch.tensor([0, 0, *config.scales]).cumsum(0)[:-2]
+        offsets = starts.repeat_interleave(torch.tensor(config.scales))
+        self.register_buffer("n_seen", seen, persistent=False)
+        self.register_buffer("offsets", offsets, persistent=False)
 
     parents: Tensor
+    n_seen: Tensor
+    offsets: Tensor
 
     @property
     def blocks(self) -> list[Block]:
@@ -243,15 +251,11 @@ class GeneVARTransformer(nn.Module):
         """Index of the token whose embedding each position takes in; -1 for the condition: (n_tokens,)."""
         if self.config.order == "token":
             return torch.arange(-1, self.config.n_tokens - 1, device=self.parents.device)
-        sizes = torch.tensor((0, *self.config.scales), device=self.parents.device)
-        starts = sizes.cumsum(0)[:-1] - sizes[:-1]
-        offsets = torch.cat([s.expand(n) for s, n in zip(starts, self.config.scales, strict=True)])
-        return torch.where(self.parents < 0, -1, self.parents + offsets)
+        return torch.where(self.parents < 0, -1, self.parents + self.offsets)
 
     def mask(self) -> Tensor:
         """(n_tokens, n_keys), True where a position (row) may attend to another (column)."""
-        seen = torch.tensor([b.n_seen for b in self.blocks for _ in range(b.start, b.stop)], device=self.parents.device)
-        return torch.arange(self.n_keys, device=seen.device) < seen[:, None]
+        return torch.arange(self.n_keys, device=self.n_seen.device) < self.n_seen[:, None]
 
     def project_memory(self, memory: Tensor) -> list[Folded]:
         """What every layer attends to in the condition, computed once a spot."""

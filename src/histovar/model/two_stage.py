@@ -354,7 +354,8 @@ class TwoStageVARST(nn.Module):
             if decoding.mode == "sample":
                 n_spots = members.shape[1]
                 drawn = torch.randint(len(members), (n_spots, n_samples), generator=generator, device=members.device)
-                shifts = self.prior_mean(members[drawn, torch.arange(n_spots)[:, None]].flatten(0, 1))
+                spots = torch.arange(n_spots, device=members.device)
+                shifts = self.prior_mean(members[drawn, spots[:, None]].flatten(0, 1))
             else:
                 shifts = self.prior_mean(members.mean(0).repeat_interleave(n_samples, 0))
         made = generate(

@@ -1,0 +1,55 @@
+"""Nothing in the loops has the host wait for a device: meta tensors have no values to wait for."""
+
+import pytest
+import torch
+
+from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.training.stage1 import Stage1Module
+from histovar.training.stage2 import PriorModule, Stage2Module
+from histovar.training.trainer import TrainingOptions
+
+from .conftest import small_config
+
+NOWHERE = {"device": "meta"}
+N_SPOTS, N_GENES = 5, 30
+OPTIONS = TrainingOptions(enable_progress_bar=False)
+
+
+@pytest.fixture(params=[{}, {"order": "token"}, {"attention_limit": 1}], ids=["scale", "token", "wide"])
+def model(request):
+    # Dead codes are revived by vector-quantize-pytorch, which does wait.
+    model = TwoStageVARST(small_config(embedding_dims=(16,), dead_code_threshold=0, **request.param))
+    model.stage1.start_codebook(torch.rand(200, N_GENES))
+    model.stage1.code_counts += 1
+    model.stage2.head.set_codes(model.stage1)
+    return model.to("meta")
+
+
+def inputs(config):
+    sources = tuple(torch.empty(N_SPOTS, width, **NOWHERE) for width in config.projected_dims)
+    nothing = torch.empty(N_SPOTS, 0, **NOWHERE)
+    return Histology(sources, nothing, nothing, torch.empty(N_SPOTS, **NOWHERE))
+
+
+@pytest.mark.parametrize("mode", ["expected", "greedy", "sample"])
+def test_generation_never_waits(model, mode):
+    made = model.eval().predict(inputs(model.config), Decoding(mode))
+    assert made.expression.is_meta and made.expression.shape == (N_SPOTS, N_GENES)
+
+
+@pytest.mark.filterwarnings("ignore:.*self.log")
+def test_training_never_waits(model):
+    tokens = torch.empty(N_SPOTS, model.config.n_tokens, dtype=torch.long, **NOWHERE)
+    genes, folds = torch.empty(N_SPOTS, N_GENES, **NOWHERE), torch.empty(N_SPOTS, dtype=torch.long, **NOWHERE)
+    number = torch.empty(N_SPOTS, **NOWHERE)
+    batch = inputs(model.config), tokens, genes, folds, number, number, genes
+    modules = PriorModule(model, OPTIONS, 3, N_GENES), Stage2Module(model, OPTIONS, 3), Stage1Module(model, OPTIONS)
+    for module, given in zip(modules, (batch, batch, (genes,)), strict=True):
+        loss = module.to("meta").train().training_step(given, 0)
+        loss.backward()
+        assert loss.is_meta
+
+
+def test_what_would_wait_is_an_error():
+    with pytest.raises(RuntimeError):
+        bool(torch.empty((), **NOWHERE) > 0)

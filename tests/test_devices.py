@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.training.stage1 import Stage1Module
@@ -31,10 +33,30 @@ def inputs(config):
     return Histology(sources, nothing, nothing, torch.empty(N_SPOTS, **NOWHERE))
 
 
+class NoDoubles(TorchDispatchMode):
+    """Refuses results in 64-bit floats, which MPS does not have."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        doubles = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and t.dtype == torch.double]
+        assert not doubles, operation
+        return made
+
+
 @pytest.mark.parametrize("mode", ["expected", "greedy", "sample"])
 def test_generation_never_waits(model, mode):
-    made = model.eval().predict(inputs(model.config), Decoding(mode))
+    with NoDoubles():
+        made = model.eval().predict(inputs(model.config), Decoding(mode))
     assert made.expression.is_meta and made.expression.shape == (N_SPOTS, N_GENES)
+
+
+def test_calibration_never_waits(model):
+    calibration = model.stage2.calibration
+    mean, std = torch.empty(2, N_SPOTS, N_GENES, **NOWHERE)
+    draws = torch.empty(N_SPOTS, N_GENES, 7, **NOWHERE)
+    with NoDoubles():
+        assert calibration.quantiles(mean, std, (0.05, 0.95)).shape == (N_SPOTS, N_GENES, 2)
+        assert calibration.draws(draws, mean, std).shape == draws.shape
 
 
 @pytest.mark.filterwarnings("ignore:.*self.log")

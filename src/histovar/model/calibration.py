@@ -61,7 +61,7 @@ class Calibration(nn.Module):
 
     def score_quantiles(self, levels: Sequence[float] | Tensor) -> Tensor:
         """Quantiles of the scores, linear between the levels kept and constant beyond: (n_levels, n_genes)."""
-        place = torch.as_tensor(levels, dtype=torch.double, device=self.scores.device) * (LEVELS + 1) - 1
+        place = torch.as_tensor(levels, dtype=torch.float32, device=self.scores.device) * (LEVELS + 1) - 1
         low = place.floor().clamp(0, LEVELS - 1).long()
         high = (low + 1).clamp(max=LEVELS - 1)
         share = (place - low).clamp(0, 1).float()[:, None]

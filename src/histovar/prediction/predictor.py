@@ -61,10 +61,10 @@ class Predictor:
         model = model.in_precision(self.precision)
         calibration = model.var_stage.calibration
         n_spots, config = len(inputs.novelty), model.config
-        levels = torch.tensor(self.quantiles, dtype=torch.float32)
         made = Prediction.empty(n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
         with on_device(model, self.device) as where:
             generator = torch.Generator(where).manual_seed(random_state)
+            levels, fitted = torch.tensor(self.quantiles, device=where), calibration.fitted
             batches = torch.arange(n_spots).split(self.batch_size)
             for rows in track(batches, "predicting", disable=not show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
@@ -76,12 +76,12 @@ class Predictor:
                     draws = drawn.view(len(rows), self.n_samples, -1).transpose(1, 2)
                 if self.rule.mode != "expected":
                     std = draws.clamp(min=0).std(2, correction=0) if self.n_samples else std
-                elif calibration.fitted:
+                elif fitted:
                     draws = calibration.draws(draws, mean, std) if self.n_samples else draws
                     cube = calibration.quantiles(mean, std, levels)
                     std = std * calibration.spread
                 if len(levels) and not cube.shape[2]:
-                    cube = torch.quantile(draws, levels.to(where), 2).movedim(0, 2)
+                    cube = torch.quantile(draws, levels, 2).movedim(0, 2)
                 parts = (mean.clamp(min=0), std, generated.tokens, draws.clamp(min=0), cube.clamp(min=0))
                 for whole, part in zip(made, parts, strict=True):
                     if whole is not None:

@@ -49,13 +49,6 @@ class Histology(NamedTuple):
             function(self.novelty),
         )
 
-    @classmethod
-    def concatenated(cls, parts: Sequence[Histology]) -> Histology:
-        """The spots of several."""
-        columns = [torch.cat(column) for column in zip(*(part.sources for part in parts), strict=True)]
-        others = [torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True)]
-        return cls(tuple(columns), *others)
-
 
 def sine_cosine(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
     """Fixed sine-cosine encoding (Vaswani et al. 2017): (...,) to (..., width)."""

@@ -16,7 +16,7 @@ from histovar.anndata_io.parts import Part, Parts
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import Histology, TwoStageVARST
 from histovar.prediction import on_device
-from histovar.training import cross_fit_folds
+from histovar.training import cross_fit_folds, gathered_rows
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def calibrate(
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     home = model.device
 
-    def aligned(part: Part) -> tuple[Histology, torch.Tensor, NDArray[np.bool_]]:
+    def aligned(part: Part) -> tuple[Histology, torch.Tensor, torch.Tensor]:
         inputs = read.histology(
             part.adata,
             config,
@@ -105,10 +105,10 @@ def calibrate(
         inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
         rows = np.flatnonzero(np.isin(part.rows, chosen))
         measured = read.expression(part.adata, layer, columns, rows)
-        return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), unseen[part.rows[rows]]
+        return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[part.rows[rows]])
 
-    histologies, measurements, unseens = zip(*parts.each(aligned), strict=True)
-    inputs, measured, unseen = Histology.concatenated(histologies), torch.cat(measurements), np.concatenate(unseens)
+    inputs, measured, seen_by_none = gathered_rows(parts.each(aligned), len(chosen))
+    unseen = seen_by_none.numpy()
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
         groups = np.unique(unseen, axis=0)

@@ -1,6 +1,6 @@
 """Training by Lightning."""
 
-from .data import collected, cross_fit_folds
+from .data import collected, cross_fit_folds, gathered_rows
 from .stage1 import Stage1Trainer
 from .stage2 import Stage2Trainer
 from .survey import Measured
@@ -13,5 +13,6 @@ __all__ = [
     "TrainingOptions",
     "collected",
     "cross_fit_folds",
+    "gathered_rows",
     "seeded",
 ]

@@ -132,6 +132,21 @@ def collected(parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path | N
     return Spots(*items)
 
 
+def gathered_rows(parts: Iterable[tuple[Item, ...]], n_rows: int) -> tuple[Any, ...]:
+    """Rows of several parts, one after another, in room made for all of them when the first comes.
+
+    Small pieces kept from each part would lie between what is freed of it, and keep it from being used again.
+    """
+    whole: tuple[Any, ...] = ()
+    start = 0
+    for items in parts:
+        whole = whole or tuple(mapped(item, lambda t: t.new_empty(n_rows, *t.shape[1:])) for item in items)
+        for room, rows in zip(tensors(whole), tensors(items), strict=True):
+            room[start : start + len(rows)] = rows
+        start += _length(items[0])
+    return whole
+
+
 class _ChunkSampler(DistributedSampler[Any]):
     """Shuffles chunks, then the spots of several chunks at a time, of rows that increase."""
 

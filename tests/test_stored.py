@@ -118,7 +118,7 @@ def test_spots_in_memory_and_on_disk_are_the_same(tmp_path, few_at_once):
     items = (inputs, torch.randint(0, 4096, (40, 5)), torch.rand(40))
     rows = np.array([39, 0, 17])
     here, there = Spots(*items).take(rows)[[2, 1]], StoredSpots([items], 40, tmp_path).take(rows)[[2, 1]]
-    for ours, theirs in zip(data.tensors(here), data.tensors(there), strict=True):
+    for ours, theirs in zip(data._tensors(here), data._tensors(there), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
 

@@ -107,8 +107,8 @@ def calibrate(
         measured = read.expression(part.adata, layer, columns, rows)
         return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[part.rows[rows]])
 
-    inputs, measured, seen_by_none = gathered_rows(parts.each(aligned), len(chosen))
-    unseen = seen_by_none.numpy()
+    inputs, measured, members_unseen = gathered_rows(parts.each(aligned), len(chosen))
+    unseen = members_unseen.numpy()
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
         groups = np.unique(unseen, axis=0)

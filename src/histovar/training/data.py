@@ -41,7 +41,7 @@ class Spots(Dataset[tuple[Item, ...]]):
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
         index = np.asarray(rows)
-        return tuple(mapped(item, lambda t: t[index]) for item in self.items)
+        return tuple(_mapped(item, lambda t: t[index]) for item in self.items)
 
     def take(self, rows: NDArray[np.integer]) -> Spots:
         """Some of the spots."""
@@ -70,10 +70,10 @@ class StoredSpots(Spots):
 
         start = 0
         for items in parts:
-            block = np.concatenate([t.reshape(len(t), -1).numpy().astype(np.float32) for t in tensors(items)], 1)
+            block = np.concatenate([t.reshape(len(t), -1).numpy().astype(np.float32) for t in _tensors(items)], 1)
             if start == 0:
                 # A spot of what is stored, which says how to take a row apart again.
-                self.items = tuple(mapped(item, lambda t: t[:1].clone()) for item in items)
+                self.items = tuple(_mapped(item, lambda t: t[:1].clone()) for item in items)
                 self.store: Any = zarr.create_array(
                     scratch / "spots.zarr",
                     shape=(n_spots, block.shape[1]),
@@ -97,10 +97,10 @@ class StoredSpots(Spots):
         for number in np.unique(numbers).tolist():
             here = numbers == number
             block[here] = self._chunk(number)[wanted[here] - number * CHUNK_SPOTS]
-        widths = [t[0].numel() for t in tensors(self.items)]
+        widths = [t[0].numel() for t in _tensors(self.items)]
         columns = iter(torch.from_numpy(block).split(widths, 1))
         return tuple(
-            mapped(item, lambda t: next(columns).reshape(len(wanted), *t.shape[1:]).to(t.dtype)) for item in self.items
+            _mapped(item, lambda t: next(columns).reshape(len(wanted), *t.shape[1:]).to(t.dtype)) for item in self.items
         )
 
     def _chunk(self, number: int) -> NDArray[np.float32]:
@@ -140,8 +140,8 @@ def gathered_rows(parts: Iterable[tuple[Item, ...]], n_rows: int) -> tuple[Any, 
     whole: tuple[Any, ...] = ()
     start = 0
     for items in parts:
-        whole = whole or tuple(mapped(item, lambda t: t.new_empty(n_rows, *t.shape[1:])) for item in items)
-        for room, rows in zip(tensors(whole), tensors(items), strict=True):
+        whole = whole or tuple(_mapped(item, lambda t: t.new_empty(n_rows, *t.shape[1:])) for item in items)
+        for room, rows in zip(_tensors(whole), _tensors(items), strict=True):
             room[start : start + len(rows)] = rows
         start += _length(items[0])
     return whole
@@ -168,12 +168,12 @@ def _length(item: Item) -> int:
     return len(item.novelty if isinstance(item, Histology) else item)
 
 
-def mapped(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
+def _mapped(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
     """A function of a tensor, or of every tensor of a :class:`Histology`."""
     return item.map(function) if isinstance(item, Histology) else function(item)
 
 
-def tensors(items: Iterable[Item]) -> list[Tensor]:
+def _tensors(items: Iterable[Item]) -> list[Tensor]:
     """All tensors, in the order in which :meth:`Histology.map` visits them."""
     found: list[Tensor] = []
 
@@ -182,7 +182,7 @@ def tensors(items: Iterable[Item]) -> list[Tensor]:
         return tensor
 
     for item in items:
-        mapped(item, visit)
+        _mapped(item, visit)
     return found
 
 

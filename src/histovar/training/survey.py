@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from histovar._spots import sampled_spots
 from histovar.model import Histology
 from histovar.model.condition import Moments
 
-from .data import mapped, tensors
+from .data import gathered_rows
 
 
 class Measured(NamedTuple):
@@ -77,23 +77,21 @@ def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Surv
     """
     sample = sampled_spots(n_spots, random_state)
     moments: dict[int, Moments] = {}
-    chosen: tuple[Any, ...] = ()
     light: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
-    start = 0
-    for part in parts:
-        moments |= Moments.by_section(part.histology, torch.from_numpy(part.sections))
-        stop = start + len(part.sections)
-        items = part.histology, part.expression
-        if not chosen:
-            chosen = tuple(mapped(item, lambda t: t.new_empty(len(sample), *t.shape[1:])) for item in items)
-        low, high = np.searchsorted(sample, (start, stop))
-        for some, values in zip(tensors(chosen), tensors(items), strict=True):
-            some[low:high] = values[sample[low:high] - start]
-        light.append((part.sections, part.coordinates, part.total_counts))
-        start = stop
+
+    def chosen() -> Iterator[tuple[Histology, Tensor]]:
+        start = 0
+        for part in parts:
+            moments.update(Moments.by_section(part.histology, torch.from_numpy(part.sections)))
+            light.append((part.sections, part.coordinates, part.total_counts))
+            stop = start + len(part.sections)
+            rows = sample[(sample >= start) & (sample < stop)] - start
+            yield part.histology.map(lambda t: t[rows]), part.expression[rows]  # noqa: B023
+            start = stop
+
+    histology, expression = gathered_rows(chosen(), len(sample))
     sections, coordinates, totals = zip(*light, strict=True)
     all_sections = np.concatenate(sections)
-    histology, expression = chosen
     known = [total for total in totals if total is not None]
     return Survey(
         moments,

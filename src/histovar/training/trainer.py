@@ -165,13 +165,13 @@ class StageModule(LightningModule):
             return None
         if random:
             return torch.randperm(n_genes, device=self.device)[:most].sort().values
-        return evenly_spaced(n_genes, most).to(self.device)
+        return evenly_spaced(n_genes, most, self.device)
 
 
-def evenly_spaced(n_genes: int, most: int) -> torch.Tensor:
+def evenly_spaced(n_genes: int, most: int, device: torch.device | None = None) -> torch.Tensor:
     """At most so many genes, increasing."""
     n = min(n_genes, most)
-    return torch.arange(n) * n_genes // n
+    return torch.arange(n, device=device) * n_genes // n
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .quantizer import CODES_AT_ONCE, argmax
 from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
-# Spots that are generated at once on a CPU: more do not fit its caches, and cost time.
+# Spots that go through the transformer at once on a CPU: more do not fit its caches, and cost time.
 SPOTS_AT_ONCE = 64
 
 Mode = Literal["expected", "sample", "greedy"]
@@ -108,6 +108,12 @@ class Generation(NamedTuple):
     logits: Tensor | None
 
 
+def pieces_of_spots(spots: Tensor) -> list[slice]:
+    """Rows that go through the transformer at once: on CPUs some, elsewhere all."""
+    at_once = SPOTS_AT_ONCE if spots.device.type == "cpu" else max(1, len(spots))
+    return [slice(start, start + at_once) for start in range(0, max(1, len(spots)), at_once)]
+
+
 @torch.no_grad()
 def generate(
     stage1: MultiScaleGeneVQVAE,
@@ -141,10 +147,8 @@ def generate(
     -------
     Generation
     """
-    at_once = SPOTS_AT_ONCE if memory.device.type == "cpu" else max(1, len(memory))
     made = []
-    for start in range(0, len(memory), at_once):
-        rows = slice(start, start + at_once)
+    for rows in pieces_of_spots(memory):
         means = None if prior is None else [mean[rows] for mean in prior]
         made.append(_generate(stage1, transformer, head, memory[rows], means, decoding, generator, keep_logits))
     expression, std, tokens, values, logits = zip(*made, strict=True)

@@ -18,6 +18,9 @@ from .feedforward import FeedForward
 # Tokens of a wide scale that are generated at once.
 TOKENS_AT_ONCE = 512
 
+# Up to how many keys attention on CPUs is computed by plain products.
+FEW_KEYS = 64
+
 # What FewKeysAttention makes of the condition.
 Folded = tuple[Tensor, Tensor, Tensor]
 
@@ -68,7 +71,9 @@ class Block(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention by ``scaled_dot_product_attention``.
+    """Multi-head attention.
+
+    By ``scaled_dot_product_attention``, which on CPUs takes longer for few keys than the plain products do.
 
     Parameters
     ----------
@@ -93,10 +98,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from (n_spots, n, width) to keys and values; `mask` is True where attention is allowed."""
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(self._heads(self.query(x)), keys, values, mask, dropout)
+        queries = self._heads(self.query(x))
+        dropped = self.dropout if self.training else 0.0
+        if x.device.type == "cpu" and keys.shape[2] <= FEW_KEYS:
+            scores = _scores(queries.flatten(0, 1), keys.flatten(0, 1), mask)
+            shares = dropout(scores.softmax(2), dropped, self.training)
+            out = torch.bmm(shares, values.flatten(0, 1)).view(queries.shape)
+        else:
+            out = F.scaled_dot_product_attention(queries, keys, values, mask, dropped)
         attended: Tensor = self.output(out.transpose(1, 2).flatten(2))
         return attended
+
+
+def _scores(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled scores of each query (n, n_queries, head_width) for each key (n, n_keys, head_width), masked."""
+    scale = keys.shape[-1] ** -0.5
+    if mask is None:
+        return torch.bmm(queries, (keys * scale).transpose(1, 2))
+    offsets = torch.zeros_like(mask, dtype=keys.dtype).masked_fill_(~mask, -torch.inf)
+    return torch.baddbmm(offsets, queries, keys.transpose(1, 2), alpha=scale)
 
 
 class FewKeysAttention(Attention):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .calibration import Calibration
 from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
-from .decoding import Decoding, Generation, generate
+from .decoding import Decoding, Generation, generate, pieces_of_spots
 from .head import TokenHead
 from .prior import ConditionalMeanPrior
 from .transformer import GeneVARTransformer
@@ -229,15 +230,19 @@ class TwoStageVARST(nn.Module):
         positions = None
         if genes is not None:
             positions = torch.cat([torch.arange(n_coarse, device=genes.device), genes + n_coarse])
-        hidden = self._hidden(histology, tokens, teacher, positions)
         shifts = self._shifts(histology, prior)
-        parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
-        rows = []
-        for k, (part, ids) in enumerate(zip(parts, tokens.split(scales, 1), strict=True)):
-            some = slice(None) if genes is None or k < len(scales) - 1 else genes
-            shift = None if shifts is None else shifts[k][:, some]
-            rows.append([score(part, k, some, shift, ids[:, some]) for score in scores])
-        return [torch.cat(columns, 1) for columns in zip(*rows, strict=True)]
+        found = []
+        for spots in pieces_of_spots(tokens):
+            fed = None if teacher is None else teacher[spots]
+            hidden = self._hidden(histology.map(itemgetter(spots)), tokens[spots], fed, positions)
+            parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
+            rows = []
+            for k, (part, ids) in enumerate(zip(parts, tokens[spots].split(scales, 1), strict=True)):
+                some = slice(None) if genes is None or k < len(scales) - 1 else genes
+                shift = None if shifts is None else shifts[k][spots][:, some]
+                rows.append([score(part, k, some, shift, ids[:, some]) for score in scores])
+            found.append([torch.cat(columns, 1) for columns in zip(*rows, strict=True)])
+        return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
     def token_logits(self, histology: Histology, tokens: Tensor) -> Tensor:
         """Logits of all tokens given the tokens before each, (n_spots, n_tokens, codebook_size)."""

@@ -80,6 +80,7 @@ def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
     loaded.eval()
     histology, config = histology_of(loaded.config), loaded.config
     whole = loaded.predict(histology)
+    scored_whole = loaded.token_loss_and_rank(histology, whole.tokens)
     monkeypatch.setattr("histovar.model.transformer.TOKENS_AT_ONCE", 7)
     monkeypatch.setattr("histovar.model.decoding.SPOTS_AT_ONCE", 4)
     torch.testing.assert_close(loaded.predict(histology).expression, whole.expression, atol=1e-4, rtol=1e-4)
@@ -89,13 +90,26 @@ def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
     genes = torch.tensor([0, 3, 4, 21])
     n_coarse = config.n_tokens - config.n_genes
     columns = torch.cat([torch.arange(n_coarse), n_coarse + genes])
-    scored = zip(
-        loaded.token_loss_and_rank(histology, whole.tokens, genes=genes),
-        loaded.token_loss_and_rank(histology, whole.tokens),
-        strict=True,
-    )
-    for some, every in scored:
-        torch.testing.assert_close(some, every[:, columns], atol=1e-3, rtol=1e-4)
+    for genes_asked, asked in ((None, slice(None)), (genes, columns)):
+        scored = loaded.token_loss_and_rank(histology, whole.tokens, genes=genes_asked)
+        for some, every in zip(scored, scored_whole, strict=True):
+            torch.testing.assert_close(some, every[:, asked], atol=1e-3, rtol=1e-4)
+
+
+def test_attention_to_few_keys_is_that_to_many(ordered, monkeypatch):
+    """Plain products and ``scaled_dot_product_attention``: the same scores, predictions and gradients."""
+    histology, config = histology_of(ordered.config), ordered.config
+    tokens = torch.randint(0, config.codebook_size, (6, config.n_tokens), generator=torch.Generator().manual_seed(0))
+    weights = [p for name, p in ordered.stage2.transformer.named_parameters() if "self_attention" in name]
+
+    def found():
+        logits = ordered.token_logits(histology, tokens)
+        return ordered.predict(histology).expression, logits, *torch.autograd.grad(logits.square().mean(), weights)
+
+    few = found()
+    monkeypatch.setattr("histovar.model.transformer.FEW_KEYS", 0)
+    for plain, library in zip(few, found(), strict=True):
+        torch.testing.assert_close(plain, library, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()

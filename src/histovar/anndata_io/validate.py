@@ -177,7 +177,8 @@ def sections(adata: AnnData, library_key: str | None) -> NDArray[np.str_] | None
     column = adata.obs[library_key]
     if column.isna().any():
         raise ValueError(f"library_key: {int(column.isna().sum())} spots have no value in obs[{library_key!r}]")
-    return column.astype(str).to_numpy().astype(str)
+    groups = column.astype("category").cat
+    return groups.categories.astype(str).to_numpy().astype(str)[groups.codes]
 
 
 def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Sequence[int]) -> None:

@@ -18,6 +18,8 @@ from .linear import LinearPart
 # is 0.13 to 0.24 in seven of her2st's eight patients and 0.29 to 0.38 in the shallow one, and histology tells the depth
 # of another patient's spots better than their composition. More would cost deep sections more than it gives others.
 DEPTH_SHARE = 0.6
+# Spots for which what every cross-fitted member predicts is held at once.
+UNSEEN_AT_ONCE = 512
 
 
 class EnsembleLinear(nn.Module):
@@ -145,9 +147,12 @@ class ConditionalMeanPrior(nn.Module):
     @torch.no_grad()
     def out_of_fold(self, features: Tensor, folds: Tensor, n_folds: int) -> Tensor:
         """Mean prediction of the members that did not see each training spot: (n_spots, n_genes)."""
-        unseen = self._unseen(folds, n_folds).to(features.dtype)
-        members = self(features, features.new_zeros(len(features)), cross_fitted=True)
-        return torch.einsum("mng,mn->ng", members, unseen) / unseen.sum(0)[:, None]
+        found = []
+        for some, fold in zip(features.split(UNSEEN_AT_ONCE), folds.split(UNSEEN_AT_ONCE), strict=True):
+            unseen = self._unseen(fold, n_folds).to(features.dtype)
+            members = self(some, some.new_zeros(len(some)), cross_fitted=True)
+            found.append(torch.einsum("mng,mn->ng", members, unseen) / unseen.sum(0)[:, None])
+        return torch.cat(found)
 
     def _unseen(self, folds: Tensor, n_folds: int) -> Tensor:
         left_out = torch.arange(self.config.n_members, device=folds.device) % n_folds

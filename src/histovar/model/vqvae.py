@@ -13,8 +13,8 @@ from .config import ModelConfig
 from .quantizer import LATENTS_PER_START, SharedVectorQuantizer, some, usage
 from .scales import GeneScales
 
-# Tokens that are made at once; an encoder's hidden layer takes a kilobyte for each.
-TOKENS_AT_ONCE = 2**18
+# Tokens that are made at once; an encoder's hidden layer takes a kilobyte for each. More take longer on CPUs.
+TOKENS_AT_ONCE = 2**15
 
 
 class Stage1Losses(NamedTuple):
@@ -109,7 +109,9 @@ class MultiScaleGeneVQVAE(nn.Module):
                 values = self.scales.pool(genes, k)
                 latents.append(self.encoder(some(values.flatten(0, 1), LATENTS_PER_START), k))
                 if k < len(self.config.scales) - 1:
-                    genes = genes - self.scales.spread(self.decoder(self.encoder(values, k), k), k)
+                    parts = values.split(max(1, TOKENS_AT_ONCE // values.shape[1]))
+                    decoded = torch.cat([self.decoder(self.encoder(part, k), k) for part in parts])
+                    genes = genes - self.scales.spread(decoded, k)
             self.quantizer.start(latents)
 
     def forward(self, expression: Tensor, genes_made: Tensor | None = None) -> Stage1Losses:

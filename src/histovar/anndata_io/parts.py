@@ -13,6 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._keys import LOGNORM
+from histovar._memory import return_freed_memory
 from histovar._spots import section_numbers
 
 from . import read, validate
@@ -68,6 +69,7 @@ class Parts:
             return
         for rows in np.split(self.order, np.cumsum(np.bincount(self.numbers))[:-1]):
             yield Part(self._in_memory(rows), rows)
+            return_freed_memory()
 
     def each(self, function: Callable[[Part], T]) -> Iterable[T]:
         """What a function makes of every part; of parts on disk anew whenever it is gone through."""
@@ -108,11 +110,13 @@ class _Each(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         for part in self.parts:
             try:
-                yield self.function(part)
+                made = self.function(part)
             except ValueError as error:
                 names = self.parts.names
                 where = "" if names is None else f" (rows of section {str(names[part.rows[0]])!r})"
                 raise ValueError(f"{error}{where}") from None
+            del part
+            yield made
 
 
 def rows_of(matrix: Any, rows: NDArray[np.int64]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +83,8 @@ class TokenHead(nn.Module):
             # Of every code: its vector, its value, the square of its value.
             self.register_buffer(f"codes_{k}", torch.zeros(size, dim + 2 * c))
             self.register_buffer(f"log_weight_{k}", torch.zeros(size))
-            if self.tied:
-                for name in ("used", "used_codes", "used_log_weight", "stand_in"):
-                    self.register_buffer(f"{name}_{k}", torch.empty(0), persistent=False)
+            for name in ("used", "used_codes", "stand_in"):
+                self.register_buffer(f"{name}_{k}", torch.empty(0), persistent=False)
             if self.has_prior:
                 self.register_parameter(f"log_spread_{k}", nn.Parameter(torch.zeros(n, c)))
         self._select_codes()
@@ -131,13 +130,11 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def _select_codes(self) -> None:
-        """Set apart the codes that each scale uses, often a fifth of all: no others need logits.
+        """Set apart the codes that each scale uses, often a fifth of all: no others need logits. Untied, all are.
 
         Should another be a target, as it can be of spots that stage 1 was not trained on, the one of nearest value that
         is used stands in for it.
         """
-        if not self.tied:
-            return
         dim = self.config.codebook_dim
         for k, c in enumerate(self.config.components):
             codes, log_weight = getattr(self, f"codes_{k}"), getattr(self, f"log_weight_{k}")
@@ -148,14 +145,14 @@ class TokenHead(nn.Module):
             setattr(self, f"stand_in_{k}", stand_in)
             n_filling = -len(used) % CODES_AT_ONCE
             setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))
-            setattr(self, f"used_codes_{k}", F.pad(codes[used], (0, 0, 0, n_filling)))
-            setattr(self, f"used_log_weight_{k}", F.pad(log_weight[used], (0, n_filling), value=NEVER))
+            log_weight = F.pad(log_weight[used], (0, n_filling), value=NEVER)
+            setattr(
+                self, f"used_codes_{k}", torch.cat([F.pad(codes[used], (0, 0, 0, n_filling)), log_weight[:, None]], 1)
+            )
 
-    def _used(self, scale: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers, features and log-weights of the codes that a scale uses."""
-        names = ("used", "used_codes", "used_log_weight")
-        used, codes, log_weight = (self.get_buffer(f"{name}_{scale}") for name in names)
-        return used, codes, log_weight
+    def _used(self, scale: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the codes that a scale uses, and their features: vector, value, its square, log-weight."""
+        return self.get_buffer(f"used_{scale}"), self.get_buffer(f"used_codes_{scale}")
 
     @torch.no_grad()
     def set_spread(self, errors: list[Tensor]) -> None:
@@ -201,40 +198,56 @@ class TokenHead(nn.Module):
         embedded: Tensor = self.embedding(F.embedding(tokens, codebook.to(self.output.weight.dtype)))
         return embedded
 
+    def _embeddings(self, scale: int) -> Tensor:
+        """Those of the codes that a scale uses, (n_codes, width)."""
+        if not self.tied:
+            return self.embedding.get_parameter("weight")
+        weight = self.embedding.get_parameter("weight")
+        embeddings: Tensor = self.embedding(self._used(scale)[1][:, : self.config.codebook_dim].to(weight.dtype))
+        return embeddings
+
     def values(self, tokens: Tensor, scale: int) -> Tensor:
         """Values that tokens of a scale decode to: (...) to (..., components)."""
         dim, c = self.config.codebook_dim, self.config.components[scale]
         return F.embedding(tokens, self.get_buffer(f"codes_{scale}")[:, dim : dim + c])
 
     def _query(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
-        """What the code features are multiplied with: (n_spots, n, features)."""
+        """What the features of codes in use are multiplied with, to give logits: (n_spots, n, features)."""
         query: Tensor = self.output(hidden)
+        ones = query.new_ones(()).expand(*query.shape[:2], 1)
         if prior is None:
-            return F.pad(query, (0, 2 * self.config.components[scale]))
+            none = query.new_zeros(()).expand(*query.shape[:2], 2 * self.config.components[scale])
+            return torch.cat([query, none, ones], -1)
         precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
-        return torch.cat([query, prior * precision, (-precision / 2).expand_as(prior)], -1)
+        return torch.cat([query, prior * precision, (-precision / 2).expand_as(prior), ones], -1)
 
-    def _operands(
-        self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (n_spots, n, features), code features and log-weights of the codes in use; see :func:`_scores`.
+    def _operands(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries (n_spots, n, features) and features of the codes in use, whose products are the logits.
 
-        In lower precision, the prior's part, where large numbers cancel, is written as products of sums of two numbers
-        each, and taken relative to the prior's mean.
+        In lower precision, all but the codebook's vectors, where large numbers cancel, is written as products of sums
+        of two numbers each, taken relative to the prior's mean and the largest log-weight.
         """
-        _, codes, log_weight = self._used(scale)
+        if not self.tied:
+            codes = torch.cat([self.output.weight, self.output.bias[:, None]], 1)
+            return F.pad(hidden, (0, 1), value=1.0), codes
+        _, codes = self._used(scale)
         if hidden.dtype == codes.dtype:
-            return self._query(hidden, scale, groups, prior), codes, log_weight
-        dim, half = self.config.codebook_dim, hidden.dtype
-        query, codes, values = self.output(hidden), codes[:, :dim].to(half), codes[:, dim:]
+            return self._query(hidden, scale, groups, prior), codes
+        (dim, c), half = (self.config.codebook_dim, self.config.components[scale]), hidden.dtype
+        vectors, values, log_weight = codes.split((dim, 2 * c, 1), 1)
+        log_weight = log_weight - log_weight.max()
+        ones = torch.ones_like(hidden[..., :1], dtype=codes.dtype)
         if prior is None:
-            return query, codes, log_weight
-        precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
-        offset = (-precision / 2 * prior.square()).sum(-1, keepdim=True)
-        high, low = _two(torch.cat([prior * precision, (-precision / 2).expand_as(prior), offset], -1), half)
-        high_values, low_values = _two(F.pad(values, (0, 1), value=1.0), half)
-        query = torch.cat([query, high, low, high], -1)
-        return query, torch.cat([codes, high_values, high_values, low_values], -1), log_weight
+            multipliers, values = ones, log_weight
+        else:
+            precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
+            offset = (-precision / 2 * prior.square()).sum(-1, keepdim=True)
+            multipliers = torch.cat([prior * precision, (-precision / 2).expand_as(prior), offset, ones], -1)
+            values = torch.cat([values, torch.ones_like(log_weight), log_weight], 1)
+        high, low = _two(multipliers, half)
+        high_values, low_values = _two(values, half)
+        query = torch.cat([self.output(hidden), high, low, high], -1)
+        return query, torch.cat([vectors.to(half), high_values, high_values, low_values], 1)
 
     def logits(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
         """Logits of some tokens of one scale.
@@ -258,8 +271,8 @@ class TokenHead(nn.Module):
         if not self.tied:
             free: Tensor = self.output(hidden)
             return free
-        query = self._query(hidden, scale, groups, prior)
-        return F.linear(query, getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}"))
+        codes = torch.cat([getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")[:, None]], 1)
+        return F.linear(self._query(hidden, scale, groups, prior), codes)
 
     @torch.no_grad()
     def expected(
@@ -279,25 +292,16 @@ class TokenHead(nn.Module):
         Expectation
         """
         dim, c = self.config.codebook_dim, self.config.components[scale]
-        embedding = None
-        if self.tied:
-            used, features, _ = self._used(scale)
-            operands = self._operands(hidden, scale, groups, prior)
-            _, mean, likeliest = _assign(*operands, features if embed else features[:, dim:])
-            likeliest = used[likeliest]
-            if embed:
-                embedding = self.embedding(mean[..., :dim].to(hidden.dtype))
-        else:
-            values = getattr(self, f"codes_{scale}")[:, dim:]
-            features = torch.cat([self.embedding.get_parameter("weight"), values], 1) if embed else values
-            _, mean, likeliest = _assign(hidden, self.output.weight, self.output.bias.float(), features)
-            if embed:
-                embedding = mean[..., : self.config.width].to(hidden.dtype)
-        value, square = mean[..., -2 * c :].split(c, -1)
+        used, features = self._used(scale)
+        wanted = [features[:, dim : dim + 2 * c]]
+        if embed:
+            wanted.append(self._embeddings(scale))
+        _, likeliest, (mean, *embedding) = _assign(*self._operands(hidden, scale, groups, prior), wanted)
+        value, square = mean.split(c, -1)
         variance = (square - value.square()).clamp(min=0)
         if prior is not None:
             value = torch.lerp(prior, value, self.gate[scale])
-        return Expectation(embedding, value, variance, likeliest)
+        return Expectation(embedding[0] if embed else None, value, variance, used[likeliest])
 
     def choose(
         self,
@@ -324,19 +328,16 @@ class TokenHead(nn.Module):
             (n_spots, n).
         """
         chosen = []
-        if not self.tied:
-            chunks = hidden.flatten(0, 1).split(_at_once(self.config.codebook_size))
-            chosen = [pick(self.output(chunk).float()) for chunk in chunks]
-            return torch.cat(chosen).view(hidden.shape[:2])
         dim, c = self.config.codebook_dim, self.config.components[scale]
-        used, features, _ = self._used(scale)
-        moments_of, values_of = features[:, dim:].T.contiguous(), features[:, dim : dim + c].T.contiguous()
-        query, codes, log_weight = self._operands(hidden, scale, groups, prior)
+        used, features = self._used(scale)
+        values = features[:, dim : dim + 2 * c]
+        moments_of, values_of = values.T.contiguous(), values[:, :c].T.contiguous()
+        query, codes = self._operands(hidden, scale, groups, prior)
         query = query.flatten(0, 1)
         at_once = _at_once(len(codes))
         means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(at_once)
         for chunk, mean in zip(query.split(at_once), means, strict=False):
-            logits = _scores(chunk, codes, log_weight)
+            logits = (chunk @ codes.T).float()
             if mean is not None:
                 moments = F.linear(logits.softmax(1), moments_of)
                 value = moments[:, :c]
@@ -366,11 +367,10 @@ class TokenHead(nn.Module):
         if not self.tied:
             return F.cross_entropy(self.output(hidden).transpose(1, 2), tokens, reduction="none")
         query = self._query(hidden, scale, groups, prior)
-        _, codes, log_weight = self._used(scale)
-        normaliser: Tensor = _Normaliser.apply(query, codes, log_weight)
+        normaliser: Tensor = _Normaliser.apply(query, self._used(scale)[1])
         targets = self.get_buffer(f"stand_in_{scale}")[tokens]
         own_codes = F.embedding(targets, self.get_buffer(f"codes_{scale}"))
-        return normaliser - (query * own_codes).sum(-1) - self.get_buffer(f"log_weight_{scale}")[targets]
+        return normaliser - (query[..., :-1] * own_codes).sum(-1) - self.get_buffer(f"log_weight_{scale}")[targets]
 
     @torch.no_grad()
     def rank(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
@@ -383,14 +383,11 @@ class TokenHead(nn.Module):
                 own = logits.gather(1, ids[:, None])
             else:
                 query = self._query(state[None], scale, groups, shift)[0]
-                _, codes, log_weight = self._used(scale)
-                logits = torch.addmm(log_weight, query, codes.T)
-                true_codes, true_weight = (
-                    getattr(self, f"codes_{scale}")[ids],
-                    getattr(self, f"log_weight_{scale}")[ids],
-                )
+                logits = query @ self._used(scale)[1].T
+                true_codes = getattr(self, f"codes_{scale}")[ids]
+                true_weight = getattr(self, f"log_weight_{scale}")[ids]
                 # A little more than rounding, for the true code not to outdo itself.
-                own = ((query * true_codes).sum(1) + true_weight + 1e-4)[:, None]
+                own = ((query[:, :-1] * true_codes).sum(1) + true_weight + 1e-4)[:, None]
             ranks.append(torch.count_nonzero(logits > own, 1))
         return torch.stack(ranks)
 
@@ -411,61 +408,61 @@ def _two(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (x - high).to(half)
 
 
-def _scores(query: Tensor, codes: Tensor, log_weight: Tensor) -> Tensor:
-    """``log_weight + query @ codes.T`` in the precision of `log_weight`."""
-    if query.dtype == log_weight.dtype:
-        return torch.addmm(log_weight, query, codes.T)
-    return torch.add(log_weight, query @ codes.T)
-
-
-def _assign(query: Tensor, codes: Tensor, log_weight: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _assign(query: Tensor, codes: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Softmax of queries over the codes, some queries at a time, so that never all logits are held.
 
     Parameters
     ----------
     query
         (..., n): what is multiplied with the codes.
-    codes, log_weight
-        (codebook_size, n) and (codebook_size,).
+    codes
+        (n_codes, n).
     features
-        (codebook_size, n_features).
+        Each (n_codes, n_features).
 
     Returns
     -------
     normaliser
         (...): log of the sum of exponentials.
-    mean
-        (..., n_features): expected features.
     likeliest
         (...): the most probable code.
+    means
+        For each of `features` what is expected of it, (..., n_features) of its type.
     """
-    normalisers, means, likeliest = [], [], []
-    features_of = features.T.contiguous()
+    normalisers, likeliest = [], []
+    means: list[list[Tensor]] = [[] for _ in features]
+    columns = [of.T.contiguous() for of in features]
     for chunk in query.flatten(0, -2).split(_at_once(len(codes))):
-        logits = _scores(chunk, codes, log_weight)
-        best = argmax(logits)[:, None]
-        weights = logits.softmax(1)  # many times faster than exp, which is slow for very small results
+        logits = chunk @ codes.T
+        # Many times faster than exp, which is slow for very small results.
+        weights = logits.softmax(1, dtype=torch.float32)
+        best = argmax(weights)[:, None]
         normalisers.append((logits.gather(1, best) - weights.gather(1, best).log())[:, 0])
-        means.append(F.linear(weights, features_of))
         likeliest.append(best[:, 0])
+        for mean, of in zip(means, columns, strict=True):
+            mean.append(F.linear(weights.to(of.dtype), of))
     shape = query.shape[:-1]
-    return torch.cat(normalisers).view(shape), torch.cat(means).view(*shape, -1), torch.cat(likeliest).view(shape)
+    return (
+        torch.cat(normalisers).view(shape),
+        torch.cat(likeliest).view(shape),
+        [torch.cat(mean).view(*shape, -1) for mean in means],
+    )
 
 
 class _Normaliser(torch.autograd.Function):
     """Log-sum-exp of queries over the codes.
 
     Its gradient with respect to the query is the expected code, so the forward pass yields all that the backward pass
-    needs. Codes and weights are constants.
+    needs. Codes are constants.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, codes: Tensor, log_weight: Tensor) -> Tensor:
-        normaliser, mean, _ = _assign(query, codes, log_weight, codes)
+    def forward(ctx: Any, query: Tensor, codes: Tensor) -> Tensor:
+        normaliser, _, (mean,) = _assign(query, codes, [codes])
         ctx.save_for_backward(mean)
         return normaliser
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (mean,) = ctx.saved_tensors
-        return gradients[0][..., None] * mean, None, None
+        return gradients[0][..., None] * mean, None

@@ -28,8 +28,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return F.dropout(x, p)
     n = x.numel()
     bits = torch.empty(-(-n // 8), dtype=torch.int64).random_(-(2**63), None)
-    keep = bits.view(torch.uint8)[:n].view(x.shape) >= dropped
-    return x * keep.to(x.dtype).mul_(256 / (256 - dropped))
+    keep = torch.ge(bits.view(torch.uint8)[:n].view(x.shape), dropped, out=torch.empty(x.shape, dtype=x.dtype))
+    return x * keep.mul_(256 / (256 - dropped))
 
 
 class Dropout(nn.Module):

@@ -102,7 +102,8 @@ class Attention(nn.Module):
         dropped = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and keys.shape[2] <= FEW_KEYS:
             scores = _scores(queries.flatten(0, 1), keys.flatten(0, 1), mask)
-            shares = dropout(scores.softmax(2), dropped, self.training)
+            # In fp32, as softmax of lower precision is slower on CPUs.
+            shares = dropout(scores.softmax(2, dtype=torch.float32).to(values.dtype), dropped, self.training)
             out = torch.bmm(shares, values.flatten(0, 1)).view(queries.shape)
         else:
             out = F.scaled_dot_product_attention(queries, keys, values, mask, dropped)

@@ -232,7 +232,7 @@ class TwoStageVARST(nn.Module):
             positions = torch.cat([torch.arange(n_coarse, device=genes.device), genes + n_coarse])
         shifts = self._shifts(histology, prior)
         found = []
-        for spots in pieces_of_spots(tokens):
+        for spots in pieces_of_spots(len(tokens), self.var_stage.transformer):
             fed = None if teacher is None else teacher[spots]
             hidden = self._hidden(histology.map(itemgetter(spots)), tokens[spots], fed, positions)
             parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)

@@ -338,7 +338,7 @@ def main() -> None:
         if arguments.compile:
             compiling(name, model, arguments.batches[1], arguments.seconds)
         if name == "reference":
-            caching(model.eval(), 1 if arguments.smoke else 8)
+            caching(model.eval(), 1 if arguments.smoke else 16)
     stage1_epoch(arguments)
     if arguments.out:
         pd.DataFrame(table.rows).to_csv(arguments.out, index=False)

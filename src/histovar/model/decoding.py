@@ -9,8 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .head import TokenHead
-from .quantizer import CODES_AT_ONCE, argmax
+from .head import CODES_AT_ONCE, TokenHead
 from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
@@ -188,7 +187,7 @@ def _generate(
     kept = []
 
     def pick(logits: Tensor) -> Tensor:
-        return argmax(logits) if decoding.mode == "greedy" else decoding.draw(logits, generator)
+        return logits.max(1).indices if decoding.mode == "greedy" else decoding.draw(logits, generator)
 
     offsets = [sum(config.scales[:k]) for k in range(len(config.scales))]
 

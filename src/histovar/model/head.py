@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
-from .quantizer import CODES_AT_ONCE, argmax
 from .vqvae import MultiScaleGeneVQVAE
 
 # Log-weight of codes that a scale never uses: impossible, yet finite.
 NEVER = -1e4
+# The codes in use are filled up to a multiple of so many, for draws to search them block by block.
+CODES_AT_ONCE = 64
 # Logits that are held at once: few enough to stay in cache and in reused memory.
 LOGITS_AT_ONCE = 2**20
 # Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
@@ -293,15 +294,21 @@ class TokenHead(nn.Module):
         """
         dim, c = self.config.codebook_dim, self.config.components[scale]
         used, features = self._used(scale)
-        wanted = [features[:, dim : dim + 2 * c]]
-        if embed:
-            wanted.append(self._embeddings(scale))
-        _, likeliest, (mean, *embedding) = _assign(*self._operands(hidden, scale, groups, prior), wanted)
-        value, square = mean.split(c, -1)
+        moments_of = features[:, dim : dim + 2 * c].T.contiguous()
+        embeddings_of = self._embeddings(scale).T.contiguous() if embed else None
+        moments, embeddings, likeliest = [], [], []
+        for _, shares in _shares(*self._operands(hidden, scale, groups, prior)):
+            likeliest.append(shares.max(1).indices)  # on CPUs several times as fast as argmax
+            moments.append(F.linear(shares, moments_of))
+            if embeddings_of is not None:
+                embeddings.append(F.linear(shares.to(hidden.dtype), embeddings_of))
+        shape = hidden.shape[:2]
+        value, square = torch.cat(moments).view(*shape, -1).split(c, -1)
         variance = (square - value.square()).clamp(min=0)
         if prior is not None:
             value = torch.lerp(prior, value, self.gate[scale])
-        return Expectation(embedding[0] if embed else None, value, variance, used[likeliest])
+        embedding = torch.cat(embeddings).view(*shape, -1) if embed else None
+        return Expectation(embedding, value, variance, used[torch.cat(likeliest)].view(shape))
 
     def choose(
         self,
@@ -408,45 +415,12 @@ def _two(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (x - high).to(half)
 
 
-def _assign(query: Tensor, codes: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Softmax of queries over the codes, some queries at a time, so that never all logits are held.
-
-    Parameters
-    ----------
-    query
-        (..., n): what is multiplied with the codes.
-    codes
-        (n_codes, n).
-    features
-        Each (n_codes, n_features).
-
-    Returns
-    -------
-    normaliser
-        (...): log of the sum of exponentials.
-    likeliest
-        (...): the most probable code.
-    means
-        For each of `features` what is expected of it, (..., n_features) of its type.
-    """
-    normalisers, likeliest = [], []
-    means: list[list[Tensor]] = [[] for _ in features]
-    columns = [of.T.contiguous() for of in features]
+def _shares(query: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of queries (..., n) for codes (n_codes, n), and their softmax, some queries at a time, never all held."""
     for chunk in query.flatten(0, -2).split(_at_once(len(codes))):
         logits = chunk @ codes.T
         # Many times faster than exp, which is slow for very small results.
-        weights = logits.softmax(1, dtype=torch.float32)
-        best = argmax(weights)[:, None]
-        normalisers.append((logits.gather(1, best) - weights.gather(1, best).log())[:, 0])
-        likeliest.append(best[:, 0])
-        for mean, of in zip(means, columns, strict=True):
-            mean.append(F.linear(weights.to(of.dtype), of))
-    shape = query.shape[:-1]
-    return (
-        torch.cat(normalisers).view(shape),
-        torch.cat(likeliest).view(shape),
-        [torch.cat(mean).view(*shape, -1) for mean in means],
-    )
+        yield logits, logits.softmax(1, dtype=torch.float32)
 
 
 class _Normaliser(torch.autograd.Function):
@@ -458,9 +432,13 @@ class _Normaliser(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, codes: Tensor) -> Tensor:
-        normaliser, _, (mean,) = _assign(query, codes, [codes])
-        ctx.save_for_backward(mean)
-        return normaliser
+        normalisers, means = [], []
+        columns = codes.T.contiguous()
+        for logits, shares in _shares(query, codes):
+            normalisers.append(logits.amax(1) - shares.amax(1).log())
+            means.append(F.linear(shares, columns))
+        ctx.save_for_backward(torch.cat(means).view(query.shape))
+        return torch.cat(normalisers).view(query.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -146,10 +146,9 @@ class TokenHead(nn.Module):
             setattr(self, f"stand_in_{k}", stand_in)
             n_filling = -len(used) % CODES_AT_ONCE
             setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))
-            log_weight = F.pad(log_weight[used], (0, n_filling), value=NEVER)
-            setattr(
-                self, f"used_codes_{k}", torch.cat([F.pad(codes[used], (0, 0, 0, n_filling)), log_weight[:, None]], 1)
-            )
+            features = F.pad(torch.cat([codes, log_weight[:, None]], 1)[used], (0, 0, 0, n_filling))
+            features[len(used) :, -1] = NEVER
+            setattr(self, f"used_codes_{k}", features)
 
     def _used(self, scale: int) -> tuple[Tensor, Tensor]:
         """Numbers of the codes that a scale uses, and their features: vector, value, its square, log-weight."""

@@ -122,6 +122,20 @@ def test_half_precision_means_are_near(loaded):
     assert loaded.predict(histology).expression.equal(full.expression)  # the model itself is as it was
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("style", ["modern", "reference"])
+def test_half_precision_means_are_near_without_a_prior(loaded, style):
+    torch.manual_seed(0)
+    loaded.add_stage2(loaded.config.replace(n_members=0, style=style))
+    loaded.stage2.head.set_codes(loaded.stage1)
+    torch.nn.init.normal_(loaded.stage2.head.output.weight, std=0.1)
+    histology = histology_of(loaded.config, 32)
+    full, half = loaded.eval().predict(histology), loaded.in_precision("bf16").predict(histology)
+    apart = (full.expression - half.expression).abs() / loaded.stage1.scales.std
+    assert full.expression.std(0).min() > 0  # else it would be near whatever the head made of it
+    assert 0 < apart.mean() < 0.01
+
+
 def test_both_orders_have_the_same_weights():
     one, other = (TwoStageVARST(small_config(embedding_dims=(16,), order=order)) for order in ("scale", "token"))
     other.load_state_dict(one.state_dict())

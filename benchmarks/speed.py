@@ -14,7 +14,7 @@ k attends to :math:`s_k` tokens and M memory vectors:
 - transformer, for each of L layers: :math:`T (2 w^2 + 2 w f + 2 w h M) + 2 w^2 n + 4 w^2 M + 2 w \sum_k n_k s_k`,
   with width w, h heads, feed-forward f and n tokens that others attend to;
 - head: :math:`\sum_k n_k (w D + K_k (D + 2 c_k) + K_k q_k)` with the :math:`K_k` codes that scale k uses, :math:`D`
-  their width, and :math:`q_k` what is expected of them: :math:`D + 2 c_k` where tokens are fed to later ones, else
+  their width, and :math:`q_k` what is expected of them: :math:`w + 2 c_k` where tokens are fed to later ones, else
   :math:`2 c_k`;
 
 each counted twice (a product and a sum). A training step of stage 2 costs three times the transformer, head queries
@@ -97,7 +97,7 @@ def flops(model: TwoStageVARST, training: bool = False) -> float:
         n_codes = len(head._used(k)[0]) if head.tied else config.codebook_size
         code_width = dim + 2 * c if head.tied else w
         feeds = n_before < config.n_feeding
-        expected = ((dim if head.tied else w) if feeds else 0) + 2 * c
+        expected = (w if feeds else 0) + 2 * c
         if training:
             assign += n * n_codes * code_width * (2 if head.tied else 3)
             teacher += n * n_codes * (code_width + expected) * (feeds and head.tied)

@@ -200,9 +200,9 @@ class TokenHead(nn.Module):
 
     def _embeddings(self, scale: int) -> Tensor:
         """Those of the codes that a scale uses, (n_codes, width)."""
-        if not self.tied:
-            return self.embedding.get_parameter("weight")
         weight = self.embedding.get_parameter("weight")
+        if not self.tied:
+            return weight
         embeddings: Tensor = self.embedding(self._used(scale)[1][:, : self.config.codebook_dim].to(weight.dtype))
         return embeddings
 

@@ -119,6 +119,7 @@ def test_half_precision_means_are_near(loaded):
     full, half = loaded.predict(histology), loaded.in_precision("bf16").predict(histology)
     apart = (full.expression - half.expression).abs() / loaded.stage1.scales.std
     assert 0 < apart.mean() < 0.01
+    assert ((full.std - half.std).abs() / loaded.stage1.scales.std).mean() < 0.01
     assert loaded.predict(histology).expression.equal(full.expression)  # the model itself is as it was
 
 
@@ -134,6 +135,7 @@ def test_half_precision_means_are_near_without_a_prior(loaded, style):
     apart = (full.expression - half.expression).abs() / loaded.stage1.scales.std
     assert full.expression.std(0).min() > 0  # else it would be near whatever the head made of it
     assert 0 < apart.mean() < 0.01
+    assert ((full.std - half.std).abs() / loaded.stage1.scales.std).mean() < 0.01
 
 
 def test_both_orders_have_the_same_weights():

@@ -33,7 +33,7 @@ import psutil
 import zarr
 
 import histovar as hv
-from histovar.anndata_io import stream
+from histovar.anndata_io import zarr_store
 
 WIDTH = 1024
 # Workers of dask.distributed give every tensor's memory back at once, by default, and spend their time asking for it.
@@ -102,7 +102,7 @@ class Memory(threading.Thread):
 
 def n_written(part: Path) -> int:
     """Number of chunks of an unfinished store that are written."""
-    done = part / stream.DONE
+    done = part / zarr_store.DONE
     return len(list(done.iterdir())) if done.is_dir() else 0
 
 
@@ -115,7 +115,7 @@ def stream_store(
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     model = hv.TwoStageVARST.load(model_path)
     start = time.perf_counter()
-    adata = stream.read_zarr(source, model.registry["genes"], chunk)
+    adata = zarr_store.read_zarr(source, model.registry["genes"], chunk)
     with (
         dask.config.set(KEEP_MEMORY),
         suppress(TimeoutError),  # a worker that is being started again closes slowly
@@ -136,7 +136,7 @@ def stream_store(
                 print(f"worker killed with {n_written(part)} chunks written", flush=True)
 
             threading.Thread(target=kill, daemon=True).start()
-        stream.write_zarr(adata, out, {"benchmark": "archive"})
+        zarr_store.write_zarr(adata, out, {"benchmark": "archive"})
         report.put((planned, time.perf_counter() - start))
 
 
@@ -144,7 +144,7 @@ def niche(source: Path, chunk: int) -> None:
     """Time and memory of niche features, each chunk made and let go."""
     memory = Memory(os.getpid())
     start = time.perf_counter()
-    adata = stream.read_zarr(source, [], chunk)
+    adata = zarr_store.read_zarr(source, [], chunk)
     hv.pp.niche(adata, use_rep="X_histology", library_key="section")
     planned = time.perf_counter() - start
     features = adata.obsm["histovar_niche"]

@@ -28,7 +28,7 @@ import zarr
 from archive import WIDTH, make_store
 
 import histovar as hv
-from histovar.anndata_io import stream
+from histovar.anndata_io import zarr_store
 
 N_GENES, N_PANEL, CHUNK = 60, 40, 4096
 
@@ -52,7 +52,7 @@ def add_expression(path: Path, n_spots: int) -> None:
 def train(path: Path, n_spots: int) -> None:
     """Train and print a line of JSON."""
     start = time.perf_counter()
-    adata = stream.read_zarr(path)
+    adata = zarr_store.read_zarr(path)
     hv.pp.gene_panel(adata, n_genes=N_PANEL)
     config = hv.ModelConfig.default(N_PANEL, WIDTH, width=32, n_layers=1, feedforward=128, codebook_size=512)
     model = hv.tl.train(

@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
 import histovar as hv
-from histovar.anndata_io import neighbors, read
+from histovar.anndata_io import expression, neighbors
 from histovar.anndata_io.neighbors import Neighborhoods
 
 from .conftest import QUICK, small_config
@@ -316,7 +316,7 @@ def test_evaluation_scores_sections_apart_and_counts_constants(simulated, model)
     assert scores.loc[gene, "pearson"] == 0 and scores.loc[gene, "constant"]
     assert summary.loc["S3", "n_constant"] == 1
     part = adata[adata.obs["section"] == "S3"]
-    measured = read.lognorm(part)[:, part.var_names.get_indexer(model.registry["genes"])].toarray()
+    measured = expression.lognorm(part)[:, part.var_names.get_indexer(model.registry["genes"])].toarray()
     by_hand = [
         np.corrcoef(a, b)[0, 1] for a, b in zip(part.obsm["histovar"].to_numpy().T[1:], measured.T[1:], strict=True)
     ]

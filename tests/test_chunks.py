@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 import histovar as hv
-from histovar.anndata_io import stream
+from histovar.anndata_io import zarr_store
 from histovar.cli import app
 
 KEY = "X_histology"
@@ -125,13 +125,13 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
         return adata
 
     with dask.config.set(scheduler="synchronous"), pytest.raises(OSError, match="worker lost"):
-        stream.write_zarr(lazy(True), tmp_path / "out.zarr", {"model": 1})
+        zarr_store.write_zarr(lazy(True), tmp_path / "out.zarr", {"model": 1})
     assert not (tmp_path / "out.zarr").exists()
     with pytest.raises(ValueError, match="interrupted run of other input, model or options"):
-        stream.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 2})
+        zarr_store.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 2})
     before = set(calls)
     calls.clear()
-    stream.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 1})
+    zarr_store.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 1})
     assert len(calls) < 7  # at least one had been written
     assert before | set(calls) == set(range(7))
     made = ad.read_zarr(tmp_path / "out.zarr")

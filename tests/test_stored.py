@@ -8,7 +8,7 @@ import torch
 from scipy import sparse
 
 import histovar as hv
-from histovar.anndata_io import stream
+from histovar.anndata_io import zarr_store
 from histovar.cli import app
 from histovar.training import data
 from histovar.training.data import Spots, StoredSpots
@@ -20,7 +20,7 @@ KEY = "X_histology"
 
 def on_disk(adata, path):
     adata.write_zarr(path)
-    return stream.read_zarr(path, rows_at_once=50)
+    return zarr_store.read_zarr(path, rows_at_once=50)
 
 
 @pytest.fixture

@@ -37,6 +37,21 @@ class Keys:
         return f"{self.prefix}_niche"
 
     @property
+    def niche_source(self) -> str:
+        """``obsm``: fingerprint of what the niche of each spot was made of."""
+        return f"{self.prefix}_niche_source"
+
+    @property
+    def source(self) -> str:
+        """``obsm``: fingerprint of what each spot was predicted from."""
+        return f"{self.prefix}_source"
+
+    @property
+    def gene(self) -> str:
+        """``var``: gene that each column of the predicted layers is of."""
+        return f"{self.prefix}_gene"
+
+    @property
     def tokens(self) -> str:
         """``obsm``: tokens."""
         return f"{self.prefix}_tokens"

@@ -255,12 +255,12 @@ def _hardware(gpus: int | None) -> tuple[str, int]:
 
 def _training_data(inputs: list[Path] | None, dataset: str | None, data_dir: Path, embedding: str | None) -> AnnData:
     from histovar import datasets
-    from histovar.anndata_io import stream
+    from histovar.anndata_io import zarr_store
 
     if bool(inputs) == bool(dataset):
         raise ValueError("give .h5ad files or --dataset, one of the two")
     if inputs and len(inputs) == 1 and inputs[0].suffix == ".zarr":
-        return stream.read_zarr(inputs[0])
+        return zarr_store.read_zarr(inputs[0])
     if inputs:
         return _read(inputs)
     if (data_dir / str(dataset) / "data" / "ST-cnts").is_dir():
@@ -290,11 +290,11 @@ def _stream(
     from dask.diagnostics.progress import ProgressBar
 
     from histovar import tl
-    from histovar.anndata_io import stream
+    from histovar.anndata_io import zarr_store
 
     if store.resolve() == out.resolve():
         raise ValueError(f"--out: {str(out)!r} is the input itself; write to another store")
-    adata = stream.read_zarr(store, trained.registry["genes"])
+    adata = zarr_store.read_zarr(store, trained.registry["genes"])
     weights = b"".join(file.read_bytes() for file in sorted(model.iterdir()))
     with ExitStack() as stack:
         if scheduler is None:
@@ -307,7 +307,7 @@ def _stream(
         for key in options["use_rep"] or trained.registry["use_rep"]:
             del adata.obsm[key]
         identity = {"input": str(store.resolve()), "model": sha256(weights).hexdigest(), **options}
-        stream.write_zarr(adata, out, identity)
+        zarr_store.write_zarr(adata, out, identity)
 
 
 def _write(adata: AnnData, out: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from anndata import AnnData
 
-from ._keys import DEFAULT_KEY, Keys
-from .anndata_io.table import Data, as_table
-from .anndata_io.write import predicted_genes, read_prediction
+from ._keys import DEFAULT_KEY
+from .anndata_io import gate, slots
+from .anndata_io.gate import Data
+from .anndata_io.prediction import predicted_genes, read_prediction
 
 
 def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = None) -> AnnData:
@@ -34,14 +35,14 @@ def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = N
     KeyError
         If there is no prediction under `key`.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key)
+    adata = gate.table(data, table_name, writes=False)
+    keys = slots.keys(key, "key")
     genes = predicted_genes(adata, keys)
     mean, std = read_prediction(adata, keys, genes)
     result = AnnData(np.array(mean, dtype=np.float32), obs=adata.obs.copy())
     result.var_names = genes
     result.layers["std"] = np.array(std, dtype=np.float32)
-    stored = adata.uns[keys.uns]
+    stored = slots.record(adata, keys)
     if keys.quantiles in adata.obsm:
         cube = np.asarray(adata.obsm[keys.quantiles])
         for i, level in enumerate(np.asarray(stored["quantiles"])):

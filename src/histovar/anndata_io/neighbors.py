@@ -13,14 +13,20 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
+from histovar._torch_state import keep_threads
 from histovar.model.config import N_OUTLINE
 
 # Of larger sections neighbours are sought in strips of so many spots.
 SPOTS_AT_ONCE = 2**16
+# Distances that differ by a smaller share are the same: what rounding to whole pixels, and rotation, do to a grid.
+SAME_DISTANCE = 0.01
 
 
 class Neighborhoods(NamedTuple):
     """Each spot's nearest neighbours within its section, itself left out, by squidpy.
+
+    Spots as far away as the last of the nearest belong to the neighbourhood, too, so that it depends neither on the
+    order of the spots nor on how the section is turned: on a hexagonal grid the 8 nearest are 12.
 
     Parameters
     ----------
@@ -60,55 +66,81 @@ class Neighborhoods(NamedTuple):
         members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         graphs = []
         for i, wanted in enumerate(n_neighbors):
-            counts, distance = np.empty(n_spots, np.int64), np.ones(n_spots)
-            for rows in members:
-                counts[rows] = min(wanted, len(rows) - 1, max(len(rows) // 4, 1))
-            pointers = np.concatenate([[0], counts.cumsum()])
-            neighbors = np.empty(pointers[-1], np.int32)
+            counts, distance = np.zeros(n_spots, np.int64), np.ones(n_spots)
+            found: list[tuple[NDArray[np.int64], _Nearest]] = []
             near, off = outline[:, N_OUTLINE * i : N_OUTLINE * (i + 1)].T
             for rows in members:
-                if n := counts[rows[0]]:
-                    found = (_knn if len(rows) <= SPOTS_AT_ONCE else _knn_in_strips)(place[rows], n)
-                    neighbors[pointers[rows, None] + np.arange(n)] = rows[found.neighbors]
-                    distance[rows] = found.distance.clip(min=1e-12)  # spots may lie on top of each other
+                if n := min(wanted, len(rows) - 1, max(len(rows) // 4, 1)):
+                    nearest = (_knn if len(rows) <= SPOTS_AT_ONCE else _knn_in_strips)(place[rows], n)
+                    found.append((rows, nearest))
+                    counts[rows] = nearest.counts
+                    distance[rows] = nearest.distance.clip(min=1e-12)  # spots may lie on top of each other
                     near[rows] = np.log(distance[rows] / np.median(distance[rows]))
+            pointers = np.concatenate([[0], counts.cumsum()])
+            neighbors = np.empty(pointers[-1], np.int32)
+            for rows, nearest in found:
+                neighbors[_positions(pointers[rows], nearest.counts)] = rows[nearest.neighbors]
             shares = np.repeat((1 / counts.clip(min=1)).astype(np.float32), counts)
             graph = sparse.csr_matrix((shares, neighbors, pointers), (n_spots, n_spots))
+            graph.sort_indices()
             off[:] = np.where(counts > 0, np.linalg.norm(graph @ place - place, axis=1) / distance, 0)
             graphs.append(graph)
         return cls(graphs, outline)
 
 
+def _positions(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Ranges of numbers that begin at `starts`, one after another."""
+    before = np.concatenate([[0], counts.cumsum()[:-1]])
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
 class _Nearest(NamedTuple):
-    """Nearest neighbours of some spots.
+    """Nearest neighbours of spots.
 
     Parameters
     ----------
     neighbors
-        (n_spots, n_neighbors), which spots.
+        Which spots, those of one spot after those of another.
+    counts
+        (n_spots,) how many are whose.
     distance, farthest
-        (n_spots,) mean distance and that of the last.
+        (n_spots,) mean distance, and the distance up to which spots belong.
     """
 
     neighbors: NDArray[np.int32]
+    counts: NDArray[np.int64]
     distance: NDArray[np.floating]
     farthest: NDArray[np.floating]
 
 
 def _knn(place: NDArray[np.floating], n_neighbors: int) -> _Nearest:
-    """Neighbours of all spots, by squidpy."""
+    """Neighbours of all spots, by squidpy, and those as far away as the last of them."""
+    n_spots = len(place)
+    # On a hexagonal grid the last ring may add half as many; more is asked for where more spots lie on one another.
+    asked, most = n_neighbors + n_neighbors // 2 + 4, min(8 * n_neighbors + 64, n_spots - 1)
+    while True:
+        asked = min(asked, most)
+        neighbors = _asked_of_squidpy(place, asked)
+        distance = np.linalg.norm(place[neighbors] - place[:, None], axis=2)
+        farthest = np.partition(distance, n_neighbors - 1, axis=1)[:, n_neighbors - 1] * (1 + SAME_DISTANCE)
+        within = distance <= farthest[:, None]
+        if asked == most or not within.all(1).any():
+            break
+        asked *= 2
+    counts = within.sum(1)
+    return _Nearest(neighbors[within], counts, (distance * within).sum(1) / counts, farthest)
+
+
+def _asked_of_squidpy(place: NDArray[np.floating], n_neighbors: int) -> NDArray[np.int32]:
+    """Each spot's nearest, (n_spots, n_neighbors)."""
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
-    from histovar._squidpy import sq
+    with _quiet_squidpy(), keep_threads():
+        from histovar._squidpy import sq
 
-    with _quiet_squidpy():
         sq.gr.spatial_neighbors_knn(light, n_neighs=n_neighbors)
-    distances = light.obsp["spatial_distances"]
-    return _Nearest(
-        light.obsp["spatial_connectivities"].indices.reshape(-1, n_neighbors),
-        np.asarray(distances.sum(1)).ravel() / n_neighbors,
-        distances.max(axis=1).toarray().ravel(),
-    )
+    found: NDArray[np.int32] = light.obsp["spatial_connectivities"].indices.reshape(-1, n_neighbors)
+    return found
 
 
 def _knn_in_strips(place: NDArray[np.floating], n_neighbors: int) -> _Nearest:
@@ -117,23 +149,29 @@ def _knn_in_strips(place: NDArray[np.floating], n_neighbors: int) -> _Nearest:
     As squidpy takes a kilobyte or more for each spot that it looks at.
     """
     n_spots = len(place)
-    found = _Nearest(np.empty((n_spots, n_neighbors), np.int32), np.empty(n_spots), np.empty(n_spots))
+    counts, distance, farthest = np.empty(n_spots, np.int64), np.empty(n_spots), np.empty(n_spots)
     along = place[:, np.ptp(place, axis=0).argmax()].astype(float)
     order = along.argsort(kind="stable")
     padded = np.concatenate([[-np.inf], along[order], [np.inf]])
+    found: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []
     for start in range(0, n_spots, SPOTS_AT_ONCE):
         rows = order[start : start + SPOTS_AT_ONCE]
         margin = max(SPOTS_AT_ONCE // 8, n_neighbors)
         while True:
             low, high = max(start - margin, 0), min(start + len(rows) + margin, n_spots)
             strip, own = _knn(place[order[low:high]], n_neighbors), slice(start - low, start - low + len(rows))
-            farthest, before, after = strip.farthest[own], padded[low], padded[high + 1]  # the nearest spots left out
-            if (along[rows] - farthest >= before).all() and (along[rows] + farthest <= after).all():
+            reach, before, after = strip.farthest[own], padded[low], padded[high + 1]  # the nearest spots left out
+            if (along[rows] - reach >= before).all() and (along[rows] + reach <= after).all():
                 break
             margin *= 2
-        found.neighbors[rows] = order[low:high][strip.neighbors[own]]
-        found.distance[rows], found.farthest[rows] = strip.distance[own], farthest
-    return found
+        ends = np.concatenate([[0], strip.counts.cumsum()])
+        found.append((rows, order[low:high][strip.neighbors[ends[own.start] : ends[own.stop]]].astype(np.int32)))
+        counts[rows], distance[rows], farthest[rows] = strip.counts[own], strip.distance[own], reach
+    pointers = np.concatenate([[0], counts.cumsum()])
+    neighbors = np.empty(pointers[-1], np.int32)
+    for rows, theirs in found:
+        neighbors[_positions(pointers[rows], counts[rows])] = theirs
+    return _Nearest(neighbors, counts, distance, farthest)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, KFold
 
-from histovar._keys import Keys
-from histovar.anndata_io import validate
+from histovar._torch_state import in_float32
+from histovar.anndata_io import expression, gate, slots
+from histovar.anndata_io.expression import Normalization
+from histovar.anndata_io.gate import Data
 from histovar.anndata_io.neighbors import Neighborhoods
-from histovar.anndata_io.table import Data, as_table, copied
-from histovar.anndata_io.write import Prediction, merge_uns, write_prediction
+from histovar.anndata_io.prediction import Prediction, prediction_slots, write_prediction
 
 from .linear import HestRidge, TunedRidge, pls
 from .mfbp import MFBP
@@ -59,7 +60,7 @@ class Baseline:
     ----------
     method
         Its name.
-    genes, layer, units
+    genes, layer, normalization
         What it predicts.
     use_rep, library_key, spatial_key
         What it predicts from.
@@ -77,7 +78,7 @@ class Baseline:
     method: str
     genes: list[str]
     layer: str
-    units: str
+    normalization: Normalization
     use_rep: list[str]
     library_key: str | None
     spatial_key: str
@@ -109,23 +110,23 @@ class Baseline:
 
     def _labels(self, adata: AnnData) -> NDArray[np.str_]:
         """Section of each spot; without `library_key` all are one."""
-        names = validate.sections(adata, self.library_key)
+        names = gate.sections(adata, self.library_key)
         return np.full(adata.n_obs, "all") if names is None else names
 
     def features(self, adata: AnnData) -> NDArray[np.float32]:
         """What the method sees, (n_spots, n_features): embeddings and means over neighbours, side by side."""
         niche = METHODS[self.method].niche
-        embeddings = [validate.embedding(adata, key) for key in self.use_rep]
-        names = validate.sections(adata, self.library_key)
+        embeddings = [gate.embedding(adata, key) for key in self.use_rep]
+        names = gate.sections(adata, self.library_key, self.spatial_key)
         if niche is None:
             parts = embeddings[:1]
         else:
             sizes = sorted({n for own in niche for n in own})
-            validate.check_neighbors(names, adata.n_obs, sizes)
+            gate.check_neighbors(names, adata.n_obs, sizes)
             graphs = dict(
                 zip(
                     sizes,
-                    Neighborhoods.of(validate.coordinates(adata, self.spatial_key), names, sizes).graphs,
+                    Neighborhoods.of(gate.coordinates(adata, self.spatial_key), names, sizes).graphs,
                     strict=True,
                 )
             )
@@ -140,6 +141,7 @@ class Baseline:
                 features[rows] = (features[rows] - features[rows].mean(0)) / (features[rows].std(0) + 1e-6)
         return features
 
+    @in_float32
     def predict(
         self, data: Data, *, key_added: str | None = None, table_name: str | None = None, copy: bool = False
     ) -> AnnData | None:
@@ -161,18 +163,18 @@ class Baseline:
         AnnData or None
             Writes expected expression and its standard deviation, the same for every spot, and ``uns[key_added]``.
         """
-        adata = as_table(data, table_name)
-        validate.check_object(adata)
+        adata = gate.table(data, table_name, writes=not copy)
+        keys = slots.keys(self.method if key_added is None else key_added)
+        slots.check_free(adata, keys, prediction_slots(keys))
         mean = _predict(self.estimator, self.features(adata), self._labels(adata)).astype(np.float32).clip(min=0)
         if copy:
-            adata = copied(adata)
-        keys = Keys(key_added or self.method)
+            adata = gate.copied(adata)
         std = np.tile(self.std.astype(np.float32), (len(mean), 1))
-        write_prediction(adata, keys, self.genes, Prediction(mean, std, None, None, None))
+        units = expression.units(self.layer, self.normalization)
         entries = {
-            "genes": np.array(self.genes),
-            "units": self.units,
+            "units": units,
             "layer": self.layer,
+            "normalization": self.normalization.plain(),
             "calibrated": False,
             "quantiles": np.array([]),
             "trained_on": np.array(self.sections, dtype=str),
@@ -184,8 +186,8 @@ class Baseline:
                 "standardize": self.standardize,
             },
         }
-        merge_uns(adata, keys, entries)
-        logger.info("%s predicted %d genes in %d spots, in %s", self.method, len(self.genes), adata.n_obs, self.units)
+        write_prediction(adata, keys, self.genes, Prediction(mean, std, None, None, None), entries)
+        logger.info("%s predicted %d genes in %d spots, in %s", self.method, len(self.genes), adata.n_obs, units)
         return adata if copy else None
 
 

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io.scored import read_distribution, read_scored
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.comparison import read_comparison, read_distribution
+from histovar.anndata_io.gate import Data
 
 from ._figure import figure_of, finish
 
@@ -64,9 +65,9 @@ def calibration(
     KeyError
         If there is no prediction or no measured expression.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key)
-    scored = read_scored(adata, keys, layer)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key, "key")
+    scored = read_comparison(adata, keys, layer)
     kind, quantiles, levels = read_distribution(adata, keys, scored.mean, scored.std)
     shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
     covered = np.array(
@@ -85,7 +86,7 @@ def calibration(
     right.set(
         xlabel="level of the measured value (PIT)", ylabel="density", title=f"{place.shape[1]} genes", xlim=(0, 1)
     )
-    calibrated = "calibrated" if adata.uns[keys.uns].get("calibrated", False) else "not calibrated"
+    calibrated = "calibrated" if slots.record(adata, keys).get("calibrated", False) else "not calibrated"
     left.set_title(f"intervals from {kind}, {calibrated}")
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)

@@ -12,9 +12,10 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io.scored import read_scored
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.comparison import read_comparison
+from histovar.anndata_io.gate import Data
 
 from ._figure import figure_of, finish
 
@@ -64,9 +65,9 @@ def gene_correlation(
     ValueError
         If there are fewer than 2 genes, or `ax` are not as many as there are panels.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key)
-    scored = read_scored(adata, keys, layer)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key, "key")
+    scored = read_comparison(adata, keys, layer)
     if len(scored.genes) < 2:
         raise ValueError(f"key: the prediction has {len(scored.genes)} gene; correlations need 2")
     panels = {"measured": scored.measured, "expected": scored.mean}

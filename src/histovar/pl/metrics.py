@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.gate import Data
 
 from ._figure import figure_of, finish, new_axes
 
@@ -51,8 +52,8 @@ def metrics(
     KeyError
         If the object has not been evaluated.
     """
-    adata = as_table(data, table_name)
-    column = Keys(key).score("pearson")
+    adata = gate.table(data, table_name, writes=False)
+    column = slots.keys(key, "key").score("pearson")
     if column not in adata.var:
         raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")
     scores = adata.var[column].dropna().sort_values(ascending=False)

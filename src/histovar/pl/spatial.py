@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._keys import DEFAULT_KEY, Keys
 from histovar._squidpy import sq
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table
-from histovar.anndata_io.write import predicted_genes, read_prediction
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.comparison import read_measured
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.prediction import predicted_genes, predicted_sections, read_prediction
 from histovar.metrics import pearson
 
 from ._figure import figure_of, finish
+
+logger = logging.getLogger(__name__)
 
 # Colours end at this percentile, and begin at its complement, so that a single spot does not decide them.
 TOP_PERCENTILE = 99
@@ -91,19 +95,20 @@ def spatial(
     ValueError
         If there are several sections and none is named.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key)
+    adata = gate.table(data, table_name, writes=False)
+    keys = slots.keys(key, "key")
     panel = predicted_genes(adata, keys)
-    wanted = validate.check_keys(genes, "genes")
+    wanted = gate.key_list(genes, "genes")
     unknown = [g for g in wanted if g not in panel]
     if unknown:
         raise KeyError(f"genes: {unknown} are not in the predicted panel ({panel[:3]}, ...)")
-    stored = adata.uns[keys.uns]
-    names = validate.sections(adata, library_key or str(stored["params"]["library_key"]) or None)
+    stored = slots.record(adata, keys)
+    names = predicted_sections(adata, keys, library_key)
     rows, label = _rows_of(names, adata.n_obs, section)
     columns = np.array([panel.index(g) for g in wanted])
     mean, std = (values[np.ix_(rows, columns)] for values in read_prediction(adata, keys, panel))
-    measured = _measured(adata, wanted, layer or str(stored["layer"]), rows)
+    measured = _measured(adata, keys, panel, layer)
+    measured = None if measured is None else measured[np.ix_(rows, columns)]
 
     titles = (
         ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
@@ -141,18 +146,15 @@ def _rows_of(names: NDArray[np.str_] | None, n_obs: int, section: str | None) ->
     return np.flatnonzero(names == section), section
 
 
-def _measured(adata: AnnData, genes: list[str], layer: str, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
-    if any(g not in adata.var_names for g in genes):
+def _measured(adata: AnnData, keys: Keys, panel: list[str], layer: str | None) -> NDArray[np.float32] | None:
+    """Measured expression of the panel; None where it was not measured, or is in other units than the prediction."""
+    wanted = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+    try:
+        return read_measured(adata, keys, panel, wanted)
+    except (KeyError, ValueError) as error:
+        if adata.n_vars and not (isinstance(error, KeyError) and layer is None):
+            logger.warning("no measured panel: %s", error.args[0])
         return None
-    if layer == LOGNORM and LOGNORM not in adata.layers:
-        try:
-            values = read.lognorm(adata)
-        except ValueError:
-            return None
-        return np.asarray(values[rows][:, adata.var_names.get_indexer(genes)].toarray())
-    if layer not in ("X", *adata.layers):
-        return None
-    return read.expression(adata, layer, adata.var_names.get_indexer(pd.Index(genes)))[rows]
 
 
 def _axes(ax: Any, n_rows: int, n_columns: int) -> NDArray[Any]:

@@ -12,10 +12,12 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table, copied, writing
-from histovar.anndata_io.write import merge_uns
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._torch_state import keep_threads
+from histovar.anndata_io import expression, gate, slots
+from histovar.anndata_io.gate import Data
+
+from .gene_scales import genes_in_scales
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,11 @@ def gene_panel(
     ValueError
         If fewer than `n_genes` genes are detected often enough, or there are neither counts nor log-normalised values.
     """
-    adata = as_table(data, table_name)
-    validate.check_object(adata, needs_genes=True)
-    validate.sections(adata, library_key)
+    adata = gate.table(data, table_name, genes=True, writes=not copy)
+    keys = slots.keys(key_added)
+    slots.check_free(adata, keys, [("var", keys.panel)])
+    if library_key is not None:
+        gate.sections(adata, library_key)
     if flavor not in get_args(Flavor):
         raise ValueError(f"flavor must be one of {get_args(Flavor)}, got {flavor!r}")
     if n_genes < 2:
@@ -77,9 +81,9 @@ def gene_panel(
     if not 0 <= min_fraction < 1:
         raise ValueError(f"min_fraction must lie in [0, 1), got {min_fraction}")
     lognorm = None
-    if not read.is_stored(adata):
-        lognorm = adata.layers[LOGNORM] if LOGNORM in adata.layers else read.lognorm(adata)
-    detected, variance = _statistics(read.lognorm_blocks(adata) if lognorm is None else [lognorm])
+    if not expression.is_stored(adata):
+        lognorm = expression.lognorm(adata)
+    detected, variance = _statistics(expression.lognorm_blocks(adata) if lognorm is None else [lognorm])
     often = detected > min_fraction
     if often.sum() < n_genes:
         raise ValueError(
@@ -90,23 +94,27 @@ def gene_panel(
         chosen = np.zeros(adata.n_vars, dtype=bool)
         chosen[np.argsort(-np.where(often, variance, -np.inf), kind="stable")[:n_genes]] = True
     else:
-        matrix = adata.X if flavor == "seurat_v3" else read.lognorm(adata) if lognorm is None else lognorm
+        matrix: Any = lognorm
+        if flavor == "seurat_v3":
+            matrix = sparse.vstack([sparse.csr_matrix(block) for block in expression.count_blocks(adata)])
+        elif lognorm is None:
+            matrix = expression.lognorm(adata)
         chosen = _highly_variable(adata, matrix, often, n_genes, flavor, library_key)
     if copy:
-        adata = copied(adata)
-    keys = Keys(key_added)
-    with writing():
-        if LOGNORM not in adata.layers and lognorm is not None:
-            adata.layers[LOGNORM] = lognorm
-        adata.var[keys.panel] = chosen
-    merge_uns(adata, keys, {"panel": {"n_genes": n_genes, "flavor": flavor, "min_fraction": min_fraction}})
+        adata = gate.copied(adata)
+    expression.add_lognorm(adata, lognorm)
+    if keys.scales in adata.varm and not np.array_equal(genes_in_scales(adata, keys), chosen):
+        slots.drop(adata, keys, [("varm", keys.scales)], ["scales", "scales_by"])
+        logger.info("varm[%r] is of another panel: dropped", keys.scales)
+    parameters = {"n_genes": n_genes, "flavor": flavor, "min_fraction": min_fraction}
+    slots.write(adata, keys, {("var", keys.panel): chosen}, {"panel": parameters})
     logger.info("gene panel: %d of %d genes by %s, in var[%r]", n_genes, adata.n_vars, flavor, keys.panel)
     return adata if copy else None
 
 
 def detected_often(adata: AnnData, min_fraction: float) -> int:
     """Number of genes detected in more than a fraction of the spots."""
-    return int((_statistics(read.lognorm_blocks(adata))[0] > min_fraction).sum())
+    return int((_statistics(expression.lognorm_blocks(adata))[0] > min_fraction).sum())
 
 
 def _statistics(blocks: Iterable[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -114,7 +122,7 @@ def _statistics(blocks: Iterable[Any]) -> tuple[NDArray[np.float64], NDArray[np.
     n, sums = 0, np.zeros(())
     for block in blocks:
         values = sparse.csr_matrix(block)
-        validate.check_nonnegative(values.data, f"layer: {LOGNORM!r}")
+        gate.check_nonnegative(values.data, f"layer: {LOGNORM!r}")
         powers = (values > 0, values, values.multiply(values))
         sums = sums + np.stack([np.asarray(power.sum(0, dtype=np.float64)).ravel() for power in powers])
         n += values.shape[0]
@@ -133,7 +141,8 @@ def _highly_variable(
     """Choice of scanpy among the genes detected often."""
     light = AnnData(sparse.csr_matrix(matrix), obs=adata.obs[[library_key] if library_key else []].copy())
     light = light[:, detected].copy()
-    sc.pp.highly_variable_genes(light, n_top_genes=n_genes, flavor=flavor, batch_key=library_key)
+    with keep_threads():
+        sc.pp.highly_variable_genes(light, n_top_genes=n_genes, flavor=flavor, batch_key=library_key)
     chosen = detected.copy()
     chosen[detected] = light.var["highly_variable"].to_numpy()
     return chosen

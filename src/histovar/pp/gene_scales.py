@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar._spots import sampled_spots
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table, copied, writing
-from histovar.anndata_io.write import merge_uns
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.expression import add_lognorm, expression
+from histovar.anndata_io.gate import Data
 from histovar.model import group_genes
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ def gene_scales(
     ValueError
         If `scales` do not increase, or the gene sets share no gene with the panel.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key_added)
-    validate.check_object(adata, needs_genes=True)
+    adata = gate.table(data, table_name, genes=True, writes=not copy)
+    keys = slots.keys(key_added)
+    slots.check_free(adata, keys, [("varm", keys.scales)])
     if keys.panel not in adata.var:
         raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata)")
     columns = np.flatnonzero(adata.var[keys.panel].to_numpy())
@@ -84,20 +84,25 @@ def gene_scales(
         nearest = min(range(len(numbers) - 1), key=lambda i: abs(numbers[i] - n_sets)) if len(numbers) > 1 else 0
         coarser = [n for n in numbers[:nearest] if n < n_sets]
         numbers = [*coarser, n_sets, *(n for n in numbers[nearest + 1 :] if n > n_sets)]
-    if copy:
-        adata = copied(adata)
-    if layer is None:
-        read.add_lognorm(adata)
     rows = sampled_spots(adata.n_obs, random_state)
-    values = read.expression(adata, layer or LOGNORM, columns, rows)
+    values = expression(adata, LOGNORM if layer is None else layer, columns, rows).values
+    if copy:
+        adata = gate.copied(adata)
+    if layer is None:
+        add_lognorm(adata)
     groups = group_genes(values, numbers, groups=given, random_state=random_state)
     table = np.full((adata.n_vars, len(numbers)), -1, dtype=np.int32)
     table[columns] = groups.T
-    with writing():
-        adata.varm[keys.scales] = table
-    merge_uns(adata, keys, {"scales": np.array(numbers)})
+    entries = {"scales": np.array(numbers), "scales_by": "co-expression" if gene_sets is None else "gene sets"}
+    slots.write(adata, keys, {("varm", keys.scales): table}, entries)
     logger.info("gene scales: %s groups, in varm[%r]", numbers, keys.scales)
     return adata if copy else None
+
+
+def genes_in_scales(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
+    """Genes that ``varm`` has groups of at every scale, which are those of the panel that they were made for."""
+    groups = np.asarray(adata.varm[keys.scales])
+    return np.asarray((groups >= 0).all(1))
 
 
 def _set_of_each(gene_sets: Mapping[str, Sequence[str]], genes: list[str]) -> NDArray[np.int64]:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io import chunks, read, validate
-from histovar.anndata_io.table import Data, as_table, copied, writing
-from histovar.anndata_io.write import merge_uns
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import gate, histology, lazy, slots
+from histovar.anndata_io.gate import Data
 
 logger = logging.getLogger(__name__)
 
@@ -59,35 +58,38 @@ def niche(
         Writes ``obsm[f"{key_added}_niche"]``, for each embedding and then each neighbourhood the mean embedding, side
         by side; then, for each neighbourhood, two numbers that tell how near the section's outline the spot lies: the
         log of the neighbours' mean distance over the section's median, and how far their centroid lies from the spot
-        in units of that mean distance. And ``uns[key_added]["niche"]``, the parameters.
+        in units of that mean distance. Also ``obsm[f"{key_added}_niche_source"]``, a fingerprint of each spot's
+        embeddings, coordinates and section, by which it is known when the features are no longer true, and
+        ``uns[key_added]["niche"]``, the parameters.
 
     Raises
     ------
     KeyError
         If a key is missing.
     ValueError
-        If a section has too few spots, or embeddings are not finite.
+        If a section has too few spots, embeddings are not finite, several sections have images and `library_key` is not
+        given, or a slot holds what histovar did not write.
     """
-    adata = as_table(data, table_name)
-    validate.check_object(adata)
-    reps = validate.check_keys(use_rep)
+    adata = gate.table(data, table_name, writes=not copy)
+    keys = slots.keys(key_added)
+    slots.check_free(adata, keys, [("obsm", keys.niche), ("obsm", keys.niche_source)])
+    reps = gate.key_list(use_rep)
     sizes = [int(n) for n in n_neighbors]
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise ValueError(f"n_neighbors must be positive and increase, got {tuple(n_neighbors)}")
-    features: Any
-    if chunks.is_lazy(adata, reps):
-        features = chunks.niche(adata, reps, sizes, spatial_key, library_key)
+    found: dict[slots.Slot, Any] = {}
+    if lazy.is_lazy(adata, reps):
+        found["obsm", keys.niche] = lazy.niche(adata, reps, sizes, spatial_key, library_key)
     else:
-        embeddings = [validate.embedding(adata, key) for key in reps]
-        names = validate.sections(adata, library_key)
-        place = validate.coordinates(adata, spatial_key)
-        means, outline = read.niche(embeddings, place, names, sizes)
-        features = np.concatenate([*means, outline], axis=1)
+        embeddings = [gate.embedding(adata, key) for key in reps]
+        place = gate.coordinates(adata, spatial_key)
+        names = gate.sections(adata, library_key, spatial_key)
+        means, outline = histology.niche(embeddings, place, names, sizes)
+        found["obsm", keys.niche] = np.concatenate([*means, outline], axis=1)
+        found["obsm", keys.niche_source] = histology.source_fingerprint(adata, reps, spatial_key, library_key)
     if copy:
-        adata = copied(adata)
-    keys = Keys(key_added)
-    with writing():
-        adata.obsm[keys.niche] = features
-    merge_uns(adata, keys, {"niche": read.niche_parameters(reps, sizes, spatial_key, library_key)})
+        adata = gate.copied(adata)
+    slots.drop(adata, keys, [("obsm", keys.niche), ("obsm", keys.niche_source)])
+    slots.write(adata, keys, found, {"niche": histology.niche_parameters(reps, sizes, spatial_key, library_key)})
     logger.info("niche: means over %s neighbours of %s, in obsm[%r]", sizes, reps, keys.niche)
     return adata if copy else None

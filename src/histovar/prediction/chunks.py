@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from histovar.anndata_io.chunks import ChunkedHistology
-from histovar.anndata_io.write import Prediction
+from histovar.anndata_io.lazy import ChunkedHistology
+from histovar.anndata_io.prediction import Prediction
 from histovar.model import Histology, TwoStageVARST
 
 from .predictor import Predictor

@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 
 from histovar._memory import keep_freed_memory
-from histovar.anndata_io.write import Prediction
+from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.two_stage import Precision
 

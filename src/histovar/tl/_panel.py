@@ -7,7 +7,7 @@ import logging
 from anndata import AnnData
 
 from histovar._keys import Keys
-from histovar.anndata_io import read
+from histovar.anndata_io.expression import add_lognorm
 from histovar.pp.gene_panel import detected_often, gene_panel
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def ensure_panel(adata: AnnData, keys: Keys, n_genes: int | None = None) -> None
     if keys.panel in adata.var:
         return
     if n_genes is None:
-        read.add_lognorm(adata)
+        add_lognorm(adata)
         n_genes = min(DEFAULT_PANEL, detected_often(adata, MIN_FRACTION))
     logger.info("no var[%r]: calling histovar.pp.gene_panel(adata, n_genes=%d)", keys.panel, n_genes)
     gene_panel(adata, n_genes=n_genes, min_fraction=MIN_FRACTION, key_added=keys.prefix)

@@ -8,9 +8,10 @@ from typing import get_args
 
 import numpy as np
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._torch_state import in_float32
+from histovar.anndata_io import expression, gate, slots
+from histovar.anndata_io.gate import Data
 from histovar.baselines.model import METHODS, Baseline, Standardize
 
 from ._panel import ensure_panel
@@ -18,6 +19,7 @@ from ._panel import ensure_panel
 logger = logging.getLogger(__name__)
 
 
+@in_float32
 def baseline(
     data: Data,
     method: str = "ridge",
@@ -78,27 +80,25 @@ def baseline(
         raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
     if standardize not in get_args(Standardize):
         raise ValueError(f"standardize must be one of {get_args(Standardize)}, got {standardize!r}")
-    adata = as_table(data, table_name)
-    validate.check_object(adata, needs_genes=True)
-    reps = validate.check_keys(use_rep)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key_added)
+    reps = gate.key_list(use_rep)
     for key in reps:
-        validate.embedding(adata, key)
-    names = validate.sections(adata, library_key)
+        gate.embedding(adata, key)
     if METHODS[method].niche is not None:
-        validate.coordinates(adata, spatial_key)
-    if adata.n_obs < 10:
-        raise ValueError(f"adata: {adata.n_obs} spots are too few to train on; at least 10 are needed")
-    read.check_layer(adata, layer)
-    keys = Keys(key_added)
+        gate.coordinates(adata, spatial_key)
+    names = gate.sections(adata, library_key, spatial_key)
+    gate.check_enough_spots(adata, 10, "train on")
+    expression.check_layer(adata, layer)
     ensure_panel(adata, keys)
     if layer is None:
-        read.add_lognorm(adata)
+        expression.add_lognorm(adata)
+        layer = LOGNORM
     genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
-    layer = layer or LOGNORM
-    expression = read.expression(adata, layer, validate.check_genes(adata, genes))
-    made = Baseline(
-        method, genes, layer, read.units(layer), reps, library_key, spatial_key, standardize, random_state
-    ).fit(adata, expression)
+    values, normalization = expression.expression(adata, layer, gate.gene_columns(adata, genes))
+    made = Baseline(method, genes, layer, normalization, reps, library_key, spatial_key, standardize, random_state).fit(
+        adata, values
+    )
     logger.info(
         "%s trained on %d spots of %s: errors of spots left out have a standard deviation of %.3f",
         method,

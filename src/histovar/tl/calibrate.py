@@ -10,10 +10,13 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from rich.progress import track
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.parts import Part, Parts
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._torch_state import in_float32
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.expression import Normalization, add_lognorm, expression
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.histology import histology
+from histovar.anndata_io.sections import Section, Sections
 from histovar.model import Histology, TwoStageVARST
 from histovar.prediction import on_device
 from histovar.training import cross_fit_folds, gathered_rows
@@ -22,8 +25,11 @@ logger = logging.getLogger(__name__)
 
 # Enough for quantiles in steps of half a per cent.
 MOST_SPOTS = 4000
+# Too few for the tails of any interval.
+LEAST_SPOTS = 20
 
 
+@in_float32
 def calibrate(
     data: Data,
     model: TwoStageVARST,
@@ -71,43 +77,44 @@ def calibrate(
         If embeddings, coordinates, sections, the layer or genes of the panel are missing.
     ValueError
         If the model has no stage 2, there are fewer than 20 spots, or training sections are given and the model has no
-        prior, or part of them is missing.
+        prior, or part of them is missing; or if expression is in other units than that of training.
     """
-    adata = as_table(data, table_name)
-    validate.check_object(adata, needs_genes=True)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key_added)
     registry, config = model.registry, model.config
     stage2 = model.var_stage
-    if adata.n_obs < 20:
-        raise ValueError(f"adata: {adata.n_obs} spots are too few to calibrate on; give at least 20")
-    columns = validate.check_genes(adata, registry["genes"])
-    library_key = library_key or registry["library_key"]
-    layer = registry["layer"]
-    keys = [*registry["use_rep"], registry["spatial_key"], Keys(key_added).niche]
-    parts = Parts(adata, library_key, layer, keys)
-    names = parts.names
+    gate.check_enough_spots(adata, LEAST_SPOTS, "calibrate on")
+    columns = gate.gene_columns(adata, registry["genes"])
+    library_key = registry["library_key"] if library_key is None else library_key
+    layer, spatial_key = registry["layer"], registry["spatial_key"]
+    trained = Normalization.stored(registry.get("normalization"))
+    obsm = [*registry["use_rep"], spatial_key, keys.niche, keys.niche_source]
+    sections = Sections(adata, library_key, layer, obsm, spatial_key)
+    names = sections.names
     unseen = _unseen_members(adata, model, names)
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     home = model.device
 
-    def aligned(part: Part) -> tuple[Histology, torch.Tensor, torch.Tensor]:
-        inputs = read.histology(
-            part.adata,
+    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor]:
+        inputs = histology(
+            section.adata,
             config,
             use_rep=registry["use_rep"],
-            spatial_key=registry["spatial_key"],
+            spatial_key=spatial_key,
             library_key=library_key,
             encoders=registry["covariates"],
             key=key_added,
         )
-        if layer == LOGNORM:
-            read.add_lognorm(part.adata)
-        numbers = torch.from_numpy(parts.numbers[part.rows])
+        numbers = torch.from_numpy(sections.numbers[section.rows])
         inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
-        rows = np.flatnonzero(np.isin(part.rows, chosen))
-        measured = read.expression(part.adata, layer, columns, rows)
-        return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[part.rows[rows]])
+        rows = np.flatnonzero(np.isin(section.rows, chosen))
+        measured, normalization = expression(section.adata, layer, columns, rows)
+        normalization.check(trained, f"layers[{layer!r}]")
+        return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[section.rows[rows]])
 
-    inputs, measured, members_unseen = gathered_rows(parts.each(aligned), len(chosen))
+    inputs, measured, members_unseen = gathered_rows(sections.map(aligned), len(chosen))
+    if layer == LOGNORM:
+        add_lognorm(adata)
     unseen = members_unseen.numpy()
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
@@ -127,12 +134,12 @@ def calibrate(
     truth, mean, std = (torch.cat(part) for part in zip(*results, strict=True))
     before = _coverage(truth, mean, std)
     stage2.calibration.fit(truth, mean, std)
-    sections = [] if names is None else np.unique(names).tolist()
-    registry["calibration"] = {"sections": sections, "n_spots": len(truth)}
+    labels = [] if names is None else np.unique(names).tolist()
+    registry["calibration"] = {"sections": labels, "n_spots": len(truth)}
     logger.info(
         "calibrated on %d spots of %s: normal intervals of 90 %% had covered %.1f %%",
         len(truth),
-        sections or "one section",
+        labels or "one section",
         100 * before,
     )
 
@@ -162,7 +169,7 @@ def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_
             "held-out sections"
         )
     rows = np.flatnonzero(trained_on)
-    place = validate.coordinates(adata, registry["spatial_key"])[rows]
+    place = gate.coordinates(adata, registry["spatial_key"])[rows]
     folds = cross_fit_folds(labels[rows] if known else None, place, n_members)
     left_out = np.arange(n_members) % (folds.max() + 1)
     unseen[rows] = folds[:, None] == left_out

@@ -10,11 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.scored import read_distribution, read_scored
-from histovar.anndata_io.table import Data, as_table, writing
-from histovar.anndata_io.write import merge_uns
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.comparison import read_comparison, read_distribution
+from histovar.anndata_io.expression import total_counts
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.prediction import EVALUATION, predicted_sections, score_slots
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,15 @@ def evaluate(
     KeyError
         If there is no prediction, no such layer, or genes of the panel are missing.
     ValueError
-        If measured expression is negative or not finite.
+        If measured expression is negative or not finite, or in other units than the prediction.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key)
-    genes, layer, predicted, std, measured = read_scored(adata, keys, layer)
-    stored = adata.uns[keys.uns]
-    names = validate.sections(adata, library_key or str(stored["params"]["library_key"]) or None)
-    counts = read.total_counts(adata)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key, "key")
+    slots.check_free(adata, keys, score_slots(keys))
+    genes, layer, predicted, std, measured = read_comparison(adata, keys, layer)
+    stored = slots.record(adata, keys)
+    names = predicted_sections(adata, keys, library_key)
+    counts = total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = adata.obsm.get(keys.samples)
     labels = np.full(adata.n_obs, "all") if names is None else names
@@ -104,12 +106,13 @@ def evaluate(
     everything = pd.concat(tables)
     scores = everything.drop(columns="constant").groupby(level=1).mean().loc[genes]
     scores["constant"] = everything["constant"].groupby(level=1).any().loc[genes]
-    with writing():
-        for name in scores:
-            adata.var[keys.score(str(name))] = scores[name].reindex(adata.var_names)
-            if name == "constant":
-                adata.var[keys.score(str(name))] = scores[name].reindex(adata.var_names, fill_value=False).astype(bool)
-    merge_uns(adata, keys, {"evaluation": summary, "evaluated_distribution": kind})
+    slots.drop(adata, keys, score_slots(keys), EVALUATION)
+    columns: dict[slots.Slot, Any] = {}
+    for name in map(str, scores):
+        columns["var", keys.score(name)] = scores[name].reindex(adata.var_names)
+        if scores[name].dtype == bool:
+            columns["var", keys.score(name)] = scores[name].reindex(adata.var_names, fill_value=False).astype(bool)
+    slots.write(adata, keys, columns, {"evaluation": summary, "evaluated_distribution": kind})
     mean = summary.loc["mean"]
     best = [c for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if c in mean]
     logger.info(

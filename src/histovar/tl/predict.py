@@ -1,4 +1,4 @@
-"""Expression from histology."""
+"""Predict expression, its uncertainty and tokens from histology embeddings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from anndata import AnnData
 
-from histovar._keys import DEFAULT_KEY, Keys
+from histovar._keys import DEFAULT_KEY
 from histovar._spots import section_numbers
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.chunks import is_lazy
-from histovar.anndata_io.table import Data, as_table, copied
-from histovar.anndata_io.write import merge_uns, write_prediction
+from histovar._torch_state import in_float32
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.histology import histology
+from histovar.anndata_io.lazy import is_lazy
+from histovar.anndata_io.prediction import prediction_slots, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
 from histovar.model.two_stage import Precision
@@ -24,6 +26,7 @@ from histovar.prediction import Predictor, predict_lazily
 logger = logging.getLogger(__name__)
 
 
+@in_float32
 def predict(
     data: Data,
     model: TwoStageVARST,
@@ -92,8 +95,10 @@ def predict(
     AnnData or None
         Writes, in the units of the training layer, expected expression and standard deviation: float32
         ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel,
-        DataFrames of the same names in ``obsm`` otherwise (dask arrays, in the order of ``uns[key_added]["genes"]``,
-        where embeddings are such). Further ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens),
+        ``obsm`` of the same names otherwise, a column a gene in the order of ``uns[key_added]["genes"]`` (dask arrays
+        where embeddings are such); :func:`histovar.get.prediction` has them under the genes' names. Further
+        ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens), ``obsm[f"{key_added}_source"]``, a fingerprint of what each
+        spot was predicted from, by which it is known when that has changed,
         where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
         ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. The standard deviation is that of the tokens'
         distribution and of the disagreement between members together. If the model is calibrated (:func:`calibrate`)
@@ -108,8 +113,9 @@ def predict(
     ValueError
         If stage 2 is not trained, an option is out of range, or the input is not as it was in training.
     """
-    adata = as_table(data, table_name)
-    validate.check_object(adata)
+    adata = gate.table(data, table_name, writes=not copy)
+    keys = slots.keys(key_added)
+    slots.check_free(adata, keys, prediction_slots(keys))
     registry, config = model.registry, model.config
     rule = Decoding(decoding, temperature, top_k, top_p)
     chance = Decoding("sample", temperature, top_k, top_p)
@@ -126,33 +132,34 @@ def predict(
         )
     if any(not 0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
-    reps = registry["use_rep"] if use_rep is None else validate.check_keys(use_rep)
+    reps = registry["use_rep"] if use_rep is None else gate.key_list(use_rep)
     where_from: dict[str, Any] = {
         "use_rep": reps,
-        "spatial_key": spatial_key or registry["spatial_key"],
-        "library_key": library_key or _known_section(adata, registry["library_key"]),
+        "spatial_key": registry["spatial_key"] if spatial_key is None else spatial_key,
+        "library_key": _known_section(adata, registry["library_key"]) if library_key is None else library_key,
     }
     condition = {**where_from, "encoders": registry["covariates"]}
     lazy = is_lazy(adata, reps)
     if lazy:
         made = predict_lazily(adata, model, predictor, random_state, **condition)
     else:
-        inputs = read.histology(adata, config, **condition, key=key_added)
-        numbers = torch.from_numpy(section_numbers(validate.sections(adata, where_from["library_key"]), adata.n_obs))
+        inputs = histology(adata, config, **condition, key=key_added)
+        numbers = torch.from_numpy(section_numbers(gate.sections(adata, where_from["library_key"]), adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
         made = predictor(model, inputs, random_state, show_progress_bar=show_progress_bar)
 
     if copy:
-        adata = copied(adata)
-    keys, genes = Keys(key_added), registry["genes"]
-    write_prediction(adata, keys, genes, made)
-    merge_uns(
+        adata = gate.copied(adata)
+    genes = registry["genes"]
+    write_prediction(
         adata,
         keys,
+        genes,
+        made,
         {
-            "genes": np.array(genes),
             "units": registry["units"],
             "layer": registry["layer"],
+            "normalization": registry.get("normalization", {}),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),

@@ -8,15 +8,18 @@ import numpy as np
 import torch
 from anndata import AnnData
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table, copied, writing
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._torch_state import in_float32
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.expression import Normalization, add_lognorm, expression
+from histovar.anndata_io.gate import Data
 from histovar.model import TwoStageVARST
 from histovar.prediction import on_device
 
 logger = logging.getLogger(__name__)
 
 
+@in_float32
 def tokenize(
     data: Data,
     model: TwoStageVARST,
@@ -59,23 +62,22 @@ def tokenize(
     KeyError
         If the layer, or genes of the panel, are missing.
     ValueError
-        If expression is negative or not finite.
+        If expression is negative or not finite, or in other units than that of training.
     """
-    adata = as_table(data, table_name)
-    validate.check_object(adata, needs_genes=True)
-    columns = validate.check_genes(adata, model.registry["genes"])
-    layer = layer or model.registry["layer"]
-    if layer != LOGNORM:
-        read.stored_layer(adata, layer)
-    if copy:
-        adata = copied(adata)
-    if layer == LOGNORM:
-        read.add_lognorm(adata)
-    values = torch.from_numpy(read.expression(adata, layer, columns))
+    adata = gate.table(data, table_name, genes=True, writes=not copy)
+    keys = slots.keys(key_added)
+    slots.check_free(adata, keys, [("obsm", keys.tokens)])
+    columns = gate.gene_columns(adata, model.registry["genes"])
+    layer = model.registry["layer"] if layer is None else layer
+    found, normalization = expression(adata, layer, columns)
+    normalization.check(Normalization.stored(model.registry.get("normalization")), f"layers[{layer!r}]")
+    values = torch.from_numpy(found)
     with on_device(model, device) as where:
         tokens = torch.cat([model.tokenize(part.to(where)).cpu() for part in values.split(batch_size)])
-    keys = Keys(key_added)
-    with writing():
-        adata.obsm[keys.tokens] = tokens.numpy().astype(np.int32)
+    if copy:
+        adata = gate.copied(adata)
+    if layer == LOGNORM:
+        add_lognorm(adata)
+    slots.write(adata, keys, {("obsm", keys.tokens): tokens.numpy().astype(np.int32)}, {"tokens": "measured"})
     logger.info("tokenised %d spots, in obsm[%r]", adata.n_obs, keys.tokens)
     return adata if copy else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from histovar._keys import DEFAULT_KEY, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.histology import check_embeddings, learn_covariates, stored_niche
 from histovar.model import ModelConfig, TwoStageVARST
 
-from .calibrate import calibrate
+from .calibrate import LEAST_SPOTS, calibrate
 from .train_stage1 import train_stage1
 from .train_stage2 import train_stage2
 
@@ -52,16 +53,18 @@ def train(
     KeyError, ValueError
         As :func:`train_stage1` and :func:`train_stage2`; what stage 2 needs is checked before stage 1 is trained.
     """
-    adata = as_table(data, table_name)
-    reps = validate.check_keys(use_rep)
-    for key in reps:
-        read.embedding_width(adata, key)
-    validate.coordinates(adata, spatial_key)
-    read.learn_covariates(adata, list(covariates))
-    names = validate.sections(adata, library_key)
-    wanted = config or ModelConfig.default(2)
-    if not read.has_niche(adata, Keys(key_added), reps, wanted, spatial_key, library_key):
-        validate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key_added)
+    reps = gate.key_list(use_rep)
+    check_embeddings(adata, reps)
+    gate.coordinates(adata, spatial_key)
+    learn_covariates(adata, gate.key_list(covariates, "covariates") if len(covariates) else [])
+    names = gate.sections(adata, library_key, spatial_key)
+    wanted = ModelConfig.default(2) if config is None else config
+    if wanted.n_members:
+        gate.check_enough_spots(adata, LEAST_SPOTS, "train and calibrate on (train_stage1 and train_stage2 take fewer)")
+    if stored_niche(adata, keys, reps, wanted.n_neighbors, spatial_key, library_key) is None:
+        gate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
     shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
     model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})
     model = train_stage2(

@@ -10,11 +10,13 @@ import torch
 from anndata import AnnData
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.parts import Part, Parts
-from histovar.anndata_io.table import Data, as_table
+from histovar._torch_state import in_float32
+from histovar.anndata_io import expression, gate, slots
+from histovar.anndata_io.expression import Normalization
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.pp.gene_scales import gene_scales
+from histovar.pp.gene_scales import gene_scales, genes_in_scales
 from histovar.training import Stage1Trainer, TrainingOptions, collected, seeded
 
 from ._panel import ensure_panel
@@ -22,6 +24,7 @@ from ._panel import ensure_panel
 logger = logging.getLogger(__name__)
 
 
+@in_float32
 def train_stage1(
     data: Data,
     *,
@@ -73,19 +76,19 @@ def train_stage1(
         If expression is negative or not finite, if there are no counts where they are needed, or if `config` is
         not for the panel, or the scales, that are there.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key_added)
-    validate.check_object(adata, needs_genes=True)
-    parts = Parts(adata, library_key, layer or LOGNORM)
-    if adata.n_obs < 10:
-        raise ValueError(f"adata: {adata.n_obs} spots are too few to train on; at least 10 are needed")
-    read.check_layer(adata, layer)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key_added)
+    slots.check_free(adata, keys, [("var", keys.panel), ("varm", keys.scales)])
+    wanted = LOGNORM if layer is None else layer
+    sections = Sections(adata, library_key, wanted)
+    gate.check_enough_spots(adata, 10, "train on")
+    expression.check_layer(adata, layer)
     model_of_panel = _checked_config(adata, keys, config)
     trainer_options = {**options, "random_state": random_state}
     TrainingOptions(**trainer_options)  # refuses bad options before any work
     _prepare(adata, keys, layer, model_of_panel, random_state)
     genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
-    columns = validate.check_genes(adata, genes)
+    columns = gate.gene_columns(adata, genes)
     groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
     if model_of_panel is None:
         scales = tuple(int(level.max()) + 1 for level in groups)
@@ -96,19 +99,26 @@ def train_stage1(
         model = TwoStageVARST(model_of_panel)
     model.registry = {
         "genes": genes,
-        "layer": layer or LOGNORM,
-        "units": read.units(layer or LOGNORM),
+        "layer": wanted,
         "library_key": library_key,
         "n_spots_stage1": adata.n_obs,
-        "sections_stage1": [] if parts.names is None else np.unique(parts.names).tolist(),
+        "sections_stage1": [] if sections.names is None else np.unique(sections.names).tolist(),
     }
+    normalizations: list[Normalization] = []
 
-    def expression(part: Part) -> tuple[torch.Tensor]:
-        return (torch.from_numpy(read.expression(part.adata, layer or LOGNORM, columns)),)
+    def measured(section: Section) -> tuple[torch.Tensor]:
+        values, normalization = expression.expression(section.adata, wanted, columns)
+        normalizations.append(normalization)
+        return (torch.from_numpy(values),)
 
-    with parts.scratch() as scratch:
-        spots = collected(parts.each(expression), adata.n_obs, scratch)
-        Stage1Trainer(model, **trainer_options).fit(spots, groups, parts.numbers[parts.order])
+    with sections.scratch() as scratch:
+        spots = collected(sections.map(measured), adata.n_obs, scratch)
+        normalization = Normalization.of_sections(normalizations)
+        model.registry |= {
+            "units": expression.units(wanted, normalization),
+            "normalization": normalization.plain(),
+        }
+        Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[sections.order])
     return model
 
 
@@ -116,7 +126,10 @@ def _prepare(adata: AnnData, keys: Keys, layer: str | None, config: ModelConfig 
     """Call the `pp` functions that the user has skipped, for the configuration where there is one."""
     ensure_panel(adata, keys, None if config is None else config.n_genes)
     if layer is None:
-        read.add_lognorm(adata)
+        expression.add_lognorm(adata)
+    if keys.scales in adata.varm and _of_another_panel(adata, keys):
+        slots.drop(adata, keys, [("varm", keys.scales)], ["scales", "scales_by"])
+        logger.info("varm[%r] is of another panel: made again", keys.scales)
     if keys.scales not in adata.varm:
         wanted: dict[str, Any] = {} if config is None else {"scales": config.scales[:-1]}
         logger.info("no varm[%r]: calling histovar.pp.gene_scales(adata)", keys.scales)
@@ -132,7 +145,7 @@ def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> M
             f"config: made for {config.n_genes} genes, the panel has {n_panel}; call histovar.pp.gene_panel(adata, "
             f"n_genes={config.n_genes}) or make the configuration for {n_panel}"
         )
-    if keys.scales in adata.varm:
+    if keys.scales in adata.varm and not _of_another_panel(adata, keys):
         scales = tuple(int(n) for n in np.asarray(adata.varm[keys.scales]).max(0) + 1)
         if scales != config.scales:
             raise ValueError(
@@ -140,6 +153,24 @@ def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> M
                 f"histovar.pp.gene_scales(adata, scales={config.scales[:-1]}) or make the configuration for them"
             )
     return config.replace(embedding_dims=())
+
+
+def _of_another_panel(adata: AnnData, keys: Keys) -> bool:
+    """Whether the scales are not those of the panel, which was chosen anew.
+
+    Raises
+    ------
+    ValueError
+        If so, and they are of gene sets, which are not known here.
+    """
+    if keys.panel in adata.var and np.array_equal(genes_in_scales(adata, keys), adata.var[keys.panel].to_numpy()):
+        return False
+    if slots.record(adata, keys).get("scales_by") == "gene sets":
+        raise ValueError(
+            f"adata: varm[{keys.scales!r}] has the gene sets of another panel; call histovar.pp.gene_scales(adata, "
+            "gene_sets=...) again"
+        )
+    return True
 
 
 def _config_for(scales: tuple[int, ...]) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Learn to speak the tokens from histology."""
+"""Train stage 2: tokens of expression from histology embeddings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
-from histovar.anndata_io import read, validate
-from histovar.anndata_io.parts import Part, Parts
-from histovar.anndata_io.table import Data, as_table
+from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._torch_state import in_float32
+from histovar.anndata_io import gate, slots
+from histovar.anndata_io.expression import Normalization, add_lognorm, expression, total_counts
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
+from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.training import Measured, Stage2Trainer, seeded
 
 
+@in_float32
 def train_stage2(
     data: Data,
     model: TwoStageVARST,
@@ -72,23 +76,27 @@ def train_stage2(
         If a key, a layer or a gene of the panel is missing.
     ValueError
         If embeddings or expression are not finite, a section has fewer spots than neighbours are asked for, or the
-        configuration does not fit the model.
+        configuration does not fit the model; or if expression is in other units than that of stage 1.
     """
-    adata = as_table(data, table_name)
-    validate.check_object(adata, needs_genes=True)
-    reps = validate.check_keys(use_rep)
+    adata = gate.table(data, table_name, genes=True)
+    keys = slots.keys(key_added)
+    reps = gate.key_list(use_rep)
     layer = model.registry["layer"]
-    parts = Parts(adata, library_key, layer, [*reps, spatial_key, Keys(key_added).niche])
-    place = validate.coordinates(adata, spatial_key)
-    columns = validate.check_genes(adata, model.registry["genes"])
-    widths = tuple(read.embedding_width(adata, key) for key in reps)
-    encoders = read.learn_covariates(adata, list(covariates))
-    wanted = (config or model.config).replace(embedding_dims=widths, n_covariates=read.covariate_width(encoders))
+    trained = Normalization.stored(model.registry.get("normalization"))
+    place = gate.coordinates(adata, spatial_key)
+    obsm = [*reps, spatial_key, keys.niche, keys.niche_source]
+    sections = Sections(adata, library_key, layer, obsm, spatial_key)
+    columns = gate.gene_columns(adata, model.registry["genes"])
+    widths = check_embeddings(adata, reps)
+    encoders = learn_covariates(adata, gate.key_list(covariates, "covariates") if len(covariates) else [])
+    wanted = (model.config if config is None else config).replace(
+        embedding_dims=widths, n_covariates=covariate_width(encoders)
+    )
     trainer = Stage2Trainer(model, **options, random_state=random_state)
 
-    def measured(part: Part) -> Measured:
-        histology = read.histology(
-            part.adata,
+    def measured(section: Section) -> Measured:
+        inputs = histology(
+            section.adata,
             wanted,
             use_rep=reps,
             spatial_key=spatial_key,
@@ -96,16 +104,19 @@ def train_stage2(
             encoders=encoders,
             key=key_added,
         )
-        if layer == LOGNORM:
-            read.add_lognorm(part.adata)
-        expression = torch.from_numpy(read.expression(part.adata, layer, columns))
+        values, normalization = expression(section.adata, layer, columns)
+        normalization.check(trained, f"layers[{layer!r}]")
         # Of other layers nothing is known of how depth enters them.
-        totals = read.total_counts(part.adata) if layer == LOGNORM else None
-        return Measured(histology, expression, parts.numbers[part.rows], place[part.rows], totals)
+        totals = total_counts(section.adata) if layer == LOGNORM else None
+        rows = section.rows
+        return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], totals)
 
-    found = parts.each(measured)
+    found = sections.map(measured)
+    if layer == LOGNORM:
+        add_lognorm(adata)
     with seeded(random_state):
         model.add_stage2(wanted)
+    model.registry.pop("calibration", None)
     model.registry |= {
         "use_rep": reps,
         "embedding_dims": list(widths),
@@ -113,10 +124,10 @@ def train_stage2(
         "library_key": library_key,
         "covariates": encoders,
         "n_spots_stage2": adata.n_obs,
-        "sections_stage2": [] if parts.names is None else np.unique(parts.names).tolist(),
+        "sections_stage2": [] if sections.names is None else np.unique(sections.names).tolist(),
         "images": _provenance(adata.uns.get("spatial", {})),
     }
-    with parts.scratch() as scratch:
+    with sections.scratch() as scratch:
         trainer.fit(found, adata.n_obs, scratch)
     return model
 

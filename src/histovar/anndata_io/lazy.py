@@ -16,7 +16,7 @@ from histovar._spots import section_numbers
 from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.condition import Moments
 
-from . import read, validate
+from . import gate, histology, matrix
 from .neighbors import Neighborhoods, section_coordinates
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def is_lazy(adata: AnnData, keys: Sequence[str]) -> bool:
     """Whether the embeddings are dask or zarr arrays."""
-    return any(read.library(adata.obsm.get(key)) in ("dask", "zarr") for key in keys)
+    return any(matrix.is_lazy(adata.obsm.get(key)) for key in keys)
 
 
 class Chunk(NamedTuple):
@@ -76,8 +76,8 @@ class Chunk(NamedTuple):
         """Each embedding and its mean over each neighbourhood, from the blocks of each embedding."""
         found = []
         for key, blocks in zip(keys, embeddings, strict=True):
-            values = np.concatenate([np.asarray(block, np.float32) for block in blocks])[self.rows]
-            validate.check_finite(values, f"use_rep: obsm[{key!r}] near row {self.start}", "embed those spots again")
+            stacked = np.concatenate([matrix.dense_float32(block) for block in blocks])
+            values = gate.embedding_values(stacked[self.rows], key, self.start)
             found.append(torch.from_numpy(values[self.own]))
             for pointers, indices in self.neighbors:
                 shares = np.repeat(1 / np.diff(pointers).clip(min=1), np.diff(pointers)).astype(np.float32)
@@ -91,19 +91,16 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
 
     Raises
     ------
-    KeyError
-        If the key is missing.
-    ValueError
-        If shape, width or data type are not as they should be.
+    KeyError, ValueError
+        As :func:`gate.embedding_matrix`.
     """
     import dask.array as da
 
-    values = validate.stored_embedding(adata, key)
-    if read.library(values) == "zarr":
+    values = gate.embedding_matrix(adata, key, width)
+    if matrix.library(values) == "zarr":
         values = da.from_zarr(values)
-    elif read.library(values) != "dask":
-        values = da.from_array(validate.embedding(adata, key, width))
-    validate.check_embedding(key, values.shape, values.dtype, adata.n_obs, width)
+    elif matrix.library(values) != "dask":
+        values = da.from_array(gate.embedding_values(values, key))
     return values.rechunk({1: -1})
 
 
@@ -148,7 +145,7 @@ class ChunkedHistology:
     config
         Of the model.
     use_rep, spatial_key, library_key, encoders
-        As in :func:`histovar.anndata_io.read.histology`.
+        As in :func:`histovar.anndata_io.histology.histology`.
 
     Raises
     ------
@@ -166,22 +163,22 @@ class ChunkedHistology:
         library_key: str | None,
         encoders: dict[str, Any],
     ) -> None:
-        read.check_number_of_embeddings(use_rep, config)
+        histology.check_number_of_embeddings(use_rep, config)
         self.use_rep, self.config = list(use_rep), config
         arrays = [embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
         self.embeddings = [values.rechunk({0: arrays[0].chunks[0]}) for values in arrays]
-        names = validate.sections(adata, library_key)
+        names = gate.sections(adata, library_key, spatial_key)
         self.sections = section_numbers(names, adata.n_obs)
-        self.covariates = read.covariates(adata, encoders)
+        self.covariates = histology.covariates(adata, encoders)
         self.coordinates = np.empty((adata.n_obs, 0), np.float32)
         self.outline = np.empty((adata.n_obs, 0), np.float32)
         graphs: list[sparse.csr_matrix] = []
         if config.coordinates or config.n_neighbors:
-            place = validate.coordinates(adata, spatial_key)
+            place = gate.coordinates(adata, spatial_key)
             if config.coordinates:
                 self.coordinates = section_coordinates(place, names)
             if config.n_neighbors:
-                validate.check_neighbors(names, adata.n_obs, config.n_neighbors)
+                gate.check_neighbors(names, adata.n_obs, config.n_neighbors)
                 graphs, self.outline = Neighborhoods.of(place, names, config.n_neighbors)
         self.bounds = np.concatenate([[0], np.cumsum(arrays[0].chunks[0])])
         self.chunks = [Chunk.of(i, self.bounds, graphs) for i in range(len(self.bounds) - 1)]
@@ -192,7 +189,11 @@ class ChunkedHistology:
 
         # Names of their own: else blocks would be kept in memory from one reading to the next.
         blocks = [
-            values.map_blocks(np.asarray, dtype=values.dtype, name=f"{reading}-{values.name}").to_delayed().ravel()
+            values.map_blocks(
+                matrix.dense, dtype=values.dtype, meta=np.empty((0, 0), values.dtype), name=f"{reading}-{values.name}"
+            )
+            .to_delayed()
+            .ravel()
             for values in self.embeddings
         ]
         return [

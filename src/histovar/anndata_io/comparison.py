@@ -1,7 +1,8 @@
-"""A prediction beside what was measured."""
+"""Predicted and measured expression, in the same units."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,15 +12,15 @@ from numpy.typing import NDArray
 from histovar import metrics
 from histovar._keys import LOGNORM, Keys
 
-from . import read, validate
-from .write import predicted_genes, read_prediction
+from . import expression, gate, slots
+from .prediction import predicted_genes, predicted_normalization, read_prediction
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a normal distribution.
 LEAST_DRAWS, ENDS, NORMAL_LEVELS = 20, (0.025, 0.975), 100
 
 
-class Scored(NamedTuple):
-    """Arrays of (n_obs, n_genes), and what they are of."""
+class Comparison(NamedTuple):
+    """Predicted and measured expression, (n_obs, n_genes), and of what they are."""
 
     genes: list[str]
     layer: str
@@ -28,7 +29,7 @@ class Scored(NamedTuple):
     measured: NDArray[np.float32]
 
 
-def read_scored(adata: AnnData, keys: Keys, layer: str | None) -> Scored:
+def read_comparison(adata: AnnData, keys: Keys, layer: str | None) -> Comparison:
     """Prediction and measurement in the same units; ``layers["lognorm"]`` is added where it is needed.
 
     Raises
@@ -36,16 +37,29 @@ def read_scored(adata: AnnData, keys: Keys, layer: str | None) -> Scored:
     KeyError
         If there is no prediction, no such layer, or genes of the panel are missing.
     ValueError
-        If measured expression is negative or not finite.
+        If measured expression is negative or not finite, or in other units than the prediction.
     """
-    validate.check_object(adata, needs_genes=True)
     genes = predicted_genes(adata, keys)
     mean, std = read_prediction(adata, keys, genes)
-    columns = validate.check_genes(adata, genes)
-    layer = layer or str(adata.uns[keys.uns]["layer"])
+    layer = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+    measured = read_measured(adata, keys, genes, layer)
     if layer == LOGNORM:
-        read.add_lognorm(adata)
-    return Scored(genes, layer, mean, std, read.expression(adata, layer, columns))
+        expression.add_lognorm(adata)
+    return Comparison(genes, layer, mean, std, measured)
+
+
+def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) -> NDArray[np.float32]:
+    """Measured expression of a prediction's genes, refused where its units are not the prediction's.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`read_comparison`.
+    """
+    columns = gate.gene_columns(adata, genes)
+    found = expression.expression(adata, layer, columns)
+    found.normalization.check(predicted_normalization(adata, keys), f"layers[{layer!r}]")
+    return found.values
 
 
 def read_distribution(
@@ -60,7 +74,7 @@ def read_distribution(
     keys
         Slot names.
     mean, std
-        What :func:`read_scored` gave.
+        What :func:`read_comparison` gave.
 
     Returns
     -------
@@ -74,7 +88,7 @@ def read_distribution(
     if keys.samples in adata.obsm and np.shape(adata.obsm[keys.samples])[2] >= LEAST_DRAWS:
         return "draws", *metrics.sample_quantiles(np.asarray(adata.obsm[keys.samples]))
     if keys.quantiles in adata.obsm:
-        levels = np.asarray(adata.uns[keys.uns]["quantiles"], dtype=float)
+        levels = np.asarray(slots.record(adata, keys)["quantiles"], dtype=float)
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
             return "quantiles", np.asarray(adata.obsm[keys.quantiles])[:, :, order], levels[order]

@@ -1,0 +1,453 @@
+"""Measured expression: layers, log-normalisation, and in which units their values are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from histovar._keys import DEFAULT_KEY, LOGNORM, LOGNORM_UNITS, TARGET_SUM, Keys
+from histovar._spots import SAMPLED_SPOTS
+from histovar._torch_state import keep_threads
+
+from . import fingerprint, gate, slots
+from .matrix import canonical, on_disk, row_blocks, stored_values, take_rows
+
+logger = logging.getLogger(__name__)
+
+# Log-normalised values are below this; larger ones are counts, whose exponentials say nothing.
+LARGEST_LOG = 30.0
+# Sums of a spot that differ by less are the same.
+SAME_SUM = 0.01
+# The panel's total in the middle spot of an object may lie outside that of 90 % of the training spots by this factor:
+# over her2st's 34 sections of 8 patients the middle spots of sections are within a factor of 2.
+WARNED_FACTOR, REFUSED_FACTOR = 1.5, 4.0
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How a layer's values came from counts, and how much of them is the panel's.
+
+    Parameters
+    ----------
+    kind
+        ``"log1p"`` of normalised counts, ``"counts"``, or other ``"values"``.
+    target_sum
+        Counts that every spot was normalised to, over all genes of the object; NaN where that is not so.
+    n_genes
+        Genes of the object.
+    panel_low, panel_median, panel_high
+        The panel's total a spot, in normalised counts (values, where they are not logarithms): 5 %, 50 % and 95 %
+        quantiles over the spots that are not empty.
+    panel_only
+        Whether the object has no other genes.
+    logarithms
+        Whether values are small enough to be logarithms, so that the panel's total is of their exponentials less one.
+    """
+
+    kind: str
+    target_sum: float
+    n_genes: int
+    panel_low: float
+    panel_median: float
+    panel_high: float
+    panel_only: bool
+    logarithms: bool
+
+    @property
+    def units(self) -> str:
+        """The units in words."""
+        if self.kind == "log1p":
+            known = np.isfinite(self.target_sum)
+            return f"log1p(counts per {self.target_sum:,.0f})" if known else "log1p(normalised counts)"
+        return self.kind
+
+    def plain(self) -> dict[str, Any]:
+        """As a dictionary of plain types."""
+        return asdict(self)
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any] | None) -> Normalization | None:
+        """What :meth:`plain` gave, read back; None where an earlier version did not store it."""
+        if not values:
+            return None
+        return cls(
+            **{name: np.asarray(value).item() for name, value in values.items() if name in cls.__dataclass_fields__}
+        )
+
+    @classmethod
+    def of_sections(cls, sections: Sequence[Normalization]) -> Normalization:
+        """One for several sections, whose range is that of all."""
+        first = sections[0]
+        sums = [s.target_sum for s in sections]
+        same = np.ptp(sums) <= SAME_SUM * max(sums)  # false where one is NaN
+        kinds = {s.kind for s in sections}
+        return cls(
+            first.kind if len(kinds) == 1 else "values",
+            first.target_sum if same else float("nan"),
+            first.n_genes,
+            min(s.panel_low for s in sections),
+            float(np.median([s.panel_median for s in sections])),
+            max(s.panel_high for s in sections),
+            all(s.panel_only for s in sections),
+            all(s.logarithms for s in sections),
+        )
+
+    def check(self, trained: Normalization | None, what: str) -> None:
+        """Refuse expression in other units than the model was trained on; warn where that is likely.
+
+        Parameters
+        ----------
+        trained
+            Of the training data; None (models of earlier versions) is not checked.
+        what
+            Where the expression is, for the message.
+
+        Raises
+        ------
+        ValueError
+            If the kinds, or the counts a spot is normalised to, differ; if the object has the panel's genes alone and
+            was normalised over them, where training had more; or if the panel's total is several times as large or
+            small as in training.
+        """
+        if trained is None:
+            return
+        mend = (
+            "normalise as in training, over all genes that were measured, before genes are dropped "
+            "(adata.layers['lognorm'] is taken as it is), or pass layer="
+        )
+        if "counts" in (self.kind, trained.kind) and self.kind != trained.kind:
+            raise ValueError(f"{what} holds {self.units}, the model was trained on {trained.units}; {mend}")
+        both = np.isfinite(self.target_sum) and np.isfinite(trained.target_sum)
+        if both and abs(self.target_sum - trained.target_sum) > 5 * SAME_SUM * trained.target_sum:
+            raise ValueError(
+                f"{what} is normalised to {self.target_sum:,.0f} counts a spot, that of training to "
+                f"{trained.target_sum:,.0f}; {mend}"
+            )
+        if self.kind == "counts" or self.logarithms != trained.logarithms:
+            return  # depth differs between sections
+        if np.isfinite(self.target_sum) and self.panel_only and not trained.panel_only:
+            raise ValueError(
+                f"{what} is normalised over the panel's {self.n_genes} genes alone, that of training over "
+                f"{trained.n_genes}: the values cannot be compared; {mend}"
+            )
+        middle = max(self.panel_median, 1e-12)
+        away = max(middle / max(trained.panel_high, 1e-12), trained.panel_low / middle)
+        finding = (
+            f"{what}: the panel's total in the middle spot is {middle:.3g} (of {self.n_genes} genes), in 90 % of the "
+            f"training spots it was {trained.panel_low:.3g} to {trained.panel_high:.3g} (of {trained.n_genes})"
+        )
+        if away > REFUSED_FACTOR:
+            raise ValueError(f"{finding}: other units; {mend}")
+        if away > WARNED_FACTOR:
+            logger.warning("%s: these may be other units, or values normalised over other genes", finding)
+
+
+class Expression(NamedTuple):
+    """Expression of the panel, (n_spots, n_genes), and how it is normalised."""
+
+    values: NDArray[np.float32]
+    normalization: Normalization
+
+
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of the layers; anndata 0.13 counts X among them, under None."""
+    return sorted(name for name in adata.layers if name is not None)
+
+
+def stored_layer(adata: AnnData, layer: str) -> Any:
+    """The matrix of a layer; ``"X"`` is X.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    ValueError
+        If X is empty.
+    """
+    if layer == "X":
+        if adata.X is None:
+            raise ValueError("layer: X is empty; name a layer with expression")
+        return adata.X
+    if layer not in adata.layers:
+        raise KeyError(f"layer: no {layer!r} in layers, which has {layer_names(adata)}; 'X' is adata.X")
+    return adata.layers[layer]
+
+
+def is_stored(adata: AnnData, layer: str = LOGNORM, obsm: Sequence[str] = ()) -> bool:
+    """Whether X, the layer, or what ``obsm`` has under these keys is on disk."""
+    matrices = (adata.X, adata.layers.get(layer), *(adata.obsm.get(key) for key in obsm))
+    return bool(adata.isbacked) or any(on_disk(matrix) for matrix in matrices)
+
+
+def count_blocks(adata: AnnData) -> Iterator[Any]:
+    """Blocks of rows of X, which must hold counts.
+
+    Raises
+    ------
+    ValueError
+        If it does not; the message says where there are counts, if a layer has them.
+    """
+    elsewhere = _layers_of_counts(adata)
+    mend = (
+        f"layers[{elsewhere[0]!r}] holds counts: adata.X = adata.layers[{elsewhere[0]!r}]"
+        if elsewhere
+        else "put raw counts there; if it is log-normalised already, say adata.layers['lognorm'] = adata.X"
+    )
+    if adata.X is None:
+        more = "" if elsewhere else ", or pass layer= with log-normalised values"
+        raise ValueError(f"adata: X is empty; counts are needed to log-normalise{': ' + mend if elsewhere else more}")
+    for block in row_blocks(adata.X, adata.n_obs):
+        gate.check_counts(stored_values(block), "X", mend)
+        yield block
+
+
+def _layers_of_counts(adata: AnnData) -> list[str]:
+    """Layers whose first rows hold counts, those named so first."""
+    found = []
+    for name in layer_names(adata):
+        values = stored_values(next(row_blocks(adata.layers[name], min(adata.n_obs, 64)), np.zeros((0, 0))))
+        if values.size and values.dtype.kind in "fiu" and (values >= 0).all() and (values == np.round(values)).all():
+            found.append(name)
+    return sorted(found, key=lambda name: "count" not in name.lower())
+
+
+def has_counts(adata: AnnData) -> bool:
+    """Whether X holds counts."""
+    return total_counts(adata) is not None
+
+
+def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
+    """Total count of every spot where X holds counts, else None."""
+    if adata.X is None:
+        return None
+    totals = []
+    try:
+        for block in count_blocks(adata):
+            totals.append(np.asarray(block.sum(1), dtype=np.float64).ravel())
+    except ValueError:
+        return None
+    return np.concatenate(totals)
+
+
+def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
+    """Blocks of rows of ``layers["lognorm"]``, or of log1p(counts per 10,000) of the counts in X; writes nothing.
+
+    Raises
+    ------
+    ValueError
+        If it is needed and X is missing or does not hold counts, or as :func:`has_lognorm`.
+    """
+    if has_lognorm(adata):
+        yield from row_blocks(adata.layers[LOGNORM], adata.n_obs)
+        return
+    import scanpy as sc
+
+    for block in count_blocks(adata):
+        light = AnnData(sparse.csr_matrix(block, dtype=np.float32))
+        with keep_threads():
+            sc.pp.normalize_total(light, target_sum=TARGET_SUM)
+            sc.pp.log1p(light)
+        yield light.X
+
+
+def lognorm(adata: AnnData) -> sparse.csr_matrix:
+    """All of :func:`lognorm_blocks`, sparse."""
+    return sparse.vstack([sparse.csr_matrix(block) for block in lognorm_blocks(adata)], format="csr")
+
+
+def add_lognorm(adata: AnnData, values: sparse.csr_matrix | None = None) -> None:
+    """Add ``layers["lognorm"]``, with its fingerprint, from the counts in X, and say so; not to an object on disk.
+
+    Parameters
+    ----------
+    adata
+        The object; nothing is done where it has the layer, made from the counts that are in X.
+    values
+        What :func:`lognorm` gave, where that has been made already.
+    """
+    if is_stored(adata) or has_lognorm(adata):
+        return
+    why = "which has changed: it was made" if LOGNORM in adata.layers else "added"
+    values = lognorm(adata) if values is None else values
+    entry = {"lognorm": fingerprint.of_matrix(values)}
+    slots.write(adata, Keys(DEFAULT_KEY), {("layers", LOGNORM): values}, entry)
+    logger.info("layers[%r] %s: %s of X", LOGNORM, why, LOGNORM_UNITS)
+
+
+def has_lognorm(adata: AnnData) -> bool:
+    """Whether there is a ``layers["lognorm"]`` to be taken as it is.
+
+    One that histovar made, from counts that are no longer in X, is not: it is made again. The user's own always is,
+    with a warning where it is not the logarithm of scaled counts of X.
+
+    Raises
+    ------
+    ValueError
+        If histovar made it, from counts that are no longer in X, but its spots, genes or values have changed since, so
+        that it may be the user's own.
+    """
+    if LOGNORM not in adata.layers:
+        return False
+    if _follows_counts(adata):
+        return True
+    made = slots.record(adata, Keys(DEFAULT_KEY)).get("lognorm")
+    if made is None:
+        logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
+        return True
+    if not is_stored(adata) and made == fingerprint.of_matrix(adata.layers[LOGNORM]):
+        return False
+    raise ValueError(
+        f"adata: layers[{LOGNORM!r}] was not made from the counts that X has now; delete it to have it made again "
+        f"(del adata.layers[{LOGNORM!r}]), or name the layer to take with layer="
+    )
+
+
+def _follows_counts(adata: AnnData) -> bool:
+    """Whether log-normalised values are log1p of X times a factor a spot; true where X has no counts to tell by.
+
+    Looked at are 10,000 spots, evenly spaced, or the first few thousand of an object on disk.
+    """
+    if adata.X is None:
+        return True
+    n_spots = adata.n_obs
+    if is_stored(adata):
+        counts, values = (next(row_blocks(m, n_spots)) for m in (adata.X, adata.layers[LOGNORM]))
+    else:
+        rows = np.unique(np.linspace(0, n_spots - 1, min(n_spots, SAMPLED_SPOTS)).astype(np.int64))
+        counts, values = (canonical(take_rows(m, rows)) for m in (adata.X, adata.layers[LOGNORM]))
+    stored = stored_values(counts)
+    if stored.dtype.kind not in "fiub" or (stored < 0).any() or not np.array_equal(stored, np.round(stored)):
+        return True
+    return _are_scaled(counts, values)
+
+
+def _are_scaled(counts: Any, values: Any) -> bool:
+    """Whether each row of expm1(values) is a multiple of the same row of counts, up to rounding."""
+    counts, values = sparse.csr_matrix(counts, dtype=np.float64), sparse.csr_matrix(values, dtype=np.float64)
+    if counts.shape != values.shape or (values.nnz and not values.data.max() <= LARGEST_LOG):
+        return False
+    linear = values.expm1()
+    total, sums = (np.asarray(m.sum(1)).ravel() for m in (counts, linear))
+    factor = np.divide(sums, total, out=np.zeros_like(sums), where=total > 0)
+    off = abs(linear - sparse.diags(factor) @ counts)
+    # Relative to the largest value of the row, as half precision would have it.
+    return bool((off.max(1).toarray().ravel() <= 0.01 * linear.max(1).toarray().ravel() + 1e-6).all())
+
+
+def check_layer(adata: AnnData, layer: str | None) -> None:
+    """Refuse a layer with NaN, infinite or negative values; None (the default layer) is not looked at.
+
+    Raises
+    ------
+    KeyError
+        If the layer is missing.
+    ValueError
+        If it has such values.
+    """
+    if layer is not None:
+        for block in row_blocks(stored_layer(adata, layer), adata.n_obs):
+            gate.check_nonnegative(stored_values(block), f"layer: {layer!r}")
+
+
+def units(layer: str, normalization: Normalization) -> str:
+    """A layer's units in words."""
+    return f"those of {layer!r}" if normalization.kind == "values" else normalization.units
+
+
+def expression(
+    adata: AnnData, layer: str, columns: NDArray[np.integer], rows: NDArray[np.integer] | None = None
+) -> Expression:
+    """Expression of some genes, dense, and how it is normalised.
+
+    Parameters
+    ----------
+    adata
+        The object, untouched.
+    layer
+        Its layer; ``layers["lognorm"]`` is made from the counts in X where it is absent.
+    columns
+        The genes.
+    rows
+        The spots, increasing; all by default.
+
+    Raises
+    ------
+    KeyError
+        If the layer is missing.
+    ValueError
+        If it holds NaN, infinite or negative values.
+    """
+    blocks = lognorm_blocks(adata) if layer == LOGNORM else row_blocks(stored_layer(adata, layer), adata.n_obs)
+    chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
+    parts: list[NDArray[np.float32]] = []
+    sums: list[_Sums] = []
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[0]
+        some = block[chosen[(chosen >= start) & (chosen < stop)] - start]
+        panel = some[:, columns]
+        parts.append(np.asarray(panel.toarray() if sparse.issparse(panel) else panel, dtype=np.float32))
+        sums.append(_Sums.of(some, parts[-1]))
+        start = stop
+    values = np.concatenate(parts)
+    gate.check_nonnegative(values, f"layer: {layer!r}")
+    normalization = _normalization(sums, layer, adata.n_vars, len(columns))
+    if layer == LOGNORM and normalization.kind == "counts":
+        raise ValueError(
+            f"layer: layers[{LOGNORM!r}] holds counts, not their logarithms; put them in X and delete the layer (del "
+            f"adata.layers[{LOGNORM!r}]), or pass the layer's name as layer= to model counts"
+        )
+    return Expression(values, normalization)
+
+
+class _Sums(NamedTuple):
+    """Of some spots: whether all values are integers, the largest, and totals of each spot.
+
+    Totals are over all genes and over the panel, of values and of their exponentials less one.
+    """
+
+    integers: bool
+    largest: float
+    linear: NDArray[np.float64]
+    panel_linear: NDArray[np.float64]
+    panel: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, block: Any, panel: NDArray[np.float32]) -> _Sums:
+        stored = stored_values(block)
+        largest = float(stored.max(initial=0))
+        integers = bool((stored == np.round(stored)).all())
+        values = panel.astype(np.float64)
+        if not largest <= LARGEST_LOG:
+            nothing = np.full(len(panel), np.nan)
+            return cls(integers, largest, nothing, nothing, values.sum(1))
+        linear = block.astype(np.float64).expm1() if sparse.issparse(block) else np.expm1(block, dtype=np.float64)
+        every = np.asarray(linear.sum(1)).ravel()
+        return cls(integers, largest, every, np.expm1(values).sum(1), values.sum(1))
+
+
+def _normalization(sums: Sequence[_Sums], layer: str, n_genes: int, n_panel: int) -> Normalization:
+    linear, panel_linear, panel = (np.concatenate([getattr(s, f) for s in sums]) for f in _Sums._fields[2:])
+    largest = max(s.largest for s in sums)
+    logarithms = largest <= LARGEST_LOG
+    kind, target = "values", float("nan")
+    if all(s.integers for s in sums) and largest > 0:
+        kind, logarithms = "counts", False
+    elif logarithms:
+        filled = linear[linear > 0]
+        middle = float(np.median(filled)) if len(filled) else float("nan")
+        if len(filled) and np.abs(filled - middle).max() <= SAME_SUM * middle:
+            kind, target = "log1p", middle
+        elif layer == LOGNORM:
+            kind = "log1p"
+    totals = panel_linear if logarithms else panel
+    filled = totals[totals > 0]
+    low, median, high = (float(q) for q in np.quantile(filled if len(filled) else np.zeros(1), (0.05, 0.5, 0.95)))
+    return Normalization(kind, target, n_genes, low, median, high, n_genes == n_panel, logarithms)

@@ -1,0 +1,409 @@
+"""The gate: whatever comes from the user's object is checked here, in memory, backed, dask or zarr alike.
+
+Messages name the argument, what was found and how to mend it. All is checked before any work; values of matrices on
+disk are checked by the same functions when they are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from .matrix import dense_float32
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+logger = logging.getLogger(__name__)
+
+Data = Union[AnnData, "SpatialData"]
+
+# Share of the spots that lie exactly where another does, above which there may be several slides.
+COINCIDING = 0.01
+
+
+def table(data: Data, table_name: str | None = None, *, genes: bool = False, writes: bool = True) -> AnnData:
+    """The table to work on, itself and not a copy.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData.
+    table_name
+        Which table of a SpatialData; may be left out where there is but one.
+    genes
+        Whether it needs genes.
+    writes
+        Whether it will be written to.
+
+    Raises
+    ------
+    TypeError
+        If `data` is neither.
+    KeyError
+        If there is no such table.
+    ValueError
+        If it is empty, has tables that are not in memory or duplicated names, or is to be written to and is a view of a
+        backed file.
+    """
+    adata = data if isinstance(data, AnnData) else _table_of(data, table_name)
+    for name, frame in (("obs", adata.obs), ("var", adata.var)):
+        if not isinstance(frame, pd.DataFrame):
+            raise ValueError(
+                f"adata: {name} is not in memory; read it with adata.{name} = adata.{name}.to_memory(). Expression and "
+                "embeddings may stay on disk"
+            )
+    if adata.n_obs == 0:
+        raise ValueError("adata: the object has no spots; check the filter that made it")
+    if genes and adata.n_vars == 0:
+        raise ValueError("adata: the object has no genes; expression is needed here")
+    for name, index, mend in (
+        ("var_names", adata.var_names, "adata.var_names_make_unique()"),
+        ("obs_names", adata.obs_names, "adata.obs_names_make_unique()"),
+    ):
+        if not index.is_unique:
+            repeated = index[index.duplicated()].unique()[:3].tolist()
+            raise ValueError(f"{name}: duplicated names such as {repeated}; mend with {mend}")
+    if writes and adata.isbacked and adata.is_view:
+        raise ValueError(
+            "adata: a view of a backed file cannot be written to; take it into memory with adata = adata.to_memory()"
+        )
+    return adata
+
+
+def _table_of(data: Any, table_name: str | None) -> AnnData:
+    tables = getattr(data, "tables", None)
+    if tables is None:
+        raise TypeError(f"data: expected AnnData or SpatialData, got {type(data).__name__}")
+    names = list(tables)
+    if table_name is None:
+        if len(names) != 1:
+            raise KeyError(f"table_name: the SpatialData has tables {names}; name one of them")
+        table_name = names[0]
+    if table_name not in names:
+        raise KeyError(f"table_name: no table {table_name!r} in the SpatialData; it has {names}")
+    found: AnnData = tables[table_name]
+    return found
+
+
+def copied(adata: AnnData) -> AnnData:
+    """A copy in memory, also of a backed object."""
+    return adata.to_memory() if adata.isbacked else adata.copy()
+
+
+def key_list(value: str | Sequence[str], name: str = "use_rep") -> list[str]:
+    """One key or several as a list.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a string nor a sequence of strings.
+    ValueError
+        If there is none, or one twice.
+    """
+    keys = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(k, str) for k in keys):
+        raise TypeError(f"{name}: expected a key or a list of keys, got {value!r}")
+    if not keys or len(set(keys)) != len(keys):
+        raise ValueError(f"{name}: expected at least one key, each once, got {keys}")
+    return keys
+
+
+def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
+    """What ``obsm`` has under a key, of whatever storage: shape and data type are checked, values are not read.
+
+    Parameters
+    ----------
+    adata
+        Object that holds it.
+    key
+        Key of ``obsm``.
+    width
+        Width that the model was trained with.
+
+    Raises
+    ------
+    KeyError
+        If the key is missing.
+    ValueError
+        If shape, width or data type are not as they should be.
+    """
+    if key not in adata.obsm:
+        raise KeyError(
+            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; compute embeddings of the H&E around each "
+            "spot (for instance with LazySlide) and store them there"
+        )
+    values = adata.obsm[key]
+    if not hasattr(values, "shape"):
+        raise ValueError(f"use_rep: obsm[{key!r}] is of type {type(values).__name__}, expected a matrix")
+    if len(values.shape) != 2 or values.shape[0] != adata.n_obs:
+        raise ValueError(f"use_rep: obsm[{key!r}] has shape {tuple(values.shape)}, expected ({adata.n_obs}, width)")
+    types = values.dtypes if isinstance(values, pd.DataFrame) else [values.dtype]
+    for dtype in types:
+        if not pd.api.types.is_numeric_dtype(dtype) or getattr(dtype, "kind", "O") not in "fiu":
+            raise ValueError(f"use_rep: obsm[{key!r}] has data type {dtype}, expected numbers")
+    if width is not None and values.shape[1] != width:
+        raise ValueError(
+            f"use_rep: obsm[{key!r}] has width {values.shape[1]}, the model was trained on width {width}; "
+            "use the embedding of the same encoder"
+        )
+    return values
+
+
+def embedding_values(values: Any, key: str, first_row: int | None = None) -> NDArray[np.float32]:
+    """Rows of an embedding as contiguous 32-bit floats, which must be finite.
+
+    Parameters
+    ----------
+    values
+        Rows of what ``obsm`` has, of whatever storage.
+    key
+        Its key.
+    first_row
+        Which row of the object the first is, where `values` are not all rows.
+
+    Raises
+    ------
+    ValueError
+        If there are NaN or infinite values, or values that are infinite in 32-bit floats.
+    """
+    array = dense_float32(values)
+    near = "" if first_row is None else f" near row {first_row}"
+    check_finite(array, f"use_rep: obsm[{key!r}]{near}", "drop those spots or embed them again")
+    return array
+
+
+def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.float32]:
+    """An embedding as (n_obs, width) float32; raises as :func:`embedding_matrix` and :func:`embedding_values` do."""
+    return embedding_values(embedding_matrix(adata, key, width), key)
+
+
+def check_finite(values: NDArray[Any], what: str, mend: str) -> None:
+    """Refuse NaN and infinite values (in 32-bit floats).
+
+    Raises
+    ------
+    ValueError
+        If there are any.
+    """
+    bad = ~np.isfinite(values)
+    if bad.any():
+        rows = np.flatnonzero(bad.any(1) if bad.ndim > 1 else bad)
+        raise ValueError(f"{what} has NaN or infinite values in {len(rows)} rows, first at row {rows[0]}; {mend}")
+
+
+def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
+    """Coordinates as (n_obs, 2).
+
+    Raises
+    ------
+    KeyError
+        If the key is missing.
+    ValueError
+        If they are not two finite columns of numbers.
+    """
+    if spatial_key not in adata.obsm:
+        raise KeyError(f"spatial_key: no {spatial_key!r} in obsm, which has {sorted(adata.obsm)}; store x and y there")
+    values = adata.obsm[spatial_key]
+    what = f"spatial_key: obsm[{spatial_key!r}]"
+    if hasattr(values, "compute"):
+        values = values.compute()
+    if sparse.issparse(values):
+        values = values.toarray()
+    try:
+        numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else values
+        place = np.ascontiguousarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} does not hold numbers; store x and y there") from None
+    if place.shape != (adata.n_obs, 2):
+        raise ValueError(
+            f"{what} has shape {place.shape}, expected ({adata.n_obs}, 2): x and y alone, of the plane of the section"
+        )
+    with np.errstate(over="ignore"):
+        check_finite(place.astype(np.float32), what, "drop those spots")
+    return place
+
+
+def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = None) -> NDArray[np.str_] | None:
+    """Section of each spot, (n_obs,) strings; None without `library_key`.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    library_key
+        Column of ``obs``.
+    spatial_key
+        Key of ``obsm`` with coordinates, where spots are to be taken for one section if no column is named.
+
+    Raises
+    ------
+    KeyError
+        If the column is missing.
+    ValueError
+        If some spots have no section; or if no column is named although one names several sections that have images in
+        ``uns["spatial"]``.
+    """
+    if library_key is None:
+        if spatial_key is not None:
+            _check_single_slide(adata, spatial_key)
+        return None
+    if library_key not in adata.obs:
+        raise KeyError(f"library_key: no {library_key!r} in obs, which has {list(adata.obs.columns)}")
+    column = adata.obs[library_key]
+    if column.isna().any():
+        raise ValueError(f"library_key: {int(column.isna().sum())} spots have no value in obs[{library_key!r}]")
+    groups = column.astype("category").cat
+    return groups.categories.astype(str).to_numpy().astype(str)[groups.codes]
+
+
+def _check_single_slide(adata: AnnData, spatial_key: str) -> None:
+    """Refuse, or warn of, several slides in an object that is taken to be one section."""
+    images = adata.uns.get("spatial")
+    names = set(map(str, images)) if isinstance(images, Mapping) else set()
+    for column in adata.obs.columns if len(names) > 1 else ():
+        if not pd.api.types.is_numeric_dtype(adata.obs[column]):
+            there = set(adata.obs[column].dropna().astype(str).unique())
+            if len(there) > 1 and there <= names:
+                raise ValueError(
+                    f"library_key: obs[{column!r}] names {len(there)} sections that have images of their own in "
+                    f"uns['spatial']; pass library_key={column!r}, so that they are not taken for one"
+                )
+    if spatial_key in adata.obsm:
+        place = np.asarray(adata.obsm[spatial_key])
+        n_apart = len(np.unique(place, axis=0)) if place.ndim == 2 and place.dtype.kind in "fiu" else len(place)
+        if len(place) - n_apart > COINCIDING * len(place):
+            logger.warning(
+                "library_key: not given, but %d of %d spots lie exactly where another does in obsm[%r], as those of "
+                "several slides do; name the column of obs with the section, so that neighbours are not sought across "
+                "slides",
+                len(place) - n_apart,
+                len(place),
+                spatial_key,
+            )
+
+
+def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Sequence[int]) -> None:
+    """Refuse sections too small for their smallest neighbourhood; larger ones are cut to a quarter of the section.
+
+    Raises
+    ------
+    ValueError
+        Naming the section.
+    """
+    if not n_neighbors:
+        return
+    least, most = min(n_neighbors), max(n_neighbors)
+    labels, counts = np.unique(names, return_counts=True) if names is not None else (["all"], [n_obs])
+    cut = []
+    for label, count in zip(labels, counts, strict=True):
+        if count <= least:
+            raise ValueError(
+                f"n_neighbors: section {str(label)!r} has {count} spots, too few for {least} neighbours of each; "
+                "drop the section, or train with smaller n_neighbors"
+            )
+        if count // 4 < most:
+            cut.append(f"{max(count // 4, 1)} in section {str(label)!r} of {count} spots")
+    if cut:
+        more = f" and in {len(cut) - 3} further sections" if len(cut) > 3 else ""
+        logger.warning("neighbourhoods of %d are cut to %s%s", most, ", ".join(cut[:3]), more)
+
+
+def check_enough_spots(adata: AnnData, least: int, what: str) -> None:
+    """Refuse an object of too few spots.
+
+    Raises
+    ------
+    ValueError
+        If it has fewer than `least`.
+    """
+    if adata.n_obs < least:
+        raise ValueError(f"adata: {adata.n_obs} spots are too few to {what}; at least {least} are needed")
+
+
+def covariate(adata: AnnData, name: str) -> pd.Series:
+    """A column of ``obs`` that joins the condition.
+
+    Raises
+    ------
+    KeyError
+        If it is missing.
+    ValueError
+        If it has missing values, or numbers that are not finite.
+    """
+    if name not in adata.obs:
+        raise KeyError(f"covariates: no {name!r} in obs, which has {list(adata.obs.columns)}")
+    column = adata.obs[name]
+    if column.isna().any():
+        raise ValueError(f"covariates: {int(column.isna().sum())} spots have no value in obs[{name!r}]")
+    if pd.api.types.is_float_dtype(column):
+        check_finite(column.to_numpy(np.float32), f"covariates: obs[{name!r}]", "mend them")
+    return column
+
+
+def check_counts(values: NDArray[Any], what: str, mend: str) -> None:
+    """Refuse values that are not counts.
+
+    Parameters
+    ----------
+    values
+        The stored values, zeros left out or not.
+    what, mend
+        Where they are and what to do, for the message.
+
+    Raises
+    ------
+    ValueError
+        If any is negative, not finite or not an integer.
+    """
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{what} has data type {values.dtype}, expected counts; {mend}")
+    check_finite(values, what, mend)
+    if values.size and values.min() < 0:
+        raise ValueError(f"{what} has negative values (least {values.min():.3g}), counts are needed; {mend}")
+    if not np.array_equal(values, np.round(values)):
+        raise ValueError(f"{what} does not hold counts: it has values that are not integers; {mend}")
+
+
+def check_nonnegative(values: NDArray[Any], what: str) -> None:
+    """Refuse NaN, infinite and negative expression.
+
+    Raises
+    ------
+    ValueError
+        If there is any.
+    """
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{what} has data type {values.dtype}, expected numbers")
+    check_finite(values, what, "repair the layer")
+    if values.size and values.min() < 0:
+        raise ValueError(
+            f"{what} has negative values (least {values.min():.3g}); pass log-normalised expression, "
+            "not scaled or centred"
+        )
+
+
+def gene_columns(adata: AnnData, genes: Sequence[str], argument: str = "adata") -> NDArray[np.int64]:
+    """Columns of the genes.
+
+    Raises
+    ------
+    KeyError
+        Naming the missing ones.
+    """
+    index = adata.var_names.get_indexer(pd.Index(genes))
+    missing = [g for g, i in zip(genes, index, strict=True) if i < 0]
+    if missing:
+        raise KeyError(
+            f"{argument}: {len(missing)} of the {len(genes)} panel genes are missing from var_names, "
+            f"such as {missing[:3]}; names must match those the model was trained on "
+            "(symbols or identifiers, upper and lower case)"
+        )
+    return index.astype(np.int64)

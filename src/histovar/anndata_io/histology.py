@@ -1,0 +1,247 @@
+"""Inputs of stage 2 from AnnData: embeddings, niches, coordinates, covariates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from histovar._keys import Keys
+from histovar.model import Histology, ModelConfig
+from histovar.model.config import N_OUTLINE
+
+from . import fingerprint, gate, slots
+from .matrix import on_disk
+from .neighbors import Neighborhoods, section_coordinates
+
+logger = logging.getLogger(__name__)
+
+
+def check_embeddings(adata: AnnData, use_rep: Sequence[str]) -> tuple[int, ...]:
+    """Widths of embeddings, which are checked; of those on disk, all but their values.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`gate.embedding_matrix` and, of those in memory, :func:`gate.embedding_values`.
+    """
+    matrices = {key: gate.embedding_matrix(adata, key) for key in use_rep}
+    for key, values in matrices.items():
+        if not on_disk(values):
+            gate.embedding_values(values, key)
+    return tuple(int(values.shape[1]) for values in matrices.values())
+
+
+def learn_covariates(adata: AnnData, names: Sequence[str]) -> dict[str, Any]:
+    """How to encode ``obs`` columns: categories, or mean and standard deviation.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    ValueError
+        If it has missing values.
+    """
+    encoders: dict[str, Any] = {}
+    for name in names:
+        column = gate.covariate(adata, name)
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            encoders[name] = {"mean": float(column.mean()), "std": float(column.std(ddof=0)) or 1.0}
+        else:
+            encoders[name] = {"categories": sorted(column.astype(str).unique().tolist())}
+    return encoders
+
+
+def covariate_width(encoders: dict[str, Any]) -> int:
+    """Number of encoded covariates."""
+    return sum(len(e["categories"]) if "categories" in e else 1 for e in encoders.values())
+
+
+def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
+    """Encoded covariates, (n_obs, n_covariates): one-hot categories, standardised numbers.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    ValueError
+        If it has missing values, or categories that training did not see.
+    """
+    parts = [np.empty((adata.n_obs, 0), np.float32)]
+    for name, encoder in encoders.items():
+        column = gate.covariate(adata, name)
+        if "categories" in encoder:
+            known = encoder["categories"]
+            unknown = sorted(set(column.astype(str)) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"covariates: obs[{name!r}] has categories {unknown}, the model was trained on {known}"
+                )
+            parts.append((column.astype(str).to_numpy()[:, None] == np.array(known)).astype(np.float32))
+        else:
+            if not pd.api.types.is_numeric_dtype(column):
+                raise ValueError(f"covariates: obs[{name!r}] must be numeric as in training, got {column.dtype}")
+            parts.append(((column.to_numpy(np.float32) - encoder["mean"]) / encoder["std"])[:, None])
+    return np.concatenate(parts, 1)
+
+
+def check_number_of_embeddings(use_rep: Sequence[str], config: ModelConfig) -> None:
+    """Refuse more or fewer embeddings than the model was trained on.
+
+    Raises
+    ------
+    ValueError
+        If so.
+    """
+    if len(use_rep) != len(config.embedding_dims):
+        raise ValueError(
+            f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings"
+        )
+
+
+def histology(
+    adata: AnnData,
+    config: ModelConfig,
+    *,
+    use_rep: Sequence[str],
+    spatial_key: str,
+    library_key: str | None,
+    encoders: dict[str, Any],
+    key: str,
+) -> Histology:
+    """Inputs of stage 2 for all spots of an object.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    config
+        Of the model: widths, neighbourhoods, whether coordinates are used.
+    use_rep, spatial_key, library_key
+        Where embeddings, coordinates and sections are.
+    encoders
+        How covariates are encoded.
+    key
+        Prefix of the slots, for niche features computed before.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If any of it is missing or not as the model needs it.
+    """
+    check_number_of_embeddings(use_rep, config)
+    embeddings = [gate.embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
+    names = gate.sections(adata, library_key, spatial_key if config.n_neighbors else None)
+    extra = covariates(adata, encoders)
+    place = np.empty((adata.n_obs, 0), np.float64)
+    if config.coordinates or config.n_neighbors:
+        place = gate.coordinates(adata, spatial_key)
+    sources: list[NDArray[np.float32]] = []
+    stored = stored_niche(adata, Keys(key), use_rep, config.n_neighbors, spatial_key, library_key)
+    if stored is not None:
+        ends = np.cumsum([width for width in config.embedding_dims for _ in config.n_neighbors])
+        *around, outline = np.split(stored, ends, axis=1)
+    else:
+        around, outline = niche(embeddings, place, names, config.n_neighbors)
+    step = len(config.n_neighbors)
+    for i, embedding in enumerate(embeddings):
+        sources += [embedding, *around[i * step : (i + 1) * step]]
+    if config.has_outline:
+        sources.append(outline)
+    where = section_coordinates(place, names) if config.coordinates else np.empty((adata.n_obs, 0), np.float32)
+    tensors = tuple(torch.from_numpy(source) for source in sources)
+    return Histology(tensors, torch.from_numpy(where), torch.from_numpy(extra), torch.zeros(adata.n_obs))
+
+
+def niche(
+    embeddings: Sequence[NDArray[np.float32]],
+    place: NDArray[np.floating],
+    names: NDArray[np.str_] | None,
+    n_neighbors: Sequence[int],
+) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Mean of every embedding over every neighbourhood, and the outline.
+
+    Parameters
+    ----------
+    embeddings
+        (n_obs, dim) each.
+    place, names, n_neighbors
+        As in :meth:`Neighborhoods.of`.
+
+    Returns
+    -------
+    means
+        For each embedding, and of it for each neighbourhood, (n_obs, dim).
+    outline
+        As in :class:`Neighborhoods`.
+
+    Raises
+    ------
+    ValueError
+        If a section has too few spots.
+    """
+    gate.check_neighbors(names, len(place), n_neighbors)
+    around = Neighborhoods.of(place, names, n_neighbors)
+    return [np.asarray(g @ values, np.float32) for values in embeddings for g in around.graphs], around.outline
+
+
+def source_fingerprint(
+    adata: AnnData, use_rep: Sequence[str], spatial_key: str, library_key: str | None
+) -> NDArray[np.uint64]:
+    """Fingerprint of each spot's embeddings, coordinates (where there are any) and section, (n_obs, 1)."""
+    columns: list[NDArray[Any]] = [gate.embedding(adata, key) for key in use_rep]
+    if spatial_key in adata.obsm:
+        columns.append(gate.coordinates(adata, spatial_key))
+    names = None if library_key is None else gate.sections(adata, library_key)
+    return fingerprint.of_rows(*columns, *([] if names is None else [names]))
+
+
+def stored_niche(
+    adata: AnnData,
+    keys: Keys,
+    use_rep: Sequence[str],
+    n_neighbors: Sequence[int],
+    spatial_key: str,
+    library_key: str | None,
+) -> NDArray[np.float32] | None:
+    """Niche features that ``pp.niche`` left in the object, if they were made of what it holds with these parameters.
+
+    Raises
+    ------
+    ValueError
+        If they are not finite.
+    """
+    made = slots.record(adata, keys).get("niche")
+    if not len(n_neighbors) or made is None or keys.niche not in adata.obsm or keys.niche_source not in adata.obsm:
+        return None
+    wanted = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
+    if not all(np.array_equal(made.get(k), v) for k, v in wanted.items()):
+        return None
+    width = len(n_neighbors) * sum(adata.obsm[key].shape[1] for key in use_rep) + N_OUTLINE * len(n_neighbors)
+    source = source_fingerprint(adata, use_rep, spatial_key, library_key)
+    if adata.obsm[keys.niche].shape[1] != width or not np.array_equal(adata.obsm[keys.niche_source], source):
+        logger.info(
+            "obsm[%r] was made of other embeddings, coordinates or sections than there are now: made again", keys.niche
+        )
+        return None
+    values = np.ascontiguousarray(adata.obsm[keys.niche], np.float32)
+    gate.check_finite(values, f"obsm[{keys.niche!r}]", "call histovar.pp.niche again")
+    return values
+
+
+def niche_parameters(
+    use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
+) -> dict[str, Any]:
+    """What identifies niche features, in plain types."""
+    return {
+        "use_rep": np.array(list(use_rep)),
+        "n_neighbors": np.array(list(n_neighbors)),
+        "spatial_key": spatial_key,
+        "library_key": library_key or "",
+    }

@@ -1,0 +1,79 @@
+"""Matrices of any storage, read alike: in memory, backed, dask or zarr; dense, sparse or a DataFrame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata.abc import CSCDataset, CSRDataset
+from numpy.typing import NDArray
+from scipy import sparse
+
+# Rows of a matrix that are in memory at once while it is gone through.
+ROWS_AT_ONCE = 4096
+
+
+def library(values: Any) -> str:
+    """Name of the package whose type this is, looking through anndata's views."""
+    packages = (base.__module__.split(".")[0] for base in type(values).__mro__)
+    return next(package for package in packages if package != "anndata")
+
+
+def on_disk(values: Any) -> bool:
+    """Whether these are dask, zarr or HDF5 arrays, or sparse matrices of a backed object."""
+    return library(values) in ("dask", "zarr", "h5py") or isinstance(values, CSRDataset | CSCDataset)
+
+
+def is_lazy(values: Any) -> bool:
+    """Whether these are dask or zarr arrays."""
+    return library(values) in ("dask", "zarr")
+
+
+def take_rows(matrix: Any, rows: NDArray[np.int64]) -> Any:
+    """Rows, increasing, of a matrix, in memory."""
+    if hasattr(matrix, "iloc"):
+        return matrix.iloc[rows]
+    consecutive = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1
+    taken = matrix[int(rows[0]) : int(rows[-1]) + 1] if consecutive else matrix[rows]
+    return taken.compute() if hasattr(taken, "compute") else taken
+
+
+def row_blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
+    """Blocks of rows, each a NumPy array or a CSR matrix whose entries are unique; the matrix is untouched."""
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
+        block = matrix.iloc[rows] if hasattr(matrix, "iloc") else matrix[rows]
+        yield canonical(block.compute() if hasattr(block, "compute") else block)
+
+
+def canonical(block: Any) -> Any:
+    """A NumPy array, or a CSR matrix in which entries that were stored twice are summed (in a copy)."""
+    if not sparse.issparse(block):
+        return block.to_numpy() if isinstance(block, pd.DataFrame) else np.asarray(block)
+    rows = sparse.csr_matrix(block)
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    return rows
+
+
+def stored_values(block: Any) -> NDArray[Any]:
+    """The values of a block, of a sparse one those that are stored."""
+    return block.data if sparse.issparse(block) else np.asarray(block)
+
+
+def dense(block: Any) -> NDArray[Any]:
+    """A block in memory as NumPy array."""
+    return block.toarray() if sparse.issparse(block) else np.asarray(block)
+
+
+def dense_float32(values: Any) -> NDArray[np.float32]:
+    """A matrix as contiguous 32-bit floats; missing values of nullable columns are NaN, too large ones infinite."""
+    if hasattr(values, "compute"):
+        values = values.compute()
+    if isinstance(values, pd.DataFrame):
+        values = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(dense(values), dtype=np.float32)

@@ -1,0 +1,232 @@
+"""Predicted expression in its slots: written, and read back under the names of its genes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from histovar._keys import Keys
+
+from . import gate, slots
+from .expression import Normalization
+from .histology import source_fingerprint
+from .matrix import dense, is_lazy
+
+logger = logging.getLogger(__name__)
+
+# What `evaluate` says of a prediction, in `uns` and by gene in `var`.
+EVALUATION = ("evaluation", "evaluated_distribution")
+SCORES = ("pearson", "spearman", "mse", "mae", "crps", "coverage", "constant", "undefined", "partial_pearson")
+
+
+class Prediction(NamedTuple):
+    """What was predicted, in memory or as dask arrays, in panel order.
+
+    Parameters
+    ----------
+    mean, std
+        (n_obs, n_genes).
+    tokens
+        (n_obs, n_tokens), or None.
+    samples
+        (n_obs, n_genes, n_samples), or None.
+    quantiles
+        (n_obs, n_genes, n_quantiles), or None.
+    """
+
+    mean: Any
+    std: Any
+    tokens: Any
+    samples: Any
+    quantiles: Any
+
+    @classmethod
+    def empty(cls, n_obs: int, n_genes: int, n_tokens: int, n_samples: int, n_quantiles: int) -> Prediction:
+        """Room for a prediction; None for what was not asked for."""
+
+        def room(n: int) -> NDArray[np.float32] | None:
+            return np.empty((n_obs, n_genes, n), np.float32) if n else None
+
+        mean, std = np.empty((2, n_obs, n_genes), np.float32)
+        return cls(mean, std, np.empty((n_obs, n_tokens), np.int32), room(n_samples), room(n_quantiles))
+
+
+def prediction_slots(keys: Keys) -> list[slots.Slot]:
+    """All slots that a prediction may take."""
+    matrices = [(store, key) for store in ("layers", "obsm") for key in (keys.mean, keys.std)]
+    cubes = [("obsm", key) for key in (keys.tokens, keys.samples, keys.quantiles, keys.source)]
+    return [*matrices, *cubes, ("var", keys.gene)]
+
+
+def score_slots(keys: Keys) -> list[slots.Slot]:
+    """The slots in which :func:`histovar.tl.evaluate` leaves scores of genes."""
+    return [("var", keys.score(name)) for name in SCORES]
+
+
+def write_prediction(
+    adata: AnnData, keys: Keys, genes: Sequence[str], made: Prediction, entries: Mapping[str, Any]
+) -> None:
+    """Write predicted expression: layers where the object's genes are exactly the panel, else ``obsm``.
+
+    Scores of an earlier prediction are dropped.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    keys
+        Slot names.
+    genes
+        The panel, in the order of the columns.
+    made
+        What was predicted.
+    entries
+        Entries of ``uns``, among them ``params`` with ``use_rep``, ``spatial_key`` and ``library_key``.
+
+    Raises
+    ------
+    ValueError
+        If a slot holds what histovar did not write.
+    """
+    slots.check_free(adata, keys, prediction_slots(keys))
+    found: dict[slots.Slot, Any] = {}
+    if set(genes) == set(adata.var_names) and len(genes) == adata.n_vars:
+        order = pd.Index(genes).get_indexer(adata.var_names)
+        unchanged = np.array_equal(order, np.arange(len(order)))
+        for key, values in ((keys.mean, made.mean), (keys.std, made.std)):
+            found["layers", key] = values if unchanged else values[:, order]
+        # Goes with the columns when genes are dropped, reordered or renamed.
+        found["var", keys.gene] = adata.var_names.to_numpy().astype(object)
+    else:
+        found |= {("obsm", keys.mean): made.mean, ("obsm", keys.std): made.std}
+    for key, cube in ((keys.tokens, made.tokens), (keys.samples, made.samples), (keys.quantiles, made.quantiles)):
+        if cube is not None:
+            found["obsm", key] = cube
+    source = _source(adata, entries["params"])
+    if source is not None:
+        found["obsm", keys.source] = source
+    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], EVALUATION)
+    tokens = {} if made.tokens is None else {"tokens": "predicted"}
+    slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str)})
+
+
+def _source(adata: AnnData, params: Mapping[str, Any]) -> NDArray[np.uint64] | None:
+    """Fingerprint of what each spot is predicted from; None where that is on disk or gone."""
+    reps = [str(key) for key in np.asarray(params["use_rep"]).ravel()]
+    if any(key not in adata.obsm or is_lazy(adata.obsm[key]) for key in reps):
+        return None
+    library_key = str(params["library_key"]) or None
+    return source_fingerprint(adata, reps, str(params["spatial_key"]), library_key)
+
+
+def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Mean and standard deviation that :func:`write_prediction` wrote, (n_obs, n_genes) in panel order.
+
+    Raises
+    ------
+    KeyError
+        If they are missing, wholly or of some genes.
+    ValueError
+        If genes were renamed since.
+    """
+    _warn_if_stale(adata, keys)
+    if keys.mean in adata.obsm:
+        found = []
+        for key in (keys.mean, keys.std):
+            values = adata.obsm[key]
+            if isinstance(values, pd.DataFrame):  # as versions up to 0.1 wrote them
+                _check_there(values.columns, genes, keys, f"obsm[{key!r}]")
+                values = values[list(genes)].to_numpy()
+            if np.shape(values)[1] != len(genes):
+                raise ValueError(
+                    f"key: obsm[{key!r}] has {np.shape(values)[1]} columns, uns[{keys.uns!r}] names {len(genes)} "
+                    "genes; predict again"
+                )
+            found.append(np.asarray(values))
+        return found[0], found[1]
+    if keys.mean in adata.layers:
+        _check_there(adata.var_names, genes, keys, "var_names")
+        if keys.gene in adata.var:
+            renamed = adata.var_names[adata.var[keys.gene].astype(str) != adata.var_names]
+            if len(renamed):
+                raise ValueError(
+                    f"key: genes were renamed since the prediction {keys.prefix!r}: var_names has {renamed[0]!r} where "
+                    f"{adata.var[keys.gene][renamed[0]]!r} was predicted; predict again"
+                )
+        order = adata.var_names.get_indexer(pd.Index(genes))
+        mean, std = (dense(adata.layers[key])[:, order] for key in (keys.mean, keys.std))
+        return mean, std
+    raise KeyError(
+        f"key: neither layers nor obsm has {keys.mean!r}; predict first with histovar.tl.predict(adata, model, "
+        f"key_added={keys.prefix!r})"
+    )
+
+
+def _check_there(names: pd.Index, genes: Sequence[str], keys: Keys, where: str) -> None:
+    missing = [gene for gene in genes if gene not in names]
+    if missing:
+        raise KeyError(
+            f"key: {len(missing)} of the {len(genes)} genes of the prediction {keys.prefix!r} are missing from {where}, "
+            f"such as {missing[:3]}; genes were dropped or renamed since: take them from "
+            "histovar.get.prediction(adata) of the whole object, or predict again"
+        )
+
+
+def _warn_if_stale(adata: AnnData, keys: Keys) -> None:
+    """Warn where embeddings, coordinates or sections have changed since the prediction."""
+    if keys.source not in adata.obsm:
+        return
+    try:
+        now = _source(adata, slots.record(adata, keys)["params"])
+    except (KeyError, ValueError):
+        return
+    if now is not None:
+        changed = int((np.asarray(adata.obsm[keys.source]) != now).sum())
+        if changed:
+            logger.warning(
+                "embeddings, coordinates or sections of %d spots have changed since the prediction %r: predict again",
+                changed,
+                keys.prefix,
+            )
+
+
+def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
+    """The panel of a prediction.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction, or it is not known of which genes.
+    """
+    genes = slots.record(adata, keys).get("genes")
+    if genes is None:
+        if keys.mean in adata.layers or keys.mean in adata.obsm:
+            raise KeyError(
+                f"key: there is a prediction {keys.prefix!r}, but uns[{keys.uns!r}], which names its genes and units, "
+                "is gone, as after anndata.concat; join with anndata.concat(..., uns_merge='same'), or copy that entry "
+                "of uns from one of the objects"
+            )
+        raise KeyError(
+            f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "
+            f"key_added={keys.prefix!r})"
+        )
+    return [str(g) for g in genes]
+
+
+def predicted_sections(adata: AnnData, keys: Keys, library_key: str | None) -> NDArray[np.str_] | None:
+    """Section of each spot, by a column that is named, or else by that of the prediction."""
+    params = slots.record(adata, keys)["params"]
+    if library_key is None:
+        library_key = str(params["library_key"]) or None
+    return gate.sections(adata, library_key, str(params["spatial_key"]))
+
+
+def predicted_normalization(adata: AnnData, keys: Keys) -> Normalization | None:
+    """How the expression is normalised that a prediction is to equal; None in files of earlier versions."""
+    return Normalization.stored(slots.record(adata, keys).get("normalization"))

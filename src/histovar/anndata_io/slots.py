@@ -1,0 +1,156 @@
+"""The slots that histovar writes, and the record of them: nothing that it did not write is ever overwritten."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from anndata import AnnData, ImplicitModificationWarning
+
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._version import __version__
+
+# Where a slot is, such as ("obsm", "histovar_tokens").
+Slot = tuple[str, str]
+
+RESERVED = ("X", "spatial", LOGNORM)
+RECORDED = "slots"
+
+
+def keys(key_added: str, argument: str = "key_added") -> Keys:
+    """Slot names of a prefix that a user gave.
+
+    Raises
+    ------
+    TypeError
+        If it is not text.
+    ValueError
+        If it is empty, reserved, or no name that files can have.
+    """
+    if not isinstance(key_added, str):
+        raise TypeError(f"{argument}: expected text, got {key_added!r}")
+    if not re.fullmatch(r"[^\W_](?:[\w.+ -]*[\w+])?", key_added):
+        raise ValueError(
+            f"{argument}: {key_added!r} is no name for slots; use letters, digits, '_', '-' and '.', such as 'histovar'"
+        )
+    if key_added in RESERVED:
+        raise ValueError(f"{argument}: {key_added!r} is the name of other data; choose another, such as 'histovar'")
+    return Keys(key_added)
+
+
+def record(adata: AnnData, keys: Keys) -> Mapping[str, Any]:
+    """What ``uns`` says of the slots with a prefix; empty where histovar wrote none.
+
+    Raises
+    ------
+    ValueError
+        If ``uns`` has something else there.
+    """
+    stored = adata.uns.get(keys.uns, {})
+    if not isinstance(stored, Mapping) or (len(stored) and "version" not in stored):
+        raise ValueError(
+            f"key_added: uns[{keys.uns!r}] was not written by histovar; choose another key_added, or rename that entry"
+        )
+    return stored
+
+
+def check_free(adata: AnnData, keys: Keys, slots: Iterable[Slot]) -> None:
+    """Refuse to write slots that hold what histovar did not write.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    keys
+        Their prefix.
+    slots
+        Those that will be written.
+
+    Raises
+    ------
+    ValueError
+        Naming the slot.
+    """
+    ours = _recorded(record(adata, keys))
+    others = {slot for name, stored in adata.uns.items() if name != keys.uns for slot in _recorded(stored) or ()}
+    for store, name in slots:
+        if name not in getattr(adata, store):
+            continue
+        by_name = keys.prefix == DEFAULT_KEY or ours is None  # files of earlier versions say no more than that
+        if (store, name) in others or not (by_name or (store, name) in (ours or ())):
+            raise ValueError(
+                f"key_added: {store}[{name!r}] was not written by histovar as {keys.prefix!r}; choose another "
+                f"key_added, or delete it first (del adata.{store}[{name!r}])"
+            )
+
+
+def _recorded(stored: Any) -> set[Slot] | None:
+    """Slots that an entry of ``uns`` claims; None where an earlier version did not say."""
+    if not isinstance(stored, Mapping) or "version" not in stored:
+        return set()
+    if RECORDED not in stored:
+        return None
+    return {tuple(str(slot).split("/", 1)) for slot in np.asarray(stored[RECORDED]).ravel()}  # type: ignore[misc]
+
+
+def _by_name(adata: AnnData, keys: Keys) -> set[Slot]:
+    """Slots whose names begin with the prefix: those of an earlier version, which did not record them."""
+    return {
+        (store, name)
+        for store in ("layers", "obsm", "varm", "var")
+        for name in getattr(adata, store)
+        if name is not None and (name == keys.prefix or name.startswith(f"{keys.prefix}_"))
+    }
+
+
+def write(adata: AnnData, keys: Keys, slots: Mapping[Slot, Any], entries: Mapping[str, Any] | None = None) -> None:
+    """Write slots and record them, in ``uns``, with entries of plain types.
+
+    Raises
+    ------
+    ValueError
+        If a slot holds what histovar did not write.
+    """
+    check_free(adata, keys, slots)
+    stored = dict(record(adata, keys))
+    recorded = _recorded(stored)
+    claimed = (_by_name(adata, keys) if recorded is None else recorded) | set(slots)
+    with writing():
+        for (store, name), values in slots.items():
+            getattr(adata, store)[name] = values
+        adata.uns[keys.uns] = {
+            **stored,
+            **(entries or {}),
+            RECORDED: np.array(sorted(f"{store}/{name}" for store, name in claimed), dtype=str),
+            "version": __version__,
+        }
+
+
+def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterable[str] = ()) -> None:
+    """Delete slots and entries of ``uns`` that are no longer true."""
+    stored = dict(record(adata, keys))
+    gone = [(store, name) for store, name in slots if name in getattr(adata, store)]
+    check_free(adata, keys, gone)
+    with writing():
+        for store, name in gone:
+            del getattr(adata, store)[name]
+        for entry in entries:
+            stored.pop(entry, None)
+        claimed = _recorded(stored)
+        if claimed:
+            kept = sorted(f"{store}/{name}" for store, name in claimed - set(gone))
+            stored[RECORDED] = np.array(kept, dtype=str)
+        if stored:
+            adata.uns[keys.uns] = stored
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Let views become actual objects when written to, as users expect of in-place functions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        yield

@@ -139,6 +139,309 @@ def test_hest_never_unpickles(slides):
             return (open, (str(slides / "touched"), "w"))
 
     torch.save({"embeddings": Payload()}, slides / "PRAD" / "MEND1.pt")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(ValueError, match="MEND1.pt cannot be read by torch.load.weights_only=True"):
         hv.datasets.hest(slides, "PRAD", slides=["MEND1"])
     assert not (slides / "touched").exists()
+
+
+N_SPOTS = 40
+CENTRES = np.column_stack([100.0 * (np.arange(N_SPOTS) % 8), 100.0 * (np.arange(N_SPOTS) // 8)]) + 1000
+CORNERS = (CENTRES - 112).astype(int)
+SHUFFLED = np.random.default_rng(0).permutation(N_SPOTS)
+SPOTS = [f"AACG{i}-1" for i in range(N_SPOTS)]
+
+
+def write_slide(path, spots=SPOTS, genes="ABC", spatial=CENTRES, uns=None):
+    adata = ad.AnnData(np.ones((len(spots), len(genes))), pd.DataFrame(index=spots), pd.DataFrame(index=list(genes)))
+    if spatial is not None:
+        adata.obsm["spatial"] = spatial
+    adata.uns = uns or {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adata.write_h5ad(path)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Directory with slide A of 40 spots on a grid, 100 pixels apart."""
+    write_slide(tmp_path / "st" / "A.h5ad")
+    return tmp_path
+
+
+def write(path, **arrays):
+    """Write arrays to a .h5 file, or to the dictionary of a .pt file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+    else:
+        tensors = {k: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for k, a in arrays.items()}
+        torch.save(tensors, path)
+
+
+def shuffled_names(names=SPOTS):
+    return [names[i] for i in SHUFFLED]
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+@pytest.mark.parametrize("name", ["barcode", "barcodes", "ids", "spot_ids", "names", "cell_ids", "obs_names", "tiles"])
+def test_hest_matches_spots_in_another_order_by_any_array_of_their_names(grid, kind, name):
+    values = embeddings(N_SPOTS, 0)
+    write(grid / f"A.{kind}", embeddings=values[SHUFFLED], coords=CORNERS[SHUFFLED], **{name: shuffled_names()})
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+def test_hest_matches_integer_ids(tmp_path, kind):
+    write_slide(tmp_path / "st" / "A.h5ad", spots=[str(i) for i in range(N_SPOTS)])
+    values = embeddings(N_SPOTS, 0)
+    write(tmp_path / f"A.{kind}", embeddings=values[SHUFFLED], spot_id=SHUFFLED)
+    np.testing.assert_array_equal(hv.datasets.hest(tmp_path).obsm["X_uni"], values)
+
+
+def test_hest_matches_ids_in_a_column_of_bytes(grid):
+    values = embeddings(N_SPOTS, 0)
+    write(grid / "A.h5", embeddings=values[SHUFFLED], tile=np.array(shuffled_names(), dtype="S")[:, None])
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+
+
+def test_hest_prefers_spot_names_to_other_strings(grid):
+    values = embeddings(N_SPOTS, 0)
+    patches = [f"patch {i}" for i in range(N_SPOTS)]
+    write(grid / "A.h5", embeddings=values[SHUFFLED], ids=patches, region=["tumour"] * N_SPOTS, spot=shuffled_names())
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+
+
+def test_hest_does_not_take_labels_for_ids(grid):
+    values = embeddings(N_SPOTS, 0)
+    write(grid / "A.h5", embeddings=values, coords=CORNERS, region=["tumour", "stroma"] * (N_SPOTS // 2))
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tile": [f"tile {i}" for i in range(N_SPOTS)]}, "no barcode of A.*'tile': 'tile 0', 'tile 1'.*slide 'A'"),
+        ({"ids": np.arange(N_SPOTS)}, "no barcode of A.*'ids': '0', '1'"),
+        ({"barcodes": SPOTS[:30]}, "barcodes .*(30,).* for 40 embeddings"),
+        ({"barcodes": np.linspace(0, 1, N_SPOTS)}, "barcodes float64 .*have to be strings or integers"),
+        (
+            {"barcodes": [*SPOTS[1:], SPOTS[1]]},
+            "'barcodes' of A.* has 40 rows for 39 different.*duplicates are 'AACG1-1'",
+        ),
+        ({"tile": [*SPOTS[1:], SPOTS[1]]}, "'tile' of A.* has 40 rows for 39 different"),
+        ({"ids": SPOTS, "names": SPOTS[::-1]}, "'ids' and 'names' of A.* in different orders"),
+        ({"coords": CORNERS[:30]}, "'coords' of A.* has 30 rows for 40 embeddings"),
+    ],
+)
+def test_hest_refuses_ids_that_are_not_of_the_spots(grid, kind, arrays, message):
+    write(grid / f"A.{kind}", embeddings=embeddings(N_SPOTS, 0), **arrays)
+    with pytest.raises(ValueError, match=message):
+        hv.datasets.hest(grid)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+def test_hest_compares_coords_with_the_spots_matched_by_id(grid, kind):
+    values, file = embeddings(N_SPOTS, 0), grid / f"A.{kind}"
+    for coords in (CENTRES, CORNERS, (CENTRES * 0.25).astype(int), CENTRES * [2, 0.5] + 7, np.zeros((N_SPOTS, 2))):
+        write(file, embeddings=values[SHUFFLED], barcodes=shuffled_names(), coords=coords[SHUFFLED])
+        np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+    swapped = CORNERS.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    for coords in (swapped, CORNERS[::-1].copy(), CORNERS[:, ::-1].copy()):
+        write(file, embeddings=values, barcodes=SPOTS, coords=coords)
+        with pytest.raises(ValueError, match="coords of A.* disagree with .* slide 'A': matched by 'barcodes', spot"):
+            hv.datasets.hest(grid)
+
+
+def test_hest_compares_coords_of_some_spots(grid):
+    values, some = embeddings(N_SPOTS, 0), SHUFFLED[:15]
+    write(grid / "A.h5", embeddings=values[some], barcodes=[SPOTS[i] for i in some], coords=CORNERS[some])
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values[np.sort(some)])
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+def test_hest_without_ids_needs_coords_in_the_order_of_the_slide(grid, kind, caplog):
+    values, file = embeddings(N_SPOTS, 0), grid / f"A.{kind}"
+    write(file, embeddings=values, coords=CORNERS)
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    for order in (SHUFFLED, np.arange(N_SPOTS)[::-1], np.roll(np.arange(N_SPOTS), 1)):
+        write(file, embeddings=values[order], coords=CORNERS[order])
+        with pytest.raises(ValueError, match="coords are in another order .* slide 'A'.*store barcodes"):
+            hv.datasets.hest(grid)
+    write(file, embeddings=values[:30], coords=CORNERS[:30])
+    with pytest.raises(ValueError, match="30 rows and no barcodes, slide 'A' has 40 spots"):
+        hv.datasets.hest(grid)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+@pytest.mark.parametrize("arrays", [{}, {"coords": np.zeros((N_SPOTS, 2))}, {"coords": np.full((N_SPOTS, 2), np.nan)}])
+def test_hest_warns_of_embeddings_without_ids_and_coords(grid, kind, arrays, caplog):
+    values = embeddings(N_SPOTS, 0)
+    write(grid / f"A.{kind}", embeddings=values, **arrays)
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and f"A.{kind} has neither barcodes nor coords" in warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+@pytest.mark.parametrize("name", ["embeddings", "embedding", "features", "feats"])
+def test_hest_reads_embeddings_under_common_names(grid, kind, name):
+    values = embeddings(N_SPOTS, 0)
+    write(grid / f"A.{kind}", **{name: values[None]}, barcodes=SPOTS)
+    np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt"])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"vectors": np.zeros((N_SPOTS, 6))},
+        {"features": np.zeros(N_SPOTS)},
+        {"features": np.zeros((2, N_SPOTS, 6))},
+        {"features": np.zeros((N_SPOTS, 6), bool)},
+        {"features": np.zeros((0, 6))},
+    ],
+)
+def test_hest_lists_what_a_file_without_embeddings_has(grid, kind, arrays):
+    write(grid / f"A.{kind}", **arrays, coords=CORNERS)
+    name, array = next(iter(arrays.items()))
+    with pytest.raises(ValueError, match=f"A.{kind} has no numbers .n_spots, width. named 'embeddings'") as error:
+        hv.datasets.hest(grid)
+    assert f"{name} {array.dtype} {array.shape}" in str(error.value) and "coords int64 (40, 2)" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(N_SPOTS, 6)], "text", {"model": "uni"}, torch.zeros(N_SPOTS)])
+def test_hest_refuses_pt_files_of_something_else(grid, content):
+    torch.save(content, grid / "A.pt")
+    with pytest.raises(ValueError, match="embedding: A.pt h"):
+        hv.datasets.hest(grid)
+
+
+def test_hest_names_damaged_files(grid):
+    for kind in ("h5", "pt"):
+        file = grid / f"A.{kind}"
+        write(file, embeddings=embeddings(N_SPOTS, 0), barcodes=SPOTS)
+        whole = file.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"not an array", b""):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"A.{kind} cannot be read"):
+                hv.datasets.hest(grid)
+        file.unlink()
+
+
+def test_hest_refuses_slides_with_embeddings_of_different_widths(grid):
+    write_slide(grid / "st" / "B.h5ad")
+    for slide, width in (("A", 32), ("B", 48)):
+        torch.save(torch.zeros(N_SPOTS, width), grid / f"{slide}.pt")
+    with pytest.raises(ValueError, match=r"different widths: A.pt \(32\), B.pt \(48\)"):
+        hv.datasets.hest(grid)
+
+
+def save_marked(root, **marks):
+    """Embeddings filled with a number for each path."""
+    for name, mark in marks.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.full((N_SPOTS, 2), float(mark)), file)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "files", "expected"),
+    [
+        ("conch_v1", {"features_conch_v15/A.pt": 1, "features_conch_v1/A.pt": 2}, 2),
+        ("conch_v1", {"conch_v1.5/A.pt": 1, "conch_v1/A.pt": 2}, 2),
+        ("UNI", {"uni2/A.pt": 1, "unicorn/A.pt": 2, "20x/features_uni_v1/A.pt": 3}, 3),
+        ("virchow", {"A_virchow2.pt": 1, "A_virchow.pt": 2}, 2),
+        ("uni", {"A_anything.pt": 1}, 1),
+        ("conch_v1", {"features_conch_v15/A.pt": 1}, None),
+        ("conch_v1", {"features_conch_v15/A.pt": 1, "features_uni/A.pt": 2}, None),
+        ("conch_v15", {"features_conch_v1/A.pt": 1}, None),
+        ("uni", {"A_uni2.pt": 1}, None),
+        ("uni", {"conch/A.pt": 1}, None),
+    ],
+)
+def test_hest_finds_encoders_by_whole_words(grid, embedding, files, expected):
+    save_marked(grid, **files)
+    if expected is None:
+        with pytest.raises(FileNotFoundError, match=f"no file of '{embedding}' embeddings of slide 'A'"):
+            hv.datasets.hest(grid, embedding=embedding)
+    else:
+        assert (hv.datasets.hest(grid, embedding=embedding).obsm[f"X_{embedding}"] == expected).all()
+
+
+def test_hest_tells_slides_from_encoders(tmp_path):
+    for slide in ("A", "A_1", "uni", "uni_2"):
+        write_slide(tmp_path / "st" / f"{slide}.h5ad")
+    files = {"A_uni.pt": 1, "A_1_uni.pt": 2, "uni/uni.pt": 3, "conch/uni.pt": 4, "uni_2_conch.pt": 5, "uni_2_uni.pt": 6}
+    save_marked(tmp_path, **files)
+    adata = hv.datasets.hest(tmp_path)
+    marks = dict(zip(adata.obs["section"], adata.obsm["X_uni"][:, 0], strict=True))
+    assert marks == {"A": 1, "A_1": 2, "uni": 3, "uni_2": 6}
+    (tmp_path / "A_uni.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"slide 'A' below .*there are \[\]"):
+        hv.datasets.hest(tmp_path, slides="A")
+
+
+def test_hest_reads_slides_with_brackets_in_their_names(tmp_path):
+    write_slide(tmp_path / "st" / "A[1].h5ad")
+    save_marked(tmp_path, **{"A[1].pt": 1})
+    assert hv.datasets.hest(tmp_path).n_obs == N_SPOTS
+
+
+def test_hest_reads_one_slide_by_its_name(slides):
+    adata = hv.datasets.hest(slides, "PRAD", embedding=None, slides="MEND1")
+    assert set(adata.obs["section"]) == {"MEND1"} and list(adata.obs_names[:2]) == ["MEND1_s0", "MEND1_s1"]
+    with pytest.raises(ValueError, match="slides: no slide is named"):
+        hv.datasets.hest(slides, "PRAD", embedding=None, slides=[])
+    with pytest.raises(ValueError, match=r"slides: \['MEND1'\] are named more than once"):
+        hv.datasets.hest(slides, "PRAD", embedding=None, slides=["MEND1", "MEND1"])
+
+
+@pytest.mark.parametrize(
+    ("spots", "spatial", "message"),
+    [
+        (SPOTS, None, r"slide 'B' has no obsm\['spatial'\]"),
+        (SPOTS, np.zeros((N_SPOTS, 3)), r"obsm\['spatial'\] of slide 'B' is float64 \(40, 3\)"),
+        ([*SPOTS[1:], SPOTS[1]], CENTRES, r"slide 'B' has several spots named \['AACG1-1'\]"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_hest_refuses_slides_without_positions_or_with_duplicate_spots(grid, spots, spatial, message):
+    write_slide(grid / "st" / "B.h5ad", spots=spots, spatial=spatial)
+    with pytest.raises(ValueError, match=message):
+        hv.datasets.hest(grid, embedding=None)
+
+
+def test_hest_refuses_slides_that_share_no_gene(grid):
+    write_slide(grid / "st" / "B.h5ad", genes="CDE")
+    assert list(hv.datasets.hest(grid, embedding=None).var_names) == ["C"]
+    write_slide(grid / "st" / "C.h5ad", genes="DEF")
+    with pytest.raises(
+        ValueError, match=r"slides: 'C' \(genes \['D', 'E', 'F'\].* none of the genes shared by \['A', 'B'\]"
+    ):
+        hv.datasets.hest(grid, embedding=None)
+
+
+IMAGE = np.zeros((5, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "uns",
+    [
+        {},
+        {"spatial": {}},
+        {"spatial": {"ST": {}}},
+        {"spatial": {"ST": {"images": {"hires": IMAGE}}}},
+        {"spatial": {"ST": {"images": {"hires": IMAGE}, "scalefactors": None}}},
+        {"spatial": {"ST": {"images": {"hires": IMAGE}, "scalefactors": {"spot_diameter_fullres": 3.0}}}},
+        {"spatial": {"ST": {"images": None, "scalefactors": {"tissue_hires_scalef": 0.1}}}},
+    ],
+)
+def test_hest_leaves_out_images_without_scale_factor(tmp_path, uns, caplog):
+    write_slide(tmp_path / "st" / "A.h5ad", uns=uns)
+    with caplog.at_level("INFO"):
+        adata = hv.datasets.hest(tmp_path, embedding=None)
+    assert adata.uns["spatial"] == {} and "slide A has no image with a scale factor" in caplog.text

@@ -1,19 +1,19 @@
-"""The layout of HEST-1k and HEST-Benchmark."""
+"""Read slides in the layout of HEST-1k and HEST-Benchmark."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
-from numpy.typing import NDArray
+
+from ._embedding_files import find_embedding_file, read_embedding_file
+from ._spot_matching import match_spots
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ def hest(
     dataset: str | None = None,
     *,
     embedding: str | None = "uni",
-    slides: Sequence[str] | None = None,
+    slides: Sequence[str] | str | None = None,
 ) -> AnnData:
-    """Read slides in HEST's layout, with embeddings.
+    """Read slides and embeddings in the layout of HEST-1k and HEST-Benchmark.
 
     Parameters
     ----------
@@ -36,12 +36,12 @@ def hest(
         Name of a directory in `path`, such as ``"PRAD"`` or ``"her2st"``.
     embedding
         Name of the encoder; None reads no embeddings, which stage 1 does not need. Embeddings are sought below the data
-        set in files named after the slide, ``{slide}.pt``, ``{slide}.h5`` or ``{slide}_*.pt`` and so on, with the
-        encoder's name in the path where there are several. A ``.pt`` file holds a tensor (n_spots, width), in the order
-        of the slide, or a dictionary with ``embeddings`` and ``barcodes``; a ``.h5`` file ``embeddings``, ``coords``
-        and ``barcodes`` as in HEST-Benchmark.
+        set in files named after the slide, ``{slide}.pt``, ``{slide}.h5`` or ``{slide}_*.pt`` and so on. The encoder's
+        name has to be a whole word of the path (``"conch_v1"`` does not find ``features_conch_v15/{slide}.h5``); a
+        slide's only file need not name the encoder, but is refused if it names another. See Notes for what the files
+        hold.
     slides
-        Slides to read; all by default.
+        Slides to read, or the name of one; all by default.
 
     Returns
     -------
@@ -54,117 +54,127 @@ def hest(
     FileNotFoundError
         If slides or embeddings are missing.
     ValueError
-        If embeddings cannot be matched to spots, by barcode or, without barcodes, by number.
+        If embeddings cannot be read or matched to spots, if their widths differ, or if slides lack positions, have
+        duplicate spot names or share no gene.
+
+    Notes
+    -----
+    A ``.h5`` file, or a ``.pt`` file with a dictionary, holds ``embeddings`` (or ``features``, as written by TRIDENT,
+    ``embedding`` or ``feats``), (n_spots, width) or (1, n_spots, width), and
+
+    - ids of the spots: ``barcodes``, ``spot_ids``, ``names`` and so on, or any array of the slide's spot names. Rows
+      are matched to spots by them, in any order; spots without an embedding are left out.
+    - ``coords``, (n_spots, 2), in pixels, of the spots' centres or the corners of their patches. They have to agree
+      with ``obsm["spatial"]``, up to a scale and shift of each axis, to less than half the spacing of the spots.
+      Without ids they have to show that the file is in the slide's order.
+
+    Without either, as for a ``.pt`` file with a tensor only, the file has to be in the slide's order.
     """
     root = Path(path) if dataset is None else Path(path) / dataset
     if not root.is_dir():
         known = sorted(p.name for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
         raise FileNotFoundError(f"dataset: no directory {str(root)!r}; {str(path)!r} has {known}")
-    files = sorted(f for folder in ("st", "adata") for f in (root / folder).glob("*.h5ad"))
-    found = {f.stem: f for f in files}
-    if not found:
+    files = {f.stem: f for f in sorted(f for folder in ("st", "adata") for f in (root / folder).glob("*.h5ad"))}
+    if not files:
         raise FileNotFoundError(f"path: no st/*.h5ad or adata/*.h5ad in {str(root)!r}")
-    wanted = list(found) if slides is None else list(slides)
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise FileNotFoundError(f"slides: {missing} not in {str(root)!r}, which has {sorted(found)}")
-    parts, images = [], {}
-    for slide in wanted:
-        part = ad.read_h5ad(found[slide])
-        part.var_names_make_unique()
-        rows, values = np.arange(part.n_obs), None
+    chosen = _choose_slides(slides, files, root)
+    sections, embedding_files, images = [], [], {}
+    for slide in chosen:
+        stored = _read_slide(files[slide], slide)
+        section = AnnData(stored.X, obs=stored.obs, var=stored.var[[]], obsm={"spatial": stored.obsm["spatial"]})
         if embedding is not None:
-            rows, values = _match(part, *_read(_embedding_file(root, slide, embedding)), slide)
-        images[slide] = _image(part)
-        part = AnnData(part.X, obs=part.obs, var=part.var[[]], obsm={"spatial": np.asarray(part.obsm["spatial"])})[
-            rows
-        ].copy()
-        if values is not None:
-            part.obsm[f"X_{embedding}"] = values
-        part.obs["section"] = slide
-        part.obs_names = slide + "_" + part.obs_names.astype(str)
-        parts.append(part)
-    adata = ad.concat(parts, join="inner")
+            file = read_embedding_file(find_embedding_file(root, slide, embedding, files), root)
+            rows, values = match_spots(file, section.obs_names, section.obsm["spatial"], slide)
+            section = section[rows].copy()
+            section.obsm[f"X_{embedding}"] = values
+            embedding_files.append(file.name)
+        section.obs["section"] = slide
+        section.obs_names = slide + "_" + section.obs_names
+        sections.append(section)
+        images[slide] = _hires_image(stored, slide)
+    _check_shared_genes(sections, chosen)
+    if embedding is not None:
+        _check_widths(sections, f"X_{embedding}", embedding_files)
+    adata = ad.concat(sections, join="inner")
     adata.obs["section"] = pd.Categorical(adata.obs["section"])
     adata.uns["spatial"] = {slide: image for slide, image in images.items() if image}
-    logger.info("hest: %d spots x %d genes in slides %s", adata.n_obs, adata.n_vars, wanted)
+    logger.info("hest: %d spots x %d genes in slides %s", adata.n_obs, adata.n_vars, chosen)
     return adata
 
 
-def _embedding_file(root: Path, slide: str, embedding: str) -> Path:
-    found = [
-        f
-        for kind in ("pt", "h5")
-        for f in sorted(root.rglob(f"{slide}*.{kind}"))
-        if f.stem == slide or f.stem.startswith(f"{slide}_")
-    ]
-    found = [f for f in found if "patches" not in f.relative_to(root).parts]
-    named = [f for f in found if embedding.lower() in str(f.relative_to(root)).lower()]
-    if not named and len(found) == 1:
-        named = found
-    if not named:
-        raise FileNotFoundError(
-            f"embedding: no file of {embedding!r} embeddings of slide {slide!r} below {str(root)!r}; "
-            f"there are {[str(f.relative_to(root)) for f in found]}"
-        )
-    if len(named) > 1:
+def _choose_slides(slides: Sequence[str] | str | None, files: dict[str, Path], root: Path) -> list[str]:
+    if slides is None:
+        return list(files)
+    chosen = [slides] if isinstance(slides, str) else list(slides)
+    if not chosen:
+        raise ValueError(f"slides: no slide is named; {str(root)!r} has {sorted(files)}, None reads all")
+    missing = sorted(set(chosen) - set(files))
+    if missing:
+        raise FileNotFoundError(f"slides: {missing} not in {str(root)!r}, which has {sorted(files)}")
+    repeated = sorted({slide for slide in chosen if chosen.count(slide) > 1})
+    if repeated:
+        raise ValueError(f"slides: {repeated} are named more than once; name each slide once")
+    return chosen
+
+
+def _read_slide(file: Path, slide: str) -> AnnData:
+    """Expression and positions of a slide with one row for each spot name."""
+    adata = ad.read_h5ad(file)
+    adata.var_names_make_unique()
+    adata.obs_names = adata.obs_names.astype(str)
+    if not adata.obs_names.is_unique:
+        duplicates = list(adata.obs_names[adata.obs_names.duplicated()].unique()[:3])
+        raise ValueError(f"path: slide {slide!r} has several spots named {duplicates}; make its obs_names unique")
+    if "spatial" not in adata.obsm:
         raise ValueError(
-            f"embedding: several files fit slide {slide!r}: {[str(f.relative_to(root)) for f in named]}; be more exact"
+            f"path: slide {slide!r} has no obsm['spatial'], only {sorted(adata.obsm)}; "
+            "store the pixel positions of its spots there"
         )
-    return named[0]
+    spatial = np.asarray(adata.obsm["spatial"])
+    if spatial.ndim != 2 or spatial.shape[1] != 2 or spatial.dtype.kind not in "fiu":
+        raise ValueError(
+            f"path: obsm['spatial'] of slide {slide!r} is {spatial.dtype} {spatial.shape}; "
+            "it has to hold two numbers, x and y in pixels, for each spot"
+        )
+    adata.obsm["spatial"] = spatial
+    return adata
 
 
-def _read(file: Path) -> tuple[NDArray[np.float32], list[str] | None, str]:
-    """Embeddings, barcodes if there are any, and the file's name for messages."""
-    if file.suffix == ".h5":
-        with h5py.File(file) as store:
-            values = np.asarray(store["embeddings"], dtype=np.float32)
-            codes = [_text(b) for b in np.asarray(store["barcodes"]).ravel()] if "barcodes" in store else None
-        return values, codes, file.name
-    content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    codes = None
-    if isinstance(content, dict):
-        codes = [str(b) for b in content["barcodes"]] if "barcodes" in content else None
-        content = content["embeddings"]
-    return content.float().numpy(), codes, file.name
+def _check_widths(sections: list[AnnData], key: str, files: list[str]) -> None:
+    widths = {file: section.obsm[key].shape[1] for file, section in zip(files, sections, strict=True)}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{file} ({width})" for file, width in widths.items())
+        raise ValueError(
+            f"embedding: files have embeddings of different widths: {listed}; "
+            "name one encoder, or read those slides apart"
+        )
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _match(
-    part: AnnData, values: NDArray[np.float32], barcodes: list[str] | None, file: str, slide: str
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Rows of the slide that have an embedding, and the embeddings in their order."""
-    if barcodes is None:
-        if len(values) != part.n_obs:
+def _check_shared_genes(sections: list[AnnData], slides: list[str]) -> None:
+    shared = sections[0].var_names
+    for section, slide in zip(sections[1:], slides[1:], strict=True):
+        remaining = shared.intersection(section.var_names)
+        if not len(remaining):
             raise ValueError(
-                f"embedding: {file} has {len(values)} rows and no barcodes, slide {slide!r} has {part.n_obs} spots; "
-                "they cannot be matched, store barcodes with the embeddings"
+                f"slides: {slide!r} (genes {list(section.var_names[:3])}, ...) has none of the genes shared by "
+                f"{slides[: slides.index(slide)]} ({list(shared[:3])}, ...); read slides with the same gene names"
             )
-        return np.arange(part.n_obs), values
-    index = pd.Index(barcodes)
-    if len(index) != len(values) or not index.is_unique:
-        raise ValueError(f"embedding: {file} has {len(values)} rows for {index.nunique()} different barcodes")
-    order = index.get_indexer(part.obs_names.astype(str))
-    rows = np.flatnonzero(order >= 0)
-    if not len(rows):
-        raise ValueError(
-            f"embedding: no barcode of {file} ({barcodes[:2]}, ...) is a spot of slide {slide!r} "
-            f"({list(part.obs_names[:2])}, ...)"
-        )
-    if len(rows) < part.n_obs:
-        logger.info("hest: %d spots of slide %s have no embedding and are left out", part.n_obs - len(rows), slide)
-    return rows, values[order[rows]]
+        shared = remaining
 
 
-def _image(part: AnnData) -> dict[str, Any]:
-    """HEST's downscaled image under the name that squidpy looks for."""
-    for stored in part.uns.get("spatial", {}).values():
-        images, factors = stored.get("images", {}), dict(stored.get("scalefactors", {}))
+def _hires_image(adata: AnnData, slide: str) -> dict[str, Any]:
+    """HEST's downscaled image under the name that squidpy looks for; empty if there is none with a scale factor."""
+    for library in _as_mapping(adata.uns.get("spatial")).values():
+        images = _as_mapping(_as_mapping(library).get("images"))
+        factors = dict(_as_mapping(_as_mapping(library).get("scalefactors")))
         for name in ("hires", "downscaled_fullres"):
-            if name in images and f"tissue_{name}_scalef" in factors:
-                factors["tissue_hires_scalef"] = float(factors[f"tissue_{name}_scalef"])
+            factor = factors.get(f"tissue_{name}_scalef")
+            if images.get(name) is not None and factor is not None:
+                factors["tissue_hires_scalef"] = float(factor)
                 return {"images": {"hires": np.asarray(images[name])}, "scalefactors": factors}
+    logger.info("hest: slide %s has no image with a scale factor; read without image", slide)
     return {}
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

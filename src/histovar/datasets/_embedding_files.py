@@ -1,0 +1,192 @@
+"""Find and read the file of a slide's embeddings (``.pt``, ``.h5``)."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+# Names are compared in lower case. The first embeddings of a fitting shape are read.
+EMBEDDING_NAMES = ("embeddings", "embedding", "features", "feats")
+COORDS_NAMES = ("coords", "coordinates")
+ID_NAMES = frozenset(
+    {f"{noun}{s}" for noun in ("barcode", "spot", "cell", "id", "name") for s in ("", "s")}
+    | {f"{noun}_{kind}{s}" for noun in ("spot", "cell") for kind in ("id", "name", "barcode") for s in ("", "s")}
+    | {"obs_name", "obs_names", "index", "_index"}
+)
+# A slide's only file is not read as another encoder's if its path names one of these, of any version.
+ENCODER_FAMILIES = (
+    *("conch", "ctranspath", "gigapath", "h0", "h-optimus", "hibou", "hoptimus", "kaiko", "lunit", "midnight", "musk"),
+    *("phikon", "plip", "resnet", "titan", "uni", "virchow"),
+)
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """Embeddings of a file and its other arrays.
+
+    Attributes
+    ----------
+    name
+        Path of the file below the data set.
+    values
+        Embeddings, (n_rows, width).
+    arrays
+        Arrays of the file by name, those that may hold ids or coordinates among them.
+    is_tensor
+        Whether the file holds a tensor only, which is documented to be in the slide's order.
+    """
+
+    name: str
+    values: NDArray[np.float32]
+    arrays: dict[str, NDArray[Any]]
+    is_tensor: bool
+
+
+def find_embedding_file(root: Path, slide: str, embedding: str, all_slides: Collection[str]) -> Path:
+    """Path of the file below `root` with embeddings of a slide by an encoder.
+
+    The encoder's name has to be a whole word of the path, the slide's name aside. A slide's only file need not name the
+    encoder, but must not name another.
+    """
+    longer = [other for other in all_slides if other.startswith(f"{slide}_")]
+    files = [
+        file
+        for kind in ("pt", "h5")
+        for file in sorted(root.rglob(f"*.{kind}"))
+        if _is_named_after(file.stem, slide) and not any(_is_named_after(file.stem, other) for other in longer)
+    ]
+    files = [file for file in files if file.is_file() and "patches" not in file.relative_to(root).parts]
+    labels = {file: _path_without_slide(file.relative_to(root), slide, embedding) for file in files}
+    # A name goes on with a letter, a digit or, as in v1.5, a point and a digit.
+    whole_word = re.compile(rf"(?<![a-z0-9]){re.escape(embedding.lower())}(?![a-z0-9]|\.\d)")
+    named = [file for file in files if whole_word.search(labels[file])]
+    if not named and len(files) == 1:
+        encoders = "|".join(map(re.escape, (*ENCODER_FAMILIES, embedding.lower())))
+        if not re.search(rf"(?<![a-z0-9])({encoders})(?![a-z])", labels[files[0]]):
+            named = files
+            logger.info("hest: the path of %s names no encoder; read as %s", files[0].relative_to(root), embedding)
+    if not named:
+        raise FileNotFoundError(
+            f"embedding: no file of {embedding!r} embeddings of slide {slide!r} below {str(root)!r}; "
+            f"there are {[str(file.relative_to(root)) for file in files]}"
+        )
+    if len(named) > 1:
+        raise ValueError(
+            f"embedding: several files fit slide {slide!r}: {[str(file.relative_to(root)) for file in named]}; "
+            "be more exact"
+        )
+    return named[0]
+
+
+def _is_named_after(name: str, slide: str) -> bool:
+    return name == slide or name.startswith(f"{slide}_")
+
+
+def _path_without_slide(path: Path, slide: str, embedding: str) -> str:
+    """Path in lower case without the slide's name, in which the name of an encoder may be part."""
+    folders = [folder for folder in path.parts[:-1] if folder != slide or slide.lower() == embedding.lower()]
+    return "/".join([*folders, path.stem.removeprefix(slide)]).lower()
+
+
+def read_embedding_file(file: Path, root: Path) -> EmbeddingFile:
+    """Read embeddings, and what may hold ids or coordinates, without unpickling.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or holds no embeddings.
+    """
+    name = str(file.relative_to(root))
+    is_tensor = False
+    if file.suffix == ".h5":
+        arrays, contents = _read_h5(file, name)
+    else:
+        stored = _load_pt(file, name)
+        is_tensor = isinstance(stored, torch.Tensor)
+        if not isinstance(stored, torch.Tensor | dict):
+            raise ValueError(
+                f"embedding: {name} holds a {type(stored).__name__}; "
+                "save a tensor (n_spots, width), or a dictionary with 'embeddings' and 'barcodes'"
+            )
+        entries = stored if isinstance(stored, dict) else {EMBEDDING_NAMES[0]: stored}
+        arrays, contents = {}, []
+        for key, value in entries.items():
+            array = _to_array(value)
+            if array is None:
+                contents.append(f"{key} ({type(value).__name__})")
+            else:
+                contents.append(describe_array(key, array))
+                arrays[str(key)] = array
+    return EmbeddingFile(name, _embeddings(arrays, contents, name), arrays, is_tensor)
+
+
+def _read_h5(file: Path, name: str) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    arrays: dict[str, NDArray[Any]] = {}
+    contents = []
+    try:
+        with h5py.File(file) as store:
+            for key, item in store.items():
+                is_array = isinstance(item, h5py.Dataset) and item.shape is not None
+                contents.append(describe_array(key, item) if is_array else f"{key} ({type(item).__name__})")
+                # Image patches, which the file may have, are not read.
+                if is_array and (
+                    key.lower() in {*EMBEDDING_NAMES, *COORDS_NAMES, *ID_NAMES}
+                    or h5py.check_string_dtype(item.dtype) is not None
+                ):
+                    arrays[key] = np.asarray(item[()])
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"embedding: {name} cannot be read as HDF5 ({error}); write it again") from error
+    return arrays, contents
+
+
+def _load_pt(file: Path, name: str) -> Any:
+    damaged = (pickle.UnpicklingError, struct.error, AssertionError, EOFError, LookupError, OSError, RuntimeError)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (*damaged, TypeError, ValueError) as error:
+        raise ValueError(
+            f"embedding: {name} cannot be read by torch.load(weights_only=True), it is damaged or holds pickled "
+            "objects; save a tensor, or a dictionary of tensors and lists of strings"
+        ) from error
+
+
+def _to_array(value: Any) -> NDArray[Any] | None:
+    """Array of a tensor or list; None for anything else."""
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return np.array(value) if isinstance(value, list | tuple) else None
+    except (ValueError, TypeError, RuntimeError):  # such as sparse tensors, or lists of different lengths
+        return None
+
+
+def describe_array(key: str, array: Any) -> str:
+    """Name, type and shape of an array, for messages."""
+    return f"{key} {array.dtype} {array.shape}"
+
+
+def _embeddings(arrays: dict[str, NDArray[Any]], contents: list[str], name: str) -> NDArray[np.float32]:
+    for key in EMBEDDING_NAMES:
+        for values in (array for stored_key, array in arrays.items() if stored_key.lower() == key):
+            if values.ndim == 3 and len(values) == 1:
+                values = values[0]
+            if values.ndim == 2 and values.size and values.dtype.kind in "fiu":
+                return values.astype(np.float32)
+    raise ValueError(
+        f"embedding: {name} has no numbers (n_spots, width) named {' or '.join(map(repr, EMBEDDING_NAMES))}; "
+        f"it has {', '.join(contents) or 'nothing'}"
+    )

@@ -223,8 +223,10 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
         n = min(len(half) for half in halves)
         apart = hv.metrics.gene_correlation_error(halves[0][:n], halves[1][:n])
         rows[NOISE].append({"correlation error": apart / 2})
-        ceiling = np.sort(hv.metrics.noise_ceiling(counts, columns, log_counts=units == "log_counts"))[::-1]
-        rows["noise ceiling"].append({f"PCC-{n}": ceiling[:n].mean() for n in (10, 50, 200)})
+        ceiling = hv.metrics.noise_ceiling(counts, columns, log_counts=units == "log_counts")
+        ceiling = np.sort(ceiling[~np.isnan(ceiling)])[::-1]
+        best = {f"PCC-{n}": ceiling[:n].mean() if n <= len(ceiling) else np.nan for n in (10, 50, 200)}
+        rows["noise ceiling"].append(best)
         depth = np.log1p(total)
         design = np.stack([np.ones_like(depth), depth, depth**2], 1)
         fitted = design @ np.linalg.lstsq(design, values, rcond=None)[0]
@@ -307,7 +309,7 @@ def shallow(data: Data, arguments: argparse.Namespace) -> Iterator[dict[str, Any
                 }
                 for name, truth in truths.items():
                     row[f"PCC-200 {name}"] = hv.metrics.mean_pearson(predicted, truth)
-                    row[f"PCC-partial {name}"] = hv.metrics.partial_pearson(predicted, truth, total).mean()
+                    row[f"PCC-partial {name}"] = np.nanmean(hv.metrics.partial_pearson(predicted, truth, total))
                 yield row
 
 

@@ -107,7 +107,8 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     main = "PCC-200" if "PCC-200" in numbers else numbers[0]
     if "spots" not in rows and len(groups) > 1:
         for score in [s for s in (main, "PCC-partial") if s in numbers]:
-            by_group = rows.groupby(["method", "held out"], sort=False)[score].mean().unstack().dropna(how="all")
+            by_group = rows.groupby(["method", "held out"], sort=False)[score].mean().unstack()
+            by_group = by_group.dropna(how="all").dropna(how="all", axis="columns")
             parts += [
                 f"{score} of every held-out group:",
                 markdown(by_group.loc[[m for m in means.index if m in by_group.index]]),

@@ -1,5 +1,7 @@
 """What the verbs read and write."""
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -322,6 +324,93 @@ def test_evaluation_scores_sections_apart_and_counts_constants(simulated, model)
     ]
     assert summary.loc["S3", "PCC-all"] == pytest.approx(np.sum(by_hand) / 30, abs=1e-5)
     assert summary.loc["S3", "PCC-10"] == pytest.approx(np.sort(by_hand)[-10:].mean(), abs=1e-5)
+
+
+CORRELATIONS = ["PCC-10", "PCC-all", "Spearman", "PCC-partial", "RVD", "correlation error", "PIT deviation"]
+
+
+def test_a_section_of_one_spot_does_not_change_the_mean_of_the_others(simulated, model, caplog):
+    adata = simulated[simulated.obs["section"].isin(["S3", "S4"])].copy()
+    hv.tl.predict(adata, model, n_samples=4)
+    both, alone = adata[59:].copy(), adata[60:].copy()  # with one spot of S3, and without
+    before = hv.tl.evaluate(alone)
+    assert "undefined" not in caplog.text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        after = hv.tl.evaluate(both)
+    expected, summary = (a.uns["histovar"]["evaluation"] for a in (alone, both))
+    columns = [*CORRELATIONS, "RVD of draws", "correlation error of draws", "uncertainty PCC"]
+    assert summary.loc["S3", columns].isna().all()
+    assert list(summary.columns) == list(expected.columns)
+    assert summary.loc["mean", columns].notna().all()
+    np.testing.assert_allclose(summary.loc["mean", columns], expected.loc["mean", columns])
+    assert summary.loc["S3", ["MSE", "MAE", "CRPS", "coverage 90", "width 90"]].notna().all()
+    assert summary.loc["mean", "MSE"] == pytest.approx(summary.loc[["S3", "S4"], "MSE"].mean())
+    assert summary.loc["S3", ["n_constant", "n_undefined"]].tolist() == [0, 30]
+    assert summary.loc["S4", "n_undefined"] == 0
+    names = ["pearson", "spearman", "partial_pearson"]
+    np.testing.assert_allclose(after[names], before[names])
+    assert both.var["histovar_constant"].sum() == 0
+    (warned,) = [r.message for r in caplog.records if "undefined" in r.message]
+    assert warned == "undefined, and left out of the means: correlations in sections ['S3'], of a single spot"
+
+
+def test_genes_that_do_not_vary_are_left_out_and_counted(simulated, model, caplog):
+    caplog.set_level("INFO")
+    adata = simulated[simulated.obs["section"].isin(["S3", "S4"])].copy()
+    hv.tl.predict(adata, model)
+    hv.tl.evaluate(adata)
+    complete = adata.uns["histovar"]["evaluation"].copy()
+    genes = model.registry["genes"]
+    measured = adata.layers["lognorm"].toarray()
+    inside = (adata.obs["section"] == "S3").to_numpy()
+    measured[np.ix_(inside, adata.var_names.get_indexer(genes[:2]))] = 0.7
+    adata.layers["lognorm"] = measured
+    adata.obsm["histovar"].iloc[:, 1:3] = 1.0  # constant: not counted where undefined
+    caplog.clear()
+    scores = hv.tl.evaluate(adata)
+    summary = adata.uns["histovar"]["evaluation"]
+    assert summary["n_undefined"].tolist() == [2, 0, 1]
+    assert summary["n_constant"].tolist() == [1, 2, 1.5]
+    part = adata[inside]
+    by_hand = [np.corrcoef(part.obsm["histovar"][g], part[:, g].layers["lognorm"].ravel())[0, 1] for g in genes[3:]]
+    assert summary.loc["S3", "PCC-all"] == pytest.approx(np.sum(by_hand) / 28, abs=1e-5)
+    other = adata[~inside]
+    only = np.corrcoef(other.obsm["histovar"][genes[0]], other[:, genes[0]].layers["lognorm"].ravel())[0, 1]
+    assert scores.loc[genes[0], "pearson"] == pytest.approx(only, abs=1e-5)
+    assert scores.loc[genes[1], ["pearson", "constant"]].tolist() == [0, True]
+    assert complete["n_undefined"].tolist() == [0, 0, 0]
+    (warned,) = [r.message for r in caplog.records if "undefined" in r.message]
+    assert warned.endswith(": correlations of genes whose measurement does not vary (2 in 'S3')")
+    assert "3 constant predictions" in caplog.text
+
+
+def test_what_is_undefined_is_named_with_its_cause(simulated, model, caplog):
+    adata = simulated[simulated.obs["section"] != "S1"].copy()
+    hv.tl.predict(adata, model)
+    few = adata[[*range(3), *range(60, 180)]].copy()  # 3 spots of S2
+    genes = few.var_names.get_indexer(model.registry["genes"])
+    few.obsm["histovar"].iloc[-1, 0] = np.nan
+    read.add_lognorm(few)
+    measured = few.layers["lognorm"].toarray()
+    measured[np.ix_((few.obs["section"] == "S3").to_numpy(), genes[5:27])] = 0
+    few.layers["lognorm"] = measured
+    hv.tl.evaluate(few)
+    (warned,) = [r.message for r in caplog.records if "undefined" in r.message]
+    assert "does not vary (22 in 'S3'" in warned
+    assert "NaN or infinite (1 in 'S4')" in warned
+    assert "PCC-10 in ['S3'], where fewer genes are left" in warned
+    assert "PCC-partial in ['S2'], of fewer than 5 spots" in warned
+    assert np.isnan(few.uns["histovar"]["evaluation"].loc["S3", "PCC-10"])
+
+
+def test_one_spot_alone_is_evaluated_without_correlations(query, model, caplog):
+    caplog.set_level("INFO")
+    one = predicted(query, model)[:1].copy()
+    scores = hv.tl.evaluate(one)
+    assert scores["pearson"].isna().all() and scores[["mse", "crps", "coverage"]].notna().all(axis=None)
+    assert one.uns["histovar"]["evaluation"].loc["mean", CORRELATIONS].isna().all()
+    assert "no correlation is defined" in caplog.text
 
 
 def test_evaluating_what_was_trained_on_is_warned_of(training, query, model, caplog):

@@ -99,3 +99,19 @@ def test_gene_correlation_plot_has_draws_where_there_are_any(query, model):
     titles = [ax.get_title() for ax in hv.pl.gene_correlation(query)]
     errors = [float(t.split()[-1]) for t in titles[1:]]
     assert len(titles) == 3 and errors[1] < errors[0]
+
+
+def test_plots_say_what_is_undefined(query, model):
+    hv.tl.predict(query, model)
+    genes = model.registry["genes"]
+    hv.tl.evaluate(query)
+    query.layers["lognorm"] = query.layers["lognorm"].toarray()
+    query.layers["lognorm"][:, query.var_names.get_indexer(genes[:2])] = 0
+    hv.tl.evaluate(query)
+    assert hv.pl.metrics(query).get_title() == "28 genes, 2 undefined"
+    assert "(r undefined)" in hv.pl.spatial(query, genes[0])[0, 1].get_title()
+    assert "(r = " in hv.pl.spatial(query, genes[2])[0, 1].get_title()
+    query.layers["lognorm"][:] = 0
+    hv.tl.evaluate(query)
+    assert hv.pl.metrics(query).get_title() == "0 genes, 30 undefined"
+    assert hv.pl.gene_correlation(query)[1].get_title() == "expected, error undefined"

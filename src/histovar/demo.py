@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
     theirs = metrics.summary(tl.evaluate(query, key="ridge"))
     summary = {"histovar": ours, "ridge": theirs, "seconds": seconds}
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
-    name = "PCC-200" if "PCC-200" in ours else "PCC-all"
+    name = "PCC-200" if "PCC-200" in ours and not math.isnan(ours["PCC-200"]) else "PCC-all"
     return (
         f"section {HELD_OUT}, trained on the other three in {seconds:.0f} s:\n"
         f"  histovar {name} {ours[name]:.3f}, MSE {ours['MSE']:.3f}; "

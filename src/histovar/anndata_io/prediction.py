@@ -172,8 +172,8 @@ def _check_there(names: pd.Index, genes: Sequence[str], keys: Keys, where: str) 
     missing = [gene for gene in genes if gene not in names]
     if missing:
         raise KeyError(
-            f"key: {len(missing)} of the {len(genes)} genes of the prediction {keys.prefix!r} are missing from {where}, "
-            f"such as {missing[:3]}; genes were dropped or renamed since: take them from "
+            f"key: {len(missing)} of the {len(genes)} genes of the prediction {keys.prefix!r} are missing from "
+            f"{where}, such as {missing[:3]}; genes were dropped or renamed since: take them from "
             "histovar.get.prediction(adata) of the whole object, or predict again"
         )
 

@@ -12,6 +12,8 @@ from scipy.stats import rankdata
 
 # A column whose standard deviation is below this share of its mean magnitude is constant up to rounding.
 CONSTANT = 1e-6
+# Numbers of best genes whose mean correlation is given.
+BEST = (10, 50, 200)
 
 
 def pearson(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
@@ -25,28 +27,26 @@ def pearson(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float
     Returns
     -------
     ndarray
-        (n_genes,); 0 where either is constant, for which a correlation is not defined.
+        (n_genes,); NaN where it is undefined: the measurement is constant, there are fewer than 2 spots, or a value is
+        NaN or infinite. 0 where only the prediction is constant.
     """
-    p = np.asarray(predicted, dtype=np.float64)
-    m = np.asarray(measured, dtype=np.float64)
-    constant = is_constant(p) | is_constant(m)
-    p, m = p - p.mean(0), m - m.mean(0)
-    norm = np.sqrt((p**2).sum(0) * (m**2).sum(0))
-    return np.where(constant, 0.0, (p * m).sum(0) / np.where(norm > 0, norm, 1))
+    return _by_convention(_correlate(predicted, measured), predicted, measured)
 
 
 def is_constant(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each column of (n_spots, n_genes) is the same for all spots, up to rounding."""
-    spread = np.asarray(values, dtype=np.float64).std(0)
-    result: NDArray[np.bool_] = spread <= CONSTANT * np.abs(values).max(0, initial=0)
+    """Whether each column of (n_spots, n_genes) is the same for all spots, up to rounding; not if it has NaN."""
+    x = np.asarray(values, dtype=np.float64)
+    if not len(x):
+        return np.ones(x.shape[1:], dtype=bool)
+    with np.errstate(invalid="ignore"):  # infinite values: NaN
+        result: NDArray[np.bool_] = x.std(0) <= CONSTANT * np.abs(x).max(0)
     return result
 
 
 def spearman(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
-    """Spearman correlation of every gene over the spots; arguments and constants as in :func:`pearson`."""
-    constant = is_constant(predicted) | is_constant(measured)
-    ranks = pearson(rankdata(predicted, axis=0), rankdata(measured, axis=0))
-    return np.where(constant, 0.0, ranks)
+    """Spearman correlation of every gene over the spots; arguments, NaN and 0 as in :func:`pearson`."""
+    ranks = _correlate(rankdata(predicted, axis=0), rankdata(measured, axis=0))
+    return _by_convention(ranks, predicted, measured)
 
 
 def partial_pearson(predicted: NDArray[Any], measured: NDArray[Any], total_counts: NDArray[Any]) -> NDArray[np.float64]:
@@ -65,43 +65,70 @@ def partial_pearson(predicted: NDArray[Any], measured: NDArray[Any], total_count
     Returns
     -------
     ndarray
-        (n_genes,); 0 where either is constant, and where there are too few spots for the regression.
+        (n_genes,); NaN where it is undefined: depth explains the whole measurement, there are fewer than 5 spots, or
+        :func:`pearson` is undefined. 0 where depth explains the whole prediction, or the prediction is constant.
     """
-    p, m = (np.asarray(x, dtype=np.float64) for x in (predicted, measured))
-    constant = is_constant(p) | is_constant(m)
-    if len(p) <= 4:
-        return np.zeros(p.shape[1])
-    p, m = (_without_depth(x, total_counts) for x in (p, m))
-    return np.where(constant, 0.0, pearson(p, m))
-
-
-def _without_depth(values: NDArray[np.float64], total_counts: NDArray[Any]) -> NDArray[np.float64]:
     depth = np.log1p(np.asarray(total_counts, dtype=np.float64))
+    if len(depth) <= 4 or not np.isfinite(depth).all():
+        return np.full(np.shape(measured)[1], np.nan)
+    return pearson(_without_depth(predicted, depth), _without_depth(measured, depth))
+
+
+def _correlate(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+    """Correlation of the columns, whatever that is of constant ones."""
+    p, m = (np.asarray(x, dtype=np.float64) for x in (predicted, measured))
+    if len(p) < 2:
+        return np.full(p.shape[1], np.nan)
+    with np.errstate(invalid="ignore"):  # infinite values: NaN
+        p, m = p - p.mean(0), m - m.mean(0)
+        norm = np.sqrt((p**2).sum(0)) * np.sqrt((m**2).sum(0))
+        correlation: NDArray[np.float64] = (p * m).sum(0) / np.where(norm > 0, norm, 1)
+    return correlation
+
+
+def _by_convention(scores: NDArray[np.float64], predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+    """Correlations with NaN where they are undefined, and 0 where only the prediction is constant."""
+    finite = np.isfinite(predicted).all(0) & np.isfinite(measured).all(0)
+    undefined = ~finite | is_constant(measured)
+    return np.where(undefined, np.nan, np.where(is_constant(predicted), 0.0, scores))
+
+
+def _without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Residuals of a regression on depth: 0 where it explains everything up to rounding, NaN for genes with NaN."""
     design = np.stack([np.ones_like(depth), depth, depth**2], 1)
-    fitted: NDArray[np.float64] = design @ np.linalg.lstsq(design, values, rcond=None)[0]
-    return values - fitted
+    x = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(x).all(0)
+    x = np.where(finite, x, 0.0)  # one NaN would make all genes NaN
+    rest = x - design @ np.linalg.lstsq(design, x, rcond=None)[0]
+    explained = rest.std(0) <= CONSTANT * np.abs(x).max(0)
+    return np.where(finite, np.where(explained, 0.0, rest), np.nan)
 
 
 def relative_variance_distance(predicted: NDArray[Any], measured: NDArray[Any]) -> float:
     """How far the genes' variances over the spots are from the measured ones.
 
     The mean over genes of ``((var(predicted) - var(measured)) / var(measured))**2``, the RVD of Zhu et al. 2025 (Stem).
-    Genes measured as constant are left out. 0 is perfect; a constant prediction scores 1, and so, nearly, does any
-    conditional mean of noisy genes.
+    Genes measured as constant are left out; NaN if no gene is left. 0 is perfect; a constant prediction scores 1, and
+    so, nearly, does any conditional mean of noisy genes.
 
     Parameters
     ----------
     predicted, measured
         (n_spots, n_genes).
     """
-    p, m = (np.asarray(x, dtype=np.float64).var(0) for x in (predicted, measured))
-    usable = ~is_constant(measured)
-    return float((((p - m)[usable] / m[usable]) ** 2).mean()) if usable.any() else 0.0
+    varies = ~is_constant(measured)
+    if not varies.any():
+        return float("nan")
+    with np.errstate(invalid="ignore"):  # infinite values: NaN
+        p, m = (np.asarray(x, dtype=np.float64)[:, varies].var(0) for x in (predicted, measured))
+    return float((((p - m) / m) ** 2).mean())
 
 
 def mean_pearson(predicted: NDArray[Any], measured: NDArray[Any]) -> float:
-    """Mean of :func:`pearson` over the genes."""
-    return float(pearson(predicted, measured).mean())
+    """Mean of :func:`pearson` over the genes for which it is defined; NaN if there are none."""
+    scores = pearson(predicted, measured)
+    defined = scores[~np.isnan(scores)]
+    return float(defined.mean()) if len(defined) else float("nan")
 
 
 def per_gene(
@@ -125,15 +152,17 @@ def per_gene(
     -------
     DataFrame
         Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae`` and ``constant``, whether the prediction is
-        constant; with `total_counts` also ``partial_pearson``.
+        constant and the correlation therefore 0; with `total_counts` also ``partial_pearson``. Correlations are NaN
+        where they are undefined (:func:`pearson`).
     """
+    correlation = pearson(predicted, measured)
     error = np.asarray(predicted, dtype=np.float64) - np.asarray(measured, dtype=np.float64)
     columns = {
-        "pearson": pearson(predicted, measured),
+        "pearson": correlation,
         "spearman": spearman(predicted, measured),
         "mse": (error**2).mean(0),
         "mae": np.abs(error).mean(0),
-        "constant": is_constant(predicted),
+        "constant": is_constant(predicted) & ~np.isnan(correlation),
     }
     if total_counts is not None:
         columns["partial_pearson"] = partial_pearson(predicted, measured, total_counts)
@@ -151,12 +180,16 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
     Returns
     -------
     dict
-        ``PCC-10``, ``PCC-50`` and ``PCC-200``: mean Pearson of the best 10, 50, 200 genes (those that there are
-        genes enough for), ``PCC-all``, mean ``Spearman``, ``MSE``, ``MAE``, ``PCC-partial`` where there is
-        ``partial_pearson``, and the numbers of genes and of constant predictions.
+        ``PCC-10``, ``PCC-50`` and ``PCC-200``, mean Pearson of the best 10, 50, 200 genes: left out if the panel has
+        fewer genes, NaN if fewer have a defined correlation. Means over the genes for which they are defined:
+        ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``PCC-partial`` where there is ``partial_pearson``. Numbers of
+        genes: ``n_genes``; ``n_constant``, whose prediction is constant, which count as 0; ``n_undefined``, whose
+        Pearson correlation is undefined, which are left out.
     """
-    ranked = scores["pearson"].sort_values(ascending=False)
-    result = {f"PCC-{n}": float(ranked.head(n).mean()) for n in (10, 50, 200) if n <= len(ranked)}
+    ranked = scores["pearson"].dropna().sort_values(ascending=False)
+    result = {
+        f"PCC-{n}": float(ranked.head(n).mean()) if n <= len(ranked) else float("nan") for n in BEST if n <= len(scores)
+    }
     result |= {
         "PCC-all": float(ranked.mean()),
         "Spearman": float(scores["spearman"].mean()),
@@ -165,5 +198,6 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
         **({"PCC-partial": float(scores["partial_pearson"].mean())} if "partial_pearson" in scores else {}),
         "n_genes": len(scores),
         "n_constant": int(scores["constant"].sum()),
+        "n_undefined": len(scores) - len(ranked),
     }
     return result

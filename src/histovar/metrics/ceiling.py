@@ -10,7 +10,7 @@ from scipy import sparse
 
 from histovar._keys import TARGET_SUM
 
-from .accuracy import pearson
+from .accuracy import is_constant, pearson
 
 
 def noise_ceiling(
@@ -49,7 +49,7 @@ def noise_ceiling(
     Returns
     -------
     ndarray
-        (n_genes,); 0 where the halves do not correlate.
+        (n_genes,); 0 where the halves do not correlate, NaN where the measurement is constant.
     """
     rng = np.random.default_rng(random_state)
     whole = sparse.csr_matrix(counts).astype(np.int64)
@@ -65,7 +65,8 @@ def noise_ceiling(
     for _ in range(n_splits):
         first = whole.copy()
         first.data = rng.binomial(whole.data, 0.5)
-        total += pearson(normalised(first), normalised(whole - first))
+        # A rare gene's counts may all fall into one half; the other, constant, tells nothing of it: 0.
+        total += np.nan_to_num(pearson(normalised(first), normalised(whole - first)))
     reliability = np.clip(total / n_splits, 0, None)
     ceiling: NDArray[np.float64] = np.sqrt(2 * reliability / (1 + reliability))
-    return ceiling
+    return np.where(is_constant(normalised(whole)), np.nan, ceiling)

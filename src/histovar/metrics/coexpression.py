@@ -21,14 +21,16 @@ def gene_correlation(values: NDArray[Any]) -> NDArray[np.float64]:
     Returns
     -------
     ndarray
-        (n_genes, n_genes); 0 off the diagonal for constant genes.
+        (n_genes, n_genes); 0 off the diagonal for constant genes, for which a correlation is undefined, and NaN for
+        genes with NaN.
     """
     cube = np.asarray(values, dtype=np.float64)
     if cube.ndim == 3:
         matrix: NDArray[np.float64] = np.mean([gene_correlation(draw) for draw in np.moveaxis(cube, 2, 0)], axis=0)
         return matrix
     constant = is_constant(cube)
-    centred = cube - cube.mean(0)
+    with np.errstate(invalid="ignore"):  # infinite values: NaN
+        centred = cube - cube.mean(0)
     norm = np.sqrt((centred**2).sum(0))
     unit = np.where(constant, 0.0, centred / np.where(constant, 1.0, norm))
     matrix = unit.T @ unit
@@ -37,7 +39,7 @@ def gene_correlation(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def gene_correlation_error(predicted: NDArray[Any], measured: NDArray[Any]) -> float:
-    """Root mean square difference, over all pairs of genes, of predicted and measured correlation.
+    """Root mean square difference, over pairs of genes, of predicted and measured correlation.
 
     Parameters
     ----------
@@ -45,8 +47,16 @@ def gene_correlation_error(predicted: NDArray[Any], measured: NDArray[Any]) -> f
         (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws.
     measured
         (n_spots, n_genes).
+
+    Returns
+    -------
+    float
+        Over all pairs of genes whose measurement varies; NaN if there are fewer than 2 such genes. Genes predicted as
+        constant count as uncorrelated with all others.
     """
-    pairs = np.triu_indices(np.shape(measured)[1], 1)
-    if not len(pairs[0]):
-        return 0.0
-    return float(np.sqrt(((gene_correlation(predicted) - gene_correlation(measured))[pairs] ** 2).mean()))
+    varies = ~is_constant(measured)
+    if varies.sum() < 2:
+        return float("nan")
+    p, m = (gene_correlation(np.asarray(x)[:, varies]) for x in (predicted, measured))
+    pairs = np.triu_indices(len(m), 1)
+    return float(np.sqrt(((p - m)[pairs] ** 2).mean()))

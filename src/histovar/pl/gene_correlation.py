@@ -84,7 +84,8 @@ def gene_correlation(
     for panel, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = panel.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         error = metrics.gene_correlation_error(panels[name], scored.measured)
-        panel.set(xticks=[], yticks=[], title=name if name == "measured" else f"{name}, error {error:.2f}")
+        shown = "undefined" if np.isnan(error) else f"{error:.2f}"
+        panel.set(xticks=[], yticks=[], title=name if name == "measured" else f"{name}, error {shown}")
     axes[0].set_ylabel(f"{len(scored.genes)} genes")
     figure_of(axes[0]).colorbar(image, ax=list(axes), label="Pearson correlation", shrink=0.8)
     finish(figure_of(axes[0]), show, save)

@@ -24,7 +24,7 @@ def metrics(
     save: str | Path | None = None,
     table_name: str | None = None,
 ) -> Axes:
-    """Pearson correlation of every gene, ranked, the best genes named.
+    """Pearson correlation of every gene for which it is defined, ranked, the best genes named.
 
     Parameters
     ----------
@@ -52,25 +52,28 @@ def metrics(
     KeyError
         If the object has not been evaluated.
     """
-    adata = gate.table(data, table_name, writes=False)
-    column = slots.keys(key, "key").score("pearson")
+    adata = as_table(data, table_name)
+    keys = Keys(key)
+    column = keys.score("pearson")
     if column not in adata.var:
         raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")
     scores = adata.var[column].dropna().sort_values(ascending=False)
+    n_undefined = int(adata.var[keys.score("mse")].notna().sum()) - len(scores)
     ax = new_axes(ax, (7, 4))
     rank = np.arange(1, len(scores) + 1)
     ax.fill_between(rank, scores, step="mid", alpha=0.25)
     ax.plot(rank, scores, drawstyle="steps-mid")
-    mean = float(scores.mean())
-    ax.axhline(mean, color="0.4", linestyle="--", linewidth=1)
-    # At the left, below the line: inside the curve, away from the names.
-    ax.annotate(f" mean {mean:.3f}", (1, mean), ha="left", va="top", color="0.3")
+    if len(scores):
+        mean = float(scores.mean())
+        ax.axhline(mean, color="0.4", linestyle="--", linewidth=1)
+        # At the left, below the line: inside the curve, away from the names.
+        ax.annotate(f" mean {mean:.3f}", (1, mean), ha="left", va="top", color="0.3")
     named = "\n".join(f"{gene}  {value:.2f}" for gene, value in scores.head(n_labels).items())
     ax.text(0.98, 0.97, named, transform=ax.transAxes, ha="right", va="top", fontsize=8, family="monospace")
     ax.set(
         xlabel="gene, by rank",
         ylabel="Pearson correlation",
-        title=f"{len(scores)} genes",
+        title=f"{len(scores)} genes" + (f", {n_undefined} undefined" if n_undefined else ""),
         xlim=(1, max(2, len(scores))),
     )
     ax.spines[["top", "right"]].set_visible(False)

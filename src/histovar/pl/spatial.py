@@ -125,7 +125,8 @@ def spatial(
         for j, values in enumerate([*shown, std[:, i]]):
             title = f"{gene}\n{titles[j]}"
             if titles[j] == "predicted" and measured is not None:
-                title += f" (r = {pearson(mean[:, [i]], measured[:, [i]])[0]:.2f})"
+                correlation = float(pearson(mean[:, [i]], measured[:, [i]])[0])
+                title += " (r undefined)" if np.isnan(correlation) else f" (r = {correlation:.2f})"
             last = j == len(titles) - 1
             _draw(
                 canvas, values, axes[i, j], std_cmap if last else cmap, spread if last else norm, title, size, img_alpha

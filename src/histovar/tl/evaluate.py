@@ -19,6 +19,9 @@ from histovar.anndata_io.prediction import EVALUATION, predicted_sections, score
 
 logger = logging.getLogger(__name__)
 
+# Sections that a warning names; of more it gives the number.
+SECTIONS_NAMED = 3
+
 
 def evaluate(
     data: Data,
@@ -52,9 +55,12 @@ def evaluate(
         counts as 0). Where X holds counts also ``partial_pearson``, with depth taken out of both sides. Also written to
         ``var[f"{key}_pearson"]`` and so on.
 
+        Scores that are undefined are NaN, left out of all means, and warned of: correlations in a section of one spot
+        (``partial_pearson``: of up to 4), and of genes whose measurement does not vary in the section.
+
         ``uns[key]["evaluation"]`` gets a DataFrame with a row for each section and their ``mean``. Of accuracy:
         ``PCC-10``, ``PCC-50``, ``PCC-200``, ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, ``PCC-partial``, ``n_genes``,
-        ``n_constant`` (:func:`histovar.metrics.summary`). Of variation and co-expression: ``RVD`` and
+        ``n_constant``, ``n_undefined`` (:func:`histovar.metrics.summary`). Of variation and co-expression: ``RVD`` and
         ``correlation error`` of the expected expression, and of the draws, where there are any. Of uncertainty:
         ``CRPS``; ``coverage`` and ``width`` of 50, 80, 90 and 95 % intervals; ``PIT deviation``, the mean distance of
         the PIT's distribution from uniform; ``uncertainty PCC``, the correlation of standard deviation with absolute
@@ -79,7 +85,7 @@ def evaluate(
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = adata.obsm.get(keys.samples)
     labels = np.full(adata.n_obs, "all") if names is None else names
-    tables, rows = {}, {}
+    tables, rows, n_spots = {}, {}, {}
     for label in np.unique(labels):
         spots = labels == label
         truth = measured[spots]
@@ -96,10 +102,12 @@ def evaluate(
             "uncertainty PCC": float(table.pop("uncertainty").mean()),
         }
         tables[str(label)] = table
+        n_spots[str(label)] = len(truth)
     trained_on = {str(s) for s in np.asarray(stored["trained_on"]).ravel()}
     seen = sorted(set(tables) & trained_on)
     if seen:
         logger.warning("sections %s were among those trained on: their scores are not those of unseen tissue", seen)
+    _warn_of_undefined(tables, rows, n_spots)
     summary = pd.DataFrame(rows).T
     summary.loc["mean"] = summary.mean()
     summary.index.name = "section"
@@ -114,17 +122,49 @@ def evaluate(
             columns["var", keys.score(name)] = scores[name].reindex(adata.var_names, fill_value=False).astype(bool)
     slots.write(adata, keys, columns, {"evaluation": summary, "evaluated_distribution": kind})
     mean = summary.loc["mean"]
-    best = [c for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if c in mean]
+    best = [f"{c} {mean[c]:.3f}" for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if pd.notna(mean.get(c))]
     logger.info(
         "evaluated on %s, trained on %s: %s, MSE %.3f, 90 %% intervals cover %.0f %%, %d constant predictions",
         sorted(tables),
         sorted(trained_on),
-        ", ".join(f"{c} {mean[c]:.3f}" for c in best),
+        ", ".join(best) or "no correlation is defined",
         mean["MSE"],
         100 * mean["coverage 90"],
         int(summary.drop(index="mean")["n_constant"].sum()),
     )
     return scores
+
+
+def _warn_of_undefined(
+    tables: dict[str, pd.DataFrame], rows: dict[str, dict[str, float]], n_spots: dict[str, int]
+) -> None:
+    """Log one warning that says which correlations of which sections are undefined, and why."""
+    reasons = []
+    single = [s for s in tables if n_spots[s] == 1]
+    if single:
+        reasons.append(f"correlations in sections {_names(single)}, of a single spot")
+    others = {s: table for s, table in tables.items() if n_spots[s] > 1}
+    constant, not_finite, explained = {}, {}, {}
+    for s, table in others.items():
+        undefined, finite = table["pearson"].isna(), np.isfinite(table["mse"])
+        constant[s], not_finite[s] = int((undefined & finite).sum()), int((~finite).sum())
+        if "partial_pearson" in table and n_spots[s] > 4:
+            explained[s] = int((table["partial_pearson"].isna() & ~undefined).sum())
+    if any(constant.values()):
+        reasons.append(f"correlations of genes whose measurement does not vary ({_counts(constant)})")
+    if any(not_finite.values()):
+        reasons.append(f"scores of genes whose prediction is NaN or infinite ({_counts(not_finite)})")
+    for best in ("PCC-10", "PCC-50", "PCC-200"):
+        short = [s for s in others if np.isnan(rows[s].get(best, 0))]
+        if short:
+            reasons.append(f"{best} in {_names(short)}, where fewer genes are left")
+    few = [s for s, table in others.items() if n_spots[s] <= 4 and "partial_pearson" in table]
+    if few:
+        reasons.append(f"PCC-partial in {_names(few)}, of fewer than 5 spots")
+    if any(explained.values()):
+        reasons.append(f"PCC-partial of genes that depth alone explains ({_counts(explained)})")
+    if reasons:
+        logger.warning("undefined, and left out of the means: %s", "; ".join(reasons))
 
 
 def _variation(predicted: NDArray[Any], measured: NDArray[Any], what: str) -> dict[str, float]:
@@ -137,8 +177,24 @@ def _variation(predicted: NDArray[Any], measured: NDArray[Any], what: str) -> di
     }
 
 
+def _names(names: list[str]) -> str:
+    """The first few sections, and how many more there are."""
+    more = f" and {len(names) - SECTIONS_NAMED} more" if len(names) > SECTIONS_NAMED else ""
+    return f"{names[:SECTIONS_NAMED]}{more}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """Numbers of genes by section, the most first."""
+    some = sorted(((n, name) for name, n in counts.items() if n), key=lambda pair: -pair[0])
+    more = f", and some in {len(some) - SECTIONS_NAMED} more" if len(some) > SECTIONS_NAMED else ""
+    return ", ".join(f"{n} in {name!r}" for n, name in some[:SECTIONS_NAMED]) + more
+
+
 def _distribution(quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArray[Any]) -> dict[str, Any]:
-    """Scores of the predicted distribution: ``crps`` and ``coverage`` of each gene, the rest means over genes."""
+    """Scores of the predicted distribution: ``crps`` and ``coverage`` of each gene, the rest means over genes.
+
+    The PIT of a single spot has no distribution: its deviation is NaN.
+    """
     scores: dict[str, Any] = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
     for share in metrics.INTERVALS:
         low, high = metrics.interval(quantiles, levels, share)
@@ -149,5 +205,5 @@ def _distribution(quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArr
             scores["coverage"] = covered
     place = np.sort(metrics.pit(quantiles, levels, measured), axis=0)
     even = (np.arange(len(place)) + 0.5) / len(place)
-    scores["PIT deviation"] = float(np.abs(place - even[:, None]).mean())
+    scores["PIT deviation"] = float(np.abs(place - even[:, None]).mean()) if len(place) > 1 else float("nan")
     return scores

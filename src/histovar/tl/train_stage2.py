@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar.anndata_io import read, validate
+from histovar.anndata_io.images import scale_factors
 from histovar.anndata_io.parts import Part, Parts
 from histovar.anndata_io.table import Data, as_table
 from histovar.model import ModelConfig, TwoStageVARST
@@ -114,21 +115,8 @@ def train_stage2(
         "covariates": encoders,
         "n_spots_stage2": adata.n_obs,
         "sections_stage2": [] if parts.names is None else np.unique(parts.names).tolist(),
-        "images": _provenance(adata.uns.get("spatial", {})),
+        "images": scale_factors(adata.uns.get("spatial")),
     }
     with parts.scratch() as scratch:
         trainer.fit(found, adata.n_obs, scratch)
     return model
-
-
-def _provenance(images: Any) -> dict[str, dict[str, float]]:
-    """Scale factors of the images that the embeddings came from, where ``uns["spatial"]`` has them."""
-    if not isinstance(images, Mapping):
-        return {}
-    return {
-        str(name): {
-            k: float(v) for k, v in image.get("scalefactors", {}).items() if isinstance(v, int | float | np.number)
-        }
-        for name, image in images.items()
-        if isinstance(image, Mapping)
-    }

@@ -39,9 +39,9 @@ def test_section_standardisation_undoes_a_shift(sections):
         hv.tl.baseline(train, "ridge", use_rep="X_histology", library_key="section", standardize=how)
         for how in ("training", "section")
     )
-    first = [fitted.predict(query, copy=True).obsm["ridge"].to_numpy() for fitted in (plain, robust)]
+    first = [fitted.predict(query, copy=True).obsm["ridge"] for fitted in (plain, robust)]
     query.obsm["X_histology"] = query.obsm["X_histology"] + 3
-    second = [fitted.predict(query, copy=True).obsm["ridge"].to_numpy() for fitted in (plain, robust)]
+    second = [fitted.predict(query, copy=True).obsm["ridge"] for fitted in (plain, robust)]
     assert np.abs(second[0] - first[0]).mean() > 10 * np.abs(second[1] - first[1]).mean()
 
 

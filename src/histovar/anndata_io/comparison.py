@@ -51,6 +51,8 @@ def read_comparison(adata: AnnData, keys: Keys, layer: str | None) -> Comparison
 def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) -> NDArray[np.float32]:
     """Measured expression of a prediction's genes, refused where its units are not the prediction's.
 
+    Units are compared where `genes` are all of the prediction's.
+
     Raises
     ------
     KeyError, ValueError
@@ -58,7 +60,8 @@ def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) 
     """
     columns = gate.gene_columns(adata, genes)
     found = expression.expression(adata, layer, columns)
-    found.normalization.check(predicted_normalization(adata, keys), f"layers[{layer!r}]")
+    if len(genes) == len(predicted_genes(adata, keys)):
+        found.normalization.check(predicted_normalization(adata, keys), f"layers[{layer!r}]")
     return found.values
 
 

@@ -130,14 +130,14 @@ class Normalization:
                 f"{what} is normalised to {self.target_sum:,.0f} counts a spot, that of training to "
                 f"{trained.target_sum:,.0f}; {mend}"
             )
-        if self.kind == "counts" or self.logarithms != trained.logarithms:
-            return  # depth differs between sections
+        if self.kind == "counts" or self.logarithms != trained.logarithms or not self.panel_median > 0:
+            return  # the depth of counts differs between sections
         if np.isfinite(self.target_sum) and self.panel_only and not trained.panel_only:
             raise ValueError(
                 f"{what} is normalised over the panel's {self.n_genes} genes alone, that of training over "
                 f"{trained.n_genes}: the values cannot be compared; {mend}"
             )
-        middle = max(self.panel_median, 1e-12)
+        middle = self.panel_median
         away = max(middle / max(trained.panel_high, 1e-12), trained.panel_low / middle)
         finding = (
             f"{what}: the panel's total in the middle spot is {middle:.3g} (of {self.n_genes} genes), in 90 % of the "
@@ -276,7 +276,7 @@ def add_lognorm(adata: AnnData, values: sparse.csr_matrix | None = None) -> None
         return
     why = "which has changed: it was made" if LOGNORM in adata.layers else "added"
     values = lognorm(adata) if values is None else values
-    entry = {"lognorm": fingerprint.of_matrix(values)}
+    entry = {"lognorm": {"shape": np.array(values.shape), "fingerprint": fingerprint.of_matrix(values)}}
     slots.write(adata, Keys(DEFAULT_KEY), {("layers", LOGNORM): values}, entry)
     logger.info("layers[%r] %s: %s of X", LOGNORM, why, LOGNORM_UNITS)
 
@@ -290,23 +290,23 @@ def has_lognorm(adata: AnnData) -> bool:
     Raises
     ------
     ValueError
-        If histovar made it, from counts that are no longer in X, but its spots, genes or values have changed since, so
-        that it may be the user's own.
+        If histovar made it, but not from the counts that are in X, and spots or genes were dropped since or it is on
+        disk, so that it cannot be told whether it is the user's own by now.
     """
     if LOGNORM not in adata.layers:
         return False
     if _follows_counts(adata):
         return True
     made = slots.record(adata, Keys(DEFAULT_KEY)).get("lognorm")
-    if made is None:
-        logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
-        return True
-    if not is_stored(adata) and made == fingerprint.of_matrix(adata.layers[LOGNORM]):
+    if made is not None and (is_stored(adata) or tuple(made["shape"]) != adata.shape):
+        raise ValueError(
+            f"adata: layers[{LOGNORM!r}] was made from other counts than X has now; delete it to have it made again "
+            f"(del adata.layers[{LOGNORM!r}]), or keep it under another name and pass that as layer="
+        )
+    if made is not None and made["fingerprint"] == fingerprint.of_matrix(adata.layers[LOGNORM]):
         return False
-    raise ValueError(
-        f"adata: layers[{LOGNORM!r}] was not made from the counts that X has now; delete it to have it made again "
-        f"(del adata.layers[{LOGNORM!r}]), or name the layer to take with layer="
-    )
+    logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
+    return True
 
 
 def _follows_counts(adata: AnnData) -> bool:

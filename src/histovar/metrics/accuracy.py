@@ -180,16 +180,14 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
     Returns
     -------
     dict
-        ``PCC-10``, ``PCC-50`` and ``PCC-200``, mean Pearson of the best 10, 50, 200 genes: left out if the panel has
-        fewer genes, NaN if fewer have a defined correlation. Means over the genes for which they are defined:
+        ``PCC-10``, ``PCC-50`` and ``PCC-200``, mean Pearson of the best 10, 50, 200 genes (of all that are defined,
+        where those are fewer): left out if the panel has fewer genes. Means over the genes for which they are defined:
         ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``PCC-partial`` where there is ``partial_pearson``. Numbers of
         genes: ``n_genes``; ``n_constant``, whose prediction is constant, which count as 0; ``n_undefined``, whose
         Pearson correlation is undefined, which are left out.
     """
     ranked = scores["pearson"].dropna().sort_values(ascending=False)
-    result = {
-        f"PCC-{n}": float(ranked.head(n).mean()) if n <= len(ranked) else float("nan") for n in BEST if n <= len(scores)
-    }
+    result = {f"PCC-{n}": float(ranked.head(n).mean()) for n in BEST if n <= len(scores)}
     result |= {
         "PCC-all": float(ranked.mean()),
         "Spearman": float(scores["spearman"].mean()),

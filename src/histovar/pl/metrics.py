@@ -52,8 +52,8 @@ def metrics(
     KeyError
         If the object has not been evaluated.
     """
-    adata = as_table(data, table_name)
-    keys = Keys(key)
+    adata = gate.table(data, table_name, writes=False)
+    keys = slots.keys(key, "key")
     column = keys.score("pearson")
     if column not in adata.var:
         raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")

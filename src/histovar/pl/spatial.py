@@ -20,6 +20,7 @@ from histovar._squidpy import sq
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_measured
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.images import section_image, spot_diameter
 from histovar.anndata_io.prediction import predicted_genes, predicted_sections, read_prediction
 from histovar.metrics import pearson
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Colours end at this percentile, and begin at its complement, so that a single spot does not decide them.
 TOP_PERCENTILE = 99
+# Name of the only section in the object that squidpy draws.
+LIBRARY_ID = "section"
 
 
 def spatial(
@@ -36,7 +39,7 @@ def spatial(
     genes: str | Sequence[str],
     *,
     key: str = DEFAULT_KEY,
-    section: str | None = None,
+    section: str | int | None = None,
     library_key: str | None = None,
     layer: str | None = None,
     cmap: str = "viridis",
@@ -62,16 +65,19 @@ def spatial(
     key
         Prefix of the slots.
     section
-        Section to draw; needed where there are several.
+        Section to draw, compared as a string; needed where there are several.
     library_key
         Column of ``obs`` with the section; that of the prediction by default. Images are looked up in
-        ``uns["spatial"]`` under the section's name.
+        ``uns["spatial"]`` under the section's name; the only image serves an object of one section whatever its name,
+        unless that is the name of another section. Where there is no image that can be used, a warning says why and
+        spots are drawn without one.
     layer
         Layer with measured expression; the layer trained on by default.
     cmap, std_cmap
         Colour maps of expression and of its standard deviation.
     size
-        Spot size, relative to the spot's diameter.
+        Spot size, relative to the spot's diameter, which is that of the image's scale factors, or else 0.55 of the
+        median distance between nearest spots.
     img_alpha
         Opacity of the image.
     ax
@@ -91,9 +97,9 @@ def spatial(
     Raises
     ------
     KeyError
-        If there is no prediction, or a gene is not in the panel.
+        If there is no prediction, a gene is not in the panel, or there are no coordinates.
     ValueError
-        If there are several sections and none is named.
+        If there are several sections and none is named, or coordinates are not finite.
     """
     adata = gate.table(data, table_name, writes=False)
     keys = slots.keys(key, "key")
@@ -102,19 +108,23 @@ def spatial(
     unknown = [g for g in wanted if g not in panel]
     if unknown:
         raise KeyError(f"genes: {unknown} are not in the predicted panel ({panel[:3]}, ...)")
-    stored = slots.record(adata, keys)
+    params = slots.record(adata, keys)["params"]
+    if library_key is None:
+        library_key = str(params["library_key"]) or None  # an empty string is how uns holds None
     names = predicted_sections(adata, keys, library_key)
     rows, label = _rows_of(names, adata.n_obs, section)
     columns = np.array([panel.index(g) for g in wanted])
     mean, std = (values[np.ix_(rows, columns)] for values in read_prediction(adata, keys, panel))
-    measured = _measured(adata, keys, panel, layer)
-    measured = None if measured is None else measured[np.ix_(rows, columns)]
+    measured = _measured(adata, keys, panel, wanted, layer)
+    measured = None if measured is None else measured[rows]
+    place = gate.coordinates(adata, str(params["spatial_key"]))[rows]
+    column = None if library_key is None else adata.obs[library_key]
+    canvas = _canvas(place, section_image(adata.uns.get("spatial", {}), label, column, place))
 
     titles = (
         ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
     )
     axes = _axes(ax, len(wanted), len(titles))
-    canvas = _canvas(adata, rows, label, str(stored["params"]["spatial_key"]))
     for i, gene in enumerate(wanted):
         shown: list[NDArray[Any]] = [mean[:, i]] if measured is None else [measured[:, i], mean[:, i]]
         low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in shown))
@@ -135,26 +145,36 @@ def spatial(
     return axes
 
 
-def _rows_of(names: NDArray[np.str_] | None, n_obs: int, section: str | None) -> tuple[NDArray[np.int64], str | None]:
+def _rows_of(
+    names: NDArray[np.str_] | None, n_obs: int, section: str | int | None
+) -> tuple[NDArray[np.int64], str | None]:
+    label = None if section is None else str(section)
     if names is None:
-        return np.arange(n_obs), section
+        return np.arange(n_obs), label
     there = np.unique(names).tolist()
-    if section is None and len(there) > 1:
+    if label is None and len(there) > 1:
         raise ValueError(f"section: the object has sections {there}; name the one to draw")
-    section = section or there[0]
-    if section not in there:
-        raise ValueError(f"section: no section {section!r}; the object has {there}")
-    return np.flatnonzero(names == section), section
+    if label is None:
+        label = there[0]
+    if label not in there:
+        raise ValueError(f"section: no section {label!r}; the object has {there}")
+    return np.flatnonzero(names == label), label
 
 
-def _measured(adata: AnnData, keys: Keys, panel: list[str], layer: str | None) -> NDArray[np.float32] | None:
-    """Measured expression of the panel; None where it was not measured, or is in other units than the prediction."""
-    wanted = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+def _measured(
+    adata: AnnData, keys: Keys, panel: list[str], wanted: list[str], layer: str | None
+) -> NDArray[np.float32] | None:
+    """Measured expression of the genes wanted, all spots; None where it was not measured, or is in other units."""
+    there = [gene for gene in panel if gene in adata.var_names]
+    if not set(wanted) <= set(there):
+        return None
     try:
-        return read_measured(adata, keys, panel, wanted)
+        chosen = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+        return read_measured(adata, keys, there, chosen)[:, [there.index(gene) for gene in wanted]]
     except (KeyError, ValueError) as error:
-        if adata.n_vars and not (isinstance(error, KeyError) and layer is None):
-            logger.warning("no measured panel: %s", error.args[0])
+        if layer is not None:
+            raise
+        logger.warning("measured expression is not drawn: %s", error.args[0])
         return None
 
 
@@ -168,15 +188,13 @@ def _axes(ax: Any, n_rows: int, n_columns: int) -> NDArray[Any]:
     return axes.reshape(n_rows, n_columns)
 
 
-def _canvas(adata: AnnData, rows: NDArray[np.int64], label: str | None, spatial_key: str) -> AnnData:
-    """A light object for squidpy, which changes what it is given: coordinates and at most one image."""
-    canvas = AnnData(obs=pd.DataFrame(index=adata.obs_names[rows]))
-    canvas.obsm["spatial"] = np.asarray(adata.obsm[spatial_key])[rows][:, :2]
-    images = adata.uns.get("spatial", {})
-    if label not in images and len(images) == 1:
-        label = next(iter(images))
-    if label in images:
-        canvas.uns["spatial"] = {label: images[label]}
+def _canvas(place: NDArray[np.float64], image: dict[str, dict[str, Any]] | None) -> AnnData:
+    """A light object for squidpy, which changes what it is given: coordinates, spot diameter and at most one image."""
+    canvas = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
+    canvas.obsm["spatial"] = place
+    if image is None:
+        image = {"scalefactors": {"tissue_hires_scalef": 1.0, "spot_diameter_fullres": spot_diameter(place)}}
+    canvas.uns["spatial"] = {LIBRARY_ID: image}
     return canvas
 
 
@@ -191,24 +209,29 @@ def _draw(
     img_alpha: float,
 ) -> None:
     canvas.obs["value"] = np.asarray(values, dtype=float)
-    with_image = "spatial" in canvas.uns
-    options: dict[str, Any] = {"img_alpha": img_alpha} if with_image else {"shape": None}
-    spot_size = size if with_image else size * 20
     sq.pl.spatial_scatter(
-        canvas, color="value", ax=ax, fig=figure_of(ax), cmap=cmap, norm=norm, size=spot_size, frameon=False, **options
+        canvas,
+        color="value",
+        ax=ax,
+        fig=figure_of(ax),
+        cmap=cmap,
+        norm=norm,
+        size=size,
+        img="images" in canvas.uns["spatial"][LIBRARY_ID],
+        img_alpha=img_alpha,
+        frameon=False,
     )
     ax.set_aspect("equal")
-    _crop(canvas, ax)
+    _crop(canvas, ax, size)
     ax.set_title(title, fontsize=11)
 
 
-def _crop(canvas: AnnData, ax: Axes) -> None:
+def _crop(canvas: AnnData, ax: Axes, size: float) -> None:
     """Show the spots and a margin, not the whole slide."""
-    scale = 1.0
-    for image in canvas.uns.get("spatial", {}).values():
-        scale = float(image["scalefactors"]["tissue_hires_scalef"])
-    place = np.asarray(canvas.obsm["spatial"], dtype=float) * scale
+    factors = canvas.uns["spatial"][LIBRARY_ID]["scalefactors"]
+    place = np.asarray(canvas.obsm["spatial"]) * factors["tissue_hires_scalef"]
     low, high = place.min(0), place.max(0)
-    margin = 0.06 * max(float((high - low).max()), 1e-9)
+    spot = size * factors["spot_diameter_fullres"] * factors["tissue_hires_scalef"]
+    margin = max(0.06 * float((high - low).max()), spot, 1e-9)
     ax.set_xlim(low[0] - margin, high[0] + margin)
     ax.set_ylim(high[1] + margin, low[1] - margin)

@@ -107,7 +107,7 @@ def evaluate(
     seen = sorted(set(tables) & trained_on)
     if seen:
         logger.warning("sections %s were among those trained on: their scores are not those of unseen tissue", seen)
-    _warn_of_undefined(tables, rows, n_spots)
+    _warn_of_undefined(tables, n_spots)
     summary = pd.DataFrame(rows).T
     summary.loc["mean"] = summary.mean()
     summary.index.name = "section"
@@ -135,9 +135,7 @@ def evaluate(
     return scores
 
 
-def _warn_of_undefined(
-    tables: dict[str, pd.DataFrame], rows: dict[str, dict[str, float]], n_spots: dict[str, int]
-) -> None:
+def _warn_of_undefined(tables: dict[str, pd.DataFrame], n_spots: dict[str, int]) -> None:
     """Log one warning that says which correlations of which sections are undefined, and why."""
     reasons = []
     single = [s for s in tables if n_spots[s] == 1]
@@ -154,10 +152,6 @@ def _warn_of_undefined(
         reasons.append(f"correlations of genes whose measurement does not vary ({_counts(constant)})")
     if any(not_finite.values()):
         reasons.append(f"scores of genes whose prediction is NaN or infinite ({_counts(not_finite)})")
-    for best in ("PCC-10", "PCC-50", "PCC-200"):
-        short = [s for s in others if np.isnan(rows[s].get(best, 0))]
-        if short:
-            reasons.append(f"{best} in {_names(short)}, where fewer genes are left")
     few = [s for s, table in others.items() if n_spots[s] <= 4 and "partial_pearson" in table]
     if few:
         reasons.append(f"PCC-partial in {_names(few)}, of fewer than 5 spots")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from histovar.anndata_io import gate, slots
 from histovar.anndata_io.expression import Normalization, add_lognorm, expression, total_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
+from histovar.anndata_io.images import scale_factors
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.training import Measured, Stage2Trainer, seeded
@@ -125,21 +126,8 @@ def train_stage2(
         "covariates": encoders,
         "n_spots_stage2": adata.n_obs,
         "sections_stage2": [] if sections.names is None else np.unique(sections.names).tolist(),
-        "images": _provenance(adata.uns.get("spatial", {})),
+        "images": scale_factors(adata.uns.get("spatial")),
     }
     with sections.scratch() as scratch:
         trainer.fit(found, adata.n_obs, scratch)
     return model
-
-
-def _provenance(images: Any) -> dict[str, dict[str, float]]:
-    """Scale factors of the images that the embeddings came from, where ``uns["spatial"]`` has them."""
-    if not isinstance(images, Mapping):
-        return {}
-    return {
-        str(name): {
-            k: float(v) for k, v in image.get("scalefactors", {}).items() if isinstance(v, int | float | np.number)
-        }
-        for name, image in images.items()
-        if isinstance(image, Mapping)
-    }

@@ -1,0 +1,277 @@
+"""The tissue image of one section, from ``uns["spatial"]``, as squidpy draws it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+logger = logging.getLogger(__name__)
+
+# Images in order of preference: Visium's larger one, HEST's, Visium's smaller one. Others follow as they are stored.
+PREFERRED_IMAGES = ("hires", "downscaled_fullres", "lowres")
+# Of Visium: spots of 55 um, 100 um from centre to centre.
+DIAMETER_OVER_DISTANCE = 0.55
+# Every n-th pixel is drawn of an image with at least twice as many pixels across the spots. Visium's hires image, which
+# has at most 2,000 pixels a side, is always drawn whole.
+PIXELS_ACROSS_SPOTS = 2000
+# Largest values of pixels: 1 for floats, then 8, 10, 12, 14 and 16 bits.
+FLOAT_RANGES = (1, 255, 1023, 4095, 16383, 65535)
+INTEGER_RANGES = FLOAT_RANGES[1:]
+# Floats may exceed their range by this share of it, as interpolation makes them; what does is clipped.
+OVERSHOOT = 0.1
+
+
+def section_image(
+    images: Any, section: str | None, column: pd.Series | None, coordinates: NDArray[np.floating]
+) -> dict[str, dict[str, Any]] | None:
+    """Choose the image of a section and convert it to what squidpy draws.
+
+    An image belongs to a section if it is stored under the section's name. If the object has one section and one image,
+    they belong together whatever the image is called (Visium's library ids are not the sections' labels), unless it is
+    called as another section. Of several resolutions, the first that can be used is taken: hires, downscaled_fullres,
+    lowres, then any other that has a scale factor ``tissue_{name}_scalef``.
+
+    Parameters
+    ----------
+    images
+        ``uns["spatial"]``, whatever it may be.
+    section
+        Label of the section; None if the object has no labels.
+    column
+        Section of every spot of the object, of which categories without spots count as names of sections; None if the
+        object has no labels, and is one section.
+    coordinates
+        (n_spots, 2) of the spots of this section, finite, in pixels of the full-resolution image.
+
+    Returns
+    -------
+    dict or None
+        ``images["hires"]``, (height, width, 3) uint8, ``scalefactors["tissue_hires_scalef"]`` and
+        ``scalefactors["spot_diameter_fullres"]``, the latter of :func:`spot_diameter` if none is stored. An 8-bit RGB
+        image in memory is not copied. None if there is no image that can be used; a warning says why, unless nothing
+        is stored.
+    """
+    if isinstance(images, Mapping) and not images:
+        return None
+    try:
+        return _choose_image(_find_entry(images, section, column), coordinates)
+    except ValueError as error:
+        spots = "the spots" if section is None else f"the spots of section {section!r}"
+        logger.warning("uns['spatial']: %s are drawn without a tissue image: %s", spots, error)
+        return None
+
+
+def spot_diameter(coordinates: NDArray[np.floating]) -> float:
+    """Diameter at which neighbouring spots do not touch: 0.55 of the median distance to the nearest other spot.
+
+    Parameters
+    ----------
+    coordinates
+        (n_spots, 2), finite. Spots in the same place count once.
+
+    Returns
+    -------
+    float
+        In units of the coordinates; 1 if all spots are in one place.
+    """
+    places = np.unique(coordinates, axis=0)
+    if len(places) < 2:
+        return 1.0
+    distances, _ = cKDTree(places).query(places, k=2)
+    return DIAMETER_OVER_DISTANCE * float(np.median(distances[:, 1]))
+
+
+def scale_factors(images: Any) -> dict[str, dict[str, float]]:
+    """Collect the scale factors of all images, for a model's record of what it was trained on.
+
+    Parameters
+    ----------
+    images
+        ``uns["spatial"]``, whatever it may be.
+
+    Returns
+    -------
+    dict
+        Of every entry the scale factors that are finite numbers, by name; anything else is left out.
+    """
+    if not isinstance(images, Mapping):
+        return {}
+    factors_of_entries: dict[str, dict[str, float]] = {}
+    for name, entry in images.items():
+        if isinstance(entry, Mapping):
+            factors = entry.get("scalefactors")
+            stored = factors.items() if isinstance(factors, Mapping) else ()
+            numbers = {str(key): _as_number(value) for key, value in stored}
+            factors_of_entries[str(name)] = {key: number for key, number in numbers.items() if number is not None}
+    return factors_of_entries
+
+
+def to_rgb(image: Any) -> NDArray[np.uint8]:
+    """Convert an image to 8-bit RGB.
+
+    Parameters
+    ----------
+    image
+        An array, or anything that numpy makes one of (dask, zarr, xarray): (height, width), (height, width, channels)
+        or (channels, height, width) with 1, 3 or 4 channels; integers of 8 to 16 bits, or floats of 0..1, 0..255 or the
+        range of the integers, where the largest value tells which. A fourth channel is opacity, over white. Pixels that
+        are NaN or infinite become white.
+
+    Returns
+    -------
+    ndarray
+        (height, width, 3) uint8; a view of `image` if that is 8-bit RGB in memory.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+    """
+    pixels = _as_array(image)
+    height_axis = _height_axis(pixels.shape)
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    elif height_axis == 1:
+        pixels = np.moveaxis(pixels, 0, 2)
+    opacity = pixels[..., 3:] if pixels.shape[2] == 4 else None
+    if pixels.dtype.kind == "f" and opacity is not None:  # often 0..1 beside colours of 0..255
+        pixels, opacity = _to_8_bits(pixels[..., :3]), _to_8_bits(opacity)
+    else:
+        pixels = _to_8_bits(pixels)
+        opacity = pixels[..., 3:] if opacity is not None else None
+        pixels = pixels[..., :3]
+    if opacity is not None:
+        darkness = (255 - pixels).astype(np.float32) * (opacity.astype(np.float32) / 255)
+        pixels = (255 - darkness).round().astype(np.uint8)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def _find_entry(images: Any, section: str | None, column: pd.Series | None) -> Mapping[str, Any]:
+    if not isinstance(images, Mapping):
+        raise ValueError(f"expected a dictionary of sections, found {type(images).__name__}")
+    entries = {str(name): entry for name, entry in images.items()}
+    name = section
+    if section not in entries:
+        name = next(iter(entries))
+        if len(entries) > 1 or (column is not None and column.nunique() > 1):
+            wanted = "no section is named" if section is None else "none has the section's name"
+            raise ValueError(f"there are images of {sorted(entries)}, and {wanted}")
+        if column is not None and name in column.astype("category").cat.categories.astype(str):
+            raise ValueError(f"the only image is of section {name!r}")
+    entry = entries[str(name)]
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"entry {name!r} is {type(entry).__name__}, expected a dictionary")
+    return entry
+
+
+def _choose_image(entry: Mapping[str, Any], coordinates: NDArray[np.floating]) -> dict[str, dict[str, Any]]:
+    """Convert the first image that can be used; ValueError says what is wrong with each if none can."""
+    for key in ("images", "scalefactors"):
+        if not isinstance(entry.get(key), Mapping):
+            raise ValueError(f"its {key!r} are {type(entry.get(key)).__name__}, expected a dictionary")
+    factors = entry["scalefactors"]
+    named = {str(name): image for name, image in entry["images"].items()}
+    if not named:
+        raise ValueError("its 'images' are empty")
+    candidates = [*(name for name in PREFERRED_IMAGES if name in named), *named]
+    problems = []
+    for name in dict.fromkeys(candidates):
+        try:
+            scale = _as_number(factors.get(f"tissue_{name}_scalef"))
+            if scale is None or scale <= 0:
+                raise ValueError(f"no positive number 'tissue_{name}_scalef' in scalefactors")
+            pixels, scale = _take_pixels(named[name], coordinates, scale)
+            image = to_rgb(pixels)
+        except ValueError as error:
+            problems.append(f"image {name!r}: {error}")
+            continue
+        diameter = _as_number(factors.get("spot_diameter_fullres"))
+        if diameter is None or diameter <= 0:
+            diameter = spot_diameter(coordinates)
+        return {
+            "images": {"hires": image},
+            "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": diameter},
+        }
+    raise ValueError("; ".join(problems))
+
+
+def _take_pixels(image: Any, coordinates: NDArray[np.floating], scale: float) -> tuple[Any, float]:
+    """Refuse an image that is not where the spots are; take every n-th pixel of one much finer than is drawn.
+
+    Nothing is read or copied here of arrays that know their shape.
+    """
+    if not hasattr(image, "shape"):
+        image = _as_array(image)
+    axis = _height_axis(tuple(image.shape))
+    height, width = image.shape[axis : axis + 2]
+    place = coordinates * scale
+    n_inside = int(np.count_nonzero(((place >= 0) & (place <= (width, height))).all(1)))
+    if n_inside < len(place) / 2:
+        raise ValueError(
+            f"{len(place) - n_inside} of {len(place)} spots are outside its {width} x {height} pixels "
+            f"at scale factor {scale:g}"
+        )
+    step = max(1, int(np.ptp(place, axis=0).max() // PIXELS_ACROSS_SPOTS))
+    if step > 1:
+        every = slice(None, None, step)
+        image = image[:, every, every] if axis else image[every, every]
+    return image, scale / step
+
+
+def _as_array(image: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(image)
+    except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"it cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _height_axis(shape: tuple[int, ...]) -> int:
+    """Axis of the image's height, which that of its width follows."""
+    if 0 not in shape:
+        if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)):
+            return 0
+        if len(shape) == 3 and shape[0] in (1, 3, 4):
+            return 1
+    raise ValueError(f"shape {shape} is not that of a grey, RGB or RGBA image")
+
+
+def _to_8_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind not in "iuf":
+        raise ValueError(f"data type {pixels.dtype} is not that of an image")
+    is_float = pixels.dtype.kind == "f"
+    values = pixels.astype(np.float32)
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError("all its pixels are NaN or infinite")
+    low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
+    overshoot = OVERSHOOT if is_float else 0
+    ranges = FLOAT_RANGES if is_float else INTEGER_RANGES
+    top = next((top for top in ranges if high <= top * (1 + overshoot)), None)
+    if top is None or low < -high * overshoot:
+        raise ValueError(f"values from {low:g} to {high:g} are not those of an image")
+    values[~finite] = top
+    np.clip(values, 0, top, out=values)
+    values *= 255 / top
+    return values.round(out=values).astype(np.uint8)
+
+
+def _as_number(value: Any) -> float | None:
+    """A finite number, also of an array of one, which is how files hold them; None if it is none."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if np.isfinite(number) else None

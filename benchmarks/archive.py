@@ -165,7 +165,7 @@ def compare(source: Path, model_path: Path, out: Path, section_size: int, sectio
         light = ad.AnnData(obs=pd.DataFrame({"section": "0"}, index=np.arange(len(place)).astype(str)))
         light.obsm["spatial"], light.obsm["X_histology"] = place, embedding
         hv.tl.predict(light, model, library_key="section")
-        theirs, ours = np.asarray(made.layers["histovar"][rows]), light.obsm["histovar"].to_numpy()
+        theirs, ours = np.asarray(made.layers["histovar"][rows]), light.obsm["histovar"]
         print(f"section {number}: largest difference to the prediction in memory {np.abs(ours - theirs).max():.1e}")
 
 

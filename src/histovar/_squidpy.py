@@ -1,8 +1,10 @@
-"""squidpy, imported without the warnings that its import gives."""
+"""squidpy, imported without the warnings that its import gives and without a change of threads."""
 
 import warnings
 
-with warnings.catch_warnings():
+from ._torch_state import keep_threads
+
+with warnings.catch_warnings(), keep_threads():
     warnings.simplefilter("ignore", SyntaxWarning)  # of docrep
     import squidpy as sq
 

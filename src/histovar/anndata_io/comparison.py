@@ -59,10 +59,9 @@ def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) 
         As :func:`read_comparison`.
     """
     columns = gate.gene_columns(adata, genes)
-    found = expression.expression(adata, layer, columns)
-    if len(genes) == len(predicted_genes(adata, keys)):
-        found.normalization.check(predicted_normalization(adata, keys), f"layers[{layer!r}]")
-    return found.values
+    complete = len(genes) == len(predicted_genes(adata, keys))
+    trained = predicted_normalization(adata, keys) if complete else None
+    return expression.read_expression(adata, layer, columns, trained=trained)
 
 
 def read_distribution(

@@ -131,18 +131,18 @@ def write(adata: AnnData, keys: Keys, slots: Mapping[Slot, Any], entries: Mappin
 
 
 def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterable[str] = ()) -> None:
-    """Delete slots and entries of ``uns`` that are no longer true."""
+    """Delete slots that histovar wrote, and entries of ``uns``, that are no longer true."""
     stored = dict(record(adata, keys))
-    gone = [(store, name) for store, name in slots if name in getattr(adata, store)]
-    check_free(adata, keys, gone)
+    ours = _recorded(stored)
+    present = [(store, name) for store, name in slots if name in getattr(adata, store)]
+    gone = present if ours is None or keys.prefix == DEFAULT_KEY else [slot for slot in present if slot in ours]
     with writing():
         for store, name in gone:
             del getattr(adata, store)[name]
         for entry in entries:
             stored.pop(entry, None)
-        claimed = _recorded(stored)
-        if claimed:
-            kept = sorted(f"{store}/{name}" for store, name in claimed - set(gone))
+        if ours:
+            kept = sorted(f"{store}/{name}" for store, name in ours - set(gone))
             stored[RECORDED] = np.array(kept, dtype=str)
         if stored:
             adata.uns[keys.uns] = stored

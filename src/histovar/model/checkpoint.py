@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from io import StringIO
@@ -12,9 +13,10 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from histovar._torch_state import in_float32
 from histovar._version import __version__
 
 from .config import ModelConfig
@@ -32,6 +34,15 @@ CARD = "model.json"
 
 def _weights(stage: int) -> str:
     return f"stage{stage}.safetensors"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Fingerprint of a module's weights and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2)) -> None:
@@ -56,6 +67,7 @@ def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2))
         "format_version": FORMAT_VERSION,
         "version": __version__,
         "stages": written,
+        "stage1_fingerprint": fingerprint(model.stage1),
         "config": json.loads(model.config.to_json()),
         "registry": model.registry,
         "history": {k: json.loads(v.to_json(orient="split")) for k, v in model.history.items()},
@@ -141,6 +153,7 @@ def _load_weights(module: Any, path: Path, stage: int, version: int) -> None:
         raise ValueError(f"path: {str(file)!r} does not fit the configuration ({error})") from None
 
 
+@in_float32
 def load_model(cls: type[Model], path: Path) -> Model:
     """Read a whole model; see :meth:`TwoStageVARST.load`."""
     card = read_card(path)
@@ -157,6 +170,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
     return model.eval().requires_grad_(False)
 
 
+@in_float32
 def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
     """Take one stage from a directory; see :meth:`TwoStageVARST.load_stage`."""
     card = read_card(path)
@@ -166,12 +180,20 @@ def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
     if theirs and ours and theirs != ours:
         raise ValueError(f"path: the genes of {str(path)!r} ({theirs[:3]}, ...) are not the model's ({ours[:3]}, ...)")
     config = ModelConfig.from_json(json.dumps(card["config"]))
+    stage2_is_trained = "use_rep" in (model.registry if stage == 1 else card["registry"])
+    of_card = card.get("stage1_fingerprint")  # not in cards of earlier versions
+    if stage2_is_trained and of_card is not None and of_card != fingerprint(model.stage1):
+        raise ValueError(
+            f"path: {str(path)!r} has another stage 1 than this model, and a stage 2 knows the tokens of that stage 1 "
+            "alone that it was trained with; load both with TwoStageVARST.load, or train stage 2 again"
+        )
+    of_stage1 = ("genes", "layer", "units", "normalization")
     if stage == 1:
         _load_weights(model.stage1, path, 1, card["format_version"])
-        keys: tuple[str, ...] = ("genes", "layer", "units")
+        keys: tuple[str, ...] = of_stage1
     else:
         model.add_stage2(config)
         _load_weights(model.stage2, path, 2, card["format_version"])
-        keys = tuple(k for k in card["registry"] if k not in ("genes", "layer", "units"))
+        keys = tuple(k for k in card["registry"] if k not in of_stage1)
     model.registry.update({k: card["registry"][k] for k in keys if k in card["registry"]})
     model.eval()

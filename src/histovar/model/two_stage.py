@@ -446,7 +446,8 @@ class TwoStageVARST(nn.Module):
         Raises
         ------
         ValueError
-            If the directory holds no such stage, or one of another shape or gene panel.
+            If the directory holds no such stage, or one of another shape or gene panel; or if stage 1 and stage 2 would
+            not be those that were trained together.
         """
         from .checkpoint import load_stage
 

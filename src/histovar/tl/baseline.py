@@ -95,7 +95,8 @@ def baseline(
         expression.add_lognorm(adata)
         layer = LOGNORM
     genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
-    values, normalization = expression.expression(adata, layer, gate.gene_columns(adata, genes))
+    values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes))
+    normalization = totals.normalization(layer, adata.n_vars, len(genes))
     made = Baseline(method, genes, layer, normalization, reps, library_key, spatial_key, standardize, random_state).fit(
         adata, values
     )

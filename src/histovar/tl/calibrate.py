@@ -13,7 +13,7 @@ from rich.progress import track
 from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.expression import Normalization, add_lognorm, expression
+from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.sections import Section, Sections
@@ -108,8 +108,7 @@ def calibrate(
         numbers = torch.from_numpy(sections.numbers[section.rows])
         inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
         rows = np.flatnonzero(np.isin(section.rows, chosen))
-        measured, normalization = expression(section.adata, layer, columns, rows)
-        normalization.check(trained, f"layers[{layer!r}]")
+        measured = read_expression(section.adata, layer, columns, rows, trained=trained)
         return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[section.rows[rows]])
 
     inputs, measured, members_unseen = gathered_rows(sections.map(aligned), len(chosen))

@@ -11,7 +11,7 @@ from anndata import AnnData
 from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.expression import Normalization, add_lognorm, expression
+from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.model import TwoStageVARST
 from histovar.prediction import on_device
@@ -69,9 +69,8 @@ def tokenize(
     slots.check_free(adata, keys, [("obsm", keys.tokens)])
     columns = gate.gene_columns(adata, model.registry["genes"])
     layer = model.registry["layer"] if layer is None else layer
-    found, normalization = expression(adata, layer, columns)
-    normalization.check(Normalization.stored(model.registry.get("normalization")), f"layers[{layer!r}]")
-    values = torch.from_numpy(found)
+    trained = Normalization.stored(model.registry.get("normalization"))
+    values = torch.from_numpy(read_expression(adata, layer, columns, trained=trained))
     with on_device(model, device) as where:
         tokens = torch.cat([model.tokenize(part.to(where)).cpu() for part in values.split(batch_size)])
     if copy:

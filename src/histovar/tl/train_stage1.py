@@ -12,7 +12,7 @@ from anndata import AnnData
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
 from histovar._torch_state import in_float32
 from histovar.anndata_io import expression, gate, slots
-from histovar.anndata_io.expression import Normalization
+from histovar.anndata_io.expression import SpotTotals
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
@@ -104,16 +104,16 @@ def train_stage1(
         "n_spots_stage1": adata.n_obs,
         "sections_stage1": [] if sections.names is None else np.unique(sections.names).tolist(),
     }
-    normalizations: list[Normalization] = []
+    totals: list[SpotTotals] = []
 
     def measured(section: Section) -> tuple[torch.Tensor]:
-        values, normalization = expression.expression(section.adata, wanted, columns)
-        normalizations.append(normalization)
+        values, of_spots = expression.expression(section.adata, wanted, columns)
+        totals.append(of_spots)
         return (torch.from_numpy(values),)
 
     with sections.scratch() as scratch:
         spots = collected(sections.map(measured), adata.n_obs, scratch)
-        normalization = Normalization.of_sections(normalizations)
+        normalization = SpotTotals.concat(totals).normalization(wanted, adata.n_vars, len(columns))
         model.registry |= {
             "units": expression.units(wanted, normalization),
             "normalization": normalization.plain(),

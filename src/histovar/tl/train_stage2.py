@@ -11,7 +11,7 @@ import torch
 from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.expression import Normalization, add_lognorm, expression, total_counts
+from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression, total_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
 from histovar.anndata_io.images import scale_factors
@@ -105,8 +105,7 @@ def train_stage2(
             encoders=encoders,
             key=key_added,
         )
-        values, normalization = expression(section.adata, layer, columns)
-        normalization.check(trained, f"layers[{layer!r}]")
+        values = read_expression(section.adata, layer, columns, trained=trained)
         # Of other layers nothing is known of how depth enters them.
         totals = total_counts(section.adata) if layer == LOGNORM else None
         rows = section.rows

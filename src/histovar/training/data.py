@@ -285,6 +285,9 @@ def cross_fit_folds(
     n_strips = max(1, min(4, n_members) // n_sections)
     for section in range(n_sections):
         rows = np.flatnonzero(codes == section)
-        place = coordinates[rows, np.ptp(coordinates[rows], axis=0).argmax()]
-        folds[rows] = section * n_strips + place.argsort(kind="stable").argsort(kind="stable") * n_strips // len(rows)
+        place = coordinates[rows]
+        longer = np.ptp(place, axis=0).argmax()
+        # Spots equally far along are told apart by where they lie across, not by their order in the object.
+        rank = np.lexsort((place[:, 1 - longer], place[:, longer])).argsort(kind="stable")
+        folds[rows] = section * n_strips + rank * n_strips // len(rows)
     return np.unique(folds, return_inverse=True)[1].astype(np.int64)

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 
 from histovar._memory import keep_freed_memory
 
@@ -99,6 +100,11 @@ class TrainingOptions:
             return self.accelerator
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def _is_distributed(self) -> bool:
+        """Whether several processes were asked for: else a job's environment variables (SLURM's) do not matter."""
+        return self.devices != 1 or self.num_nodes != 1 or self.strategy != "auto"
+
     @cached_property
     def world_size(self) -> int:
         """Number of processes."""
@@ -118,6 +124,7 @@ class TrainingOptions:
             num_nodes=self.num_nodes,
             strategy=self.strategy,
             precision=self.precision,
+            plugins=None if self._is_distributed else [LightningEnvironment()],
             **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **more},
         )
 

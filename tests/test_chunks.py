@@ -80,6 +80,9 @@ def test_niches_of_chunks(whole):
         hv.pp.niche(adata, use_rep=KEY, n_neighbors=(4, 8), library_key="section")
     assert isinstance(lazy.obsm["histovar_niche"], da.Array)
     np.testing.assert_allclose(lazy.obsm["histovar_niche"].compute(), whole.obsm["histovar_niche"], atol=1e-5)
+    source = lazy.obsm["histovar_niche_source"]
+    assert isinstance(source, da.Array)
+    np.testing.assert_array_equal(source.compute(), whole.obsm["histovar_niche_source"])
 
 
 def test_bad_values_of_a_chunk_are_named(whole, loaded):

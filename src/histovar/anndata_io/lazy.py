@@ -16,7 +16,7 @@ from histovar._spots import section_numbers
 from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.condition import Moments
 
-from . import gate, histology, matrix
+from . import fingerprint, gate, histology, matrix
 from .neighbors import Neighborhoods, section_coordinates
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
 
 def niche(
     adata: AnnData, use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
-) -> da.Array:
-    """What :func:`histovar.pp.niche` writes, as dask array, chunked as the first embedding is.
+) -> tuple[da.Array, da.Array]:
+    """What :func:`histovar.pp.niche` writes, features and fingerprints, as dask arrays chunked as the first embedding.
 
     Raises
     ------
@@ -129,7 +129,22 @@ def niche(
         da.from_delayed(delayed(_side_by_side)(part, means), (chunk.stop - chunk.start, width), np.float32)
         for part, chunk in zip(inputs.histology("niche"), inputs.chunks, strict=True)
     ]
-    return da.concatenate(parts)
+    names = gate.sections(adata, library_key)
+    columns = [gate.coordinates(adata, spatial_key), *([] if names is None else [names])]
+    blocks = [values.to_delayed().ravel() for values in inputs.embeddings]
+    fingerprints = [
+        da.from_delayed(
+            delayed(_fingerprints)([column[i] for column in blocks], [c[chunk.start : chunk.stop] for c in columns]),
+            (chunk.stop - chunk.start, 1),
+            np.uint64,
+        )
+        for i, chunk in enumerate(inputs.chunks)
+    ]
+    return da.concatenate(parts), da.concatenate(fingerprints)
+
+
+def _fingerprints(embeddings: list[Any], columns: list[NDArray[Any]]) -> NDArray[np.uint64]:
+    return fingerprint.of_rows(*(matrix.dense_float32(values) for values in embeddings), *columns)
 
 
 class ChunkedHistology:

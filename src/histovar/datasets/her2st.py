@@ -45,6 +45,8 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_wid
     ------
     FileNotFoundError
         If a directory or a section is missing.
+    ValueError
+        If count rows or spots of a section cannot be told apart.
     """
     root = Path(path)
     root = root / "data" if (root / "data").is_dir() else root
@@ -79,6 +81,10 @@ def _section(root: Path, name: str) -> AnnData:
     # Count rows are named by the rounded array position of the selection.
     column, row = spots["x"].round().astype(int), spots["y"].round().astype(int)
     spots.index = pd.Index(column.astype(str) + "x" + row.astype(str))
+    for table, of_what, where in ((counts.index, "count rows", "ST-cnts"), (spots.index, "spots", "ST-spotfiles")):
+        if not table.is_unique:
+            repeated = table[table.duplicated()][:3].tolist()
+            raise ValueError(f"path: {of_what} of section {name} in {where} share names such as {repeated}")
     shared = counts.index[counts.index.isin(spots.index)]
     if len(shared) < len(counts):
         logger.info("her2st: %d count rows of %s have no spot in the selection", len(counts) - len(shared), name)

@@ -79,7 +79,8 @@ def niche(
         raise ValueError(f"n_neighbors must be positive and increase, got {tuple(n_neighbors)}")
     found: dict[slots.Slot, Any] = {}
     if lazy.is_lazy(adata, reps):
-        found["obsm", keys.niche] = lazy.niche(adata, reps, sizes, spatial_key, library_key)
+        features, source = lazy.niche(adata, reps, sizes, spatial_key, library_key)
+        found |= {("obsm", keys.niche): features, ("obsm", keys.niche_source): source}
     else:
         embeddings = [gate.embedding(adata, key) for key in reps]
         place = gate.coordinates(adata, spatial_key)

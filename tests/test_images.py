@@ -367,12 +367,15 @@ def test_coordinates_must_be_there_and_finite(one, gene):
     assert not plt.get_fignums()
 
 
-def test_further_columns_of_coordinates_are_left_out(one, gene):
+def test_coordinates_may_be_a_frame_of_two_columns(one, gene):
     place = one.obsm["spatial"]
-    one.obsm["spatial"] = pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "z": np.nan}, one.obs_names)
+    one.obsm["spatial"] = pd.DataFrame({"x": place[:, 0], "y": place[:, 1]}, one.obs_names)
     axes = hv.pl.spatial(one, gene)
     scale = one.uns["spatial"]["S4"]["scalefactors"]["tissue_hires_scalef"]
     np.testing.assert_allclose(spots_of(axes[0, 0])[0], place * scale)
+    one.obsm["spatial"] = one.obsm["spatial"].assign(z=0.0)
+    with pytest.raises(ValueError, match=r"has shape \(60, 3\), expected \(60, 2\)"):
+        hv.pl.spatial(one, gene)
 
 
 # Size of the spots

@@ -269,11 +269,6 @@ def _layers_of_counts(adata: AnnData) -> list[str]:
     return sorted(found, key=lambda name: "count" not in name.lower())
 
 
-def has_counts(adata: AnnData) -> bool:
-    """Whether X holds counts."""
-    return total_counts(adata) is not None
-
-
 def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
     """Total count of every spot where X holds counts, else None."""
     if adata.X is None:

@@ -104,6 +104,17 @@ def test_predictions_that_were_joined(simulated, model):
     hv.tl.predict(joined, model)
 
 
+def test_predictions_of_two_models_are_not_joined(simulated, prepared, model):
+    changed = prepared.copy()
+    changed.var["histovar_panel"] = np.roll(changed.var["histovar_panel"].to_numpy(), 1)
+    options = {"use_rep": KEY, "library_key": "section", "config": small_config(), **QUICK}
+    models = {"S3": model, "S4": hv.tl.train(changed, **options)}
+    parts = [predicted(simulated[simulated.obs["section"] == name].copy(), m) for name, m in models.items()]
+    joined = ad.concat(parts, uns_merge="first")
+    with pytest.raises(ValueError, match="60 spots have a prediction 'histovar' of other genes"):
+        hv.get.prediction(joined)
+
+
 # Units
 
 
@@ -178,6 +189,16 @@ def test_model_keeps_its_units_on_disk(query, loaded, tmp_path):
     assert again.registry["normalization"] == loaded.registry["normalization"]
     assert again.registry["normalization"]["n_genes"] == 40 and again.registry["normalization"]["target_sum"] == 1e4
     refuse(panel_of(query, again), lambda a: hv.tl.tokenize(a, again), ValueError, "panel's 30 genes alone")
+
+
+def test_values_that_are_no_logarithms_are_refused(query, model):
+    hv.tl.predict(query, model)
+    counts = query.X.toarray()
+    query.layers["lognorm"] = 1e4 * counts / counts.sum(1, keepdims=True)
+    refuse(query, hv.tl.evaluate, ValueError, "holds no logarithms, the model was trained on log1p")
+    del query.layers["lognorm"]
+    query.X = query.X.astype(bool)
+    refuse(query, hv.tl.evaluate, ValueError, "X has data type bool, expected counts")
 
 
 def test_layers_that_hold_counts_are_mentioned(training):
@@ -459,6 +480,16 @@ def test_embeddings_of_any_form_are_the_same(prepared, query, model, form):
     options = {"use_rep": KEY, "library_key": "section", "config": small_config(), **QUICK, "max_epochs": 1}
     one, other = (hv.tl.train(adata, **options) for adata in (prepared.copy(), in_form(prepared, form)))
     np.testing.assert_allclose(values(query, one), values(query, other), atol=1e-4)
+
+
+def test_masked_values_are_missing(query, model):
+    query.obsm[KEY] = np.ma.masked_greater(query.obsm[KEY], query.obsm[KEY].max() * 0.99)
+    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has NaN or infinite values in 1 rows")
+
+
+def test_spots_in_one_place_are_refused(query, model):
+    query.obsm["spatial"] = np.zeros((60, 2))
+    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has all 60 spots in one place")
 
 
 @pytest.mark.parametrize("value", [1e39, -1e300, np.inf])

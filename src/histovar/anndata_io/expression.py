@@ -94,9 +94,9 @@ class Normalization:
         Raises
         ------
         ValueError
-            If the kinds, or the counts a spot is normalised to, differ; if the object has the panel's genes alone and
-            was normalised over them, where training had more; or if the panel's total is several times as large or
-            small as in training.
+            If the kinds, or the counts a spot is normalised to, differ; if values are no logarithms as those of training
+            are; if the object has the panel's genes alone and was normalised over them, where training had more; or if
+            the panel's total is several times as large or small as in training.
         """
         if trained is None:
             return
@@ -112,6 +112,8 @@ class Normalization:
                 f"{what} is normalised to {self.target_sum:,.0f} counts a spot, that of training to "
                 f"{trained.target_sum:,.0f}; {mend}"
             )
+        if trained.kind == "log1p" and not self.logarithms:
+            raise ValueError(f"{what} holds no logarithms, the model was trained on {trained.units}; {mend}")
         if self.kind == "counts" or self.logarithms != trained.logarithms or not self.panel_median > 0:
             return  # the depth of counts differs between sections
         if np.isfinite(self.target_sum) and self.panel_only and not trained.panel_only:

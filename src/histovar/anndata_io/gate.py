@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
-from scipy import sparse
 
-from .matrix import dense_float32
+from .matrix import dense, dense_float32
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -207,7 +206,7 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     KeyError
         If the key is missing.
     ValueError
-        If they are not two finite columns of numbers.
+        If they are not two finite columns of numbers, or all the same.
     """
     if spatial_key not in adata.obsm:
         raise KeyError(f"spatial_key: no {spatial_key!r} in obsm, which has {sorted(adata.obsm)}; store x and y there")
@@ -215,10 +214,8 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     what = f"spatial_key: obsm[{spatial_key!r}]"
     if hasattr(values, "compute"):
         values = values.compute()
-    if sparse.issparse(values):
-        values = values.toarray()
     try:
-        numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else values
+        numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else dense(values)
         place = np.ascontiguousarray(numbers, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{what} does not hold numbers; store x and y there") from None
@@ -228,6 +225,8 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
         )
     with np.errstate(over="ignore"):
         check_finite(place.astype(np.float32), what, "drop those spots")
+    if len(place) > 1 and (place == place[0]).all():
+        raise ValueError(f"{what} has all {len(place)} spots in one place; store where they lie")
     return place
 
 
@@ -363,7 +362,7 @@ def check_counts(values: NDArray[Any], what: str, mend: str) -> None:
     ValueError
         If any is negative, not finite or not an integer.
     """
-    if values.dtype.kind not in "fiub":
+    if values.dtype.kind not in "fiu":
         raise ValueError(f"{what} has data type {values.dtype}, expected counts; {mend}")
     check_finite(values, what, mend)
     if values.size and values.min() < 0:
@@ -380,7 +379,7 @@ def check_nonnegative(values: NDArray[Any], what: str) -> None:
     ValueError
         If there is any.
     """
-    if values.dtype.kind not in "fiub":
+    if values.dtype.kind not in "fiu":
         raise ValueError(f"{what} has data type {values.dtype}, expected numbers")
     check_finite(values, what, "repair the layer")
     if values.size and values.min() < 0:

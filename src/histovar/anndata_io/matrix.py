@@ -51,7 +51,7 @@ def row_blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
 def canonical(block: Any) -> Any:
     """A NumPy array, or a CSR matrix in which entries that were stored twice are summed (in a copy)."""
     if not sparse.issparse(block):
-        return block.to_numpy() if isinstance(block, pd.DataFrame) else np.asarray(block)
+        return block.to_numpy() if isinstance(block, pd.DataFrame) else dense(block)
     rows = sparse.csr_matrix(block)
     if not rows.has_canonical_format:
         rows = rows.copy()
@@ -65,7 +65,9 @@ def stored_values(block: Any) -> NDArray[Any]:
 
 
 def dense(block: Any) -> NDArray[Any]:
-    """A block in memory as NumPy array."""
+    """A block in memory as NumPy array; masked values are NaN."""
+    if isinstance(block, np.ma.MaskedArray):
+        return np.where(np.ma.getmaskarray(block), np.nan, np.ma.getdata(block))
     return block.toarray() if sparse.issparse(block) else np.asarray(block)
 
 

@@ -64,6 +64,9 @@ class Neighborhoods(NamedTuple):
             return cls([], outline)
         labels = np.zeros(n_spots) if names is None else names
         members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        centred = np.array(place, np.float64)  # as the graphs' shares have 32 bits
+        for rows in members:
+            centred[rows] -= centred[rows].mean(0)
         graphs = []
         for i, wanted in enumerate(n_neighbors):
             counts, distance = np.zeros(n_spots, np.int64), np.ones(n_spots)
@@ -83,7 +86,7 @@ class Neighborhoods(NamedTuple):
             shares = np.repeat((1 / counts.clip(min=1)).astype(np.float32), counts)
             graph = sparse.csr_matrix((shares, neighbors, pointers), (n_spots, n_spots))
             graph.sort_indices()
-            off[:] = np.where(counts > 0, np.linalg.norm(graph @ place - place, axis=1) / distance, 0)
+            off[:] = np.where(counts > 0, np.linalg.norm(graph @ centred - centred, axis=1) / distance, 0)
             graphs.append(graph)
         return cls(graphs, outline)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from histovar._keys import Keys
 
-from . import gate, slots
+from . import fingerprint, gate, slots
 from .expression import Normalization
 from .histology import source_fingerprint
 from .matrix import dense, is_lazy
@@ -108,7 +108,7 @@ def write_prediction(
     for key, cube in ((keys.tokens, made.tokens), (keys.samples, made.samples), (keys.quantiles, made.quantiles)):
         if cube is not None:
             found["obsm", key] = cube
-    source = _source(adata, entries["params"])
+    source = _source(adata, entries["params"], genes)
     if source is not None:
         found["obsm", keys.source] = source
     slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], EVALUATION)
@@ -116,13 +116,18 @@ def write_prediction(
     slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str)})
 
 
-def _source(adata: AnnData, params: Mapping[str, Any]) -> NDArray[np.uint64] | None:
-    """Fingerprint of what each spot is predicted from; None where that is on disk or gone."""
+def _source(adata: AnnData, params: Mapping[str, Any], genes: Sequence[str]) -> NDArray[np.uint64] | None:
+    """Fingerprints of what each spot is predicted from, and of the genes; None where embeddings are on disk or gone."""
     reps = [str(key) for key in np.asarray(params["use_rep"]).ravel()]
     if any(key not in adata.obsm or is_lazy(adata.obsm[key]) for key in reps):
         return None
     library_key = str(params["library_key"]) or None
-    return source_fingerprint(adata, reps, str(params["spatial_key"]), library_key)
+    source = source_fingerprint(adata, reps, str(params["spatial_key"]), library_key)
+    return np.hstack([source, np.full_like(source, _fingerprint_of(genes))])
+
+
+def _fingerprint_of(genes: Sequence[str]) -> np.uint64:
+    return fingerprint.of_rows(np.array(["\n".join(genes)]))[0, 0]
 
 
 def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -133,9 +138,9 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
     KeyError
         If they are missing, wholly or of some genes.
     ValueError
-        If genes were renamed since.
+        If genes were renamed since, or some spots were predicted for other genes.
     """
-    _warn_if_stale(adata, keys)
+    _check_source(adata, keys, genes)
     if keys.mean in adata.obsm:
         found = []
         for key in (keys.mean, keys.std):
@@ -178,16 +183,23 @@ def _check_there(names: pd.Index, genes: Sequence[str], keys: Keys, where: str) 
         )
 
 
-def _warn_if_stale(adata: AnnData, keys: Keys) -> None:
-    """Warn where embeddings, coordinates or sections have changed since the prediction."""
+def _check_source(adata: AnnData, keys: Keys, genes: Sequence[str]) -> None:
+    """Refuse spots predicted for other genes; warn where embeddings, coordinates or sections have changed since."""
     if keys.source not in adata.obsm:
         return
+    then = np.asarray(adata.obsm[keys.source])
+    others = int((then[:, 1] != _fingerprint_of(genes)).sum())
+    if others:
+        raise ValueError(
+            f"key: {others} spots have a prediction {keys.prefix!r} of other genes, or in another order, than "
+            f"uns[{keys.uns!r}] names, as where predictions of two models were joined; predict again with one model"
+        )
     try:
-        now = _source(adata, slots.record(adata, keys)["params"])
+        now = _source(adata, slots.record(adata, keys)["params"], genes)
     except (KeyError, ValueError):
         return
     if now is not None:
-        changed = int((np.asarray(adata.obsm[keys.source]) != now).sum())
+        changed = int((then[:, 0] != now[:, 0]).sum())
         if changed:
             logger.warning(
                 "embeddings, coordinates or sections of %d spots have changed since the prediction %r: predict again",

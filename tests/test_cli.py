@@ -359,13 +359,18 @@ def test_interrupted_training_says_so(tmp_path):
     command = [sys.executable, "-c", "from histovar.cli import main; main()", "demo", "--n-spots", "2000"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     log = ""
-    while "stage 1" not in log:  # which Lightning then runs
+    while "gene scales" not in log:  # what comes next is training
         line = running.stderr.readline()
         assert line, log
         log += line
     running.send_signal(signal.SIGINT)
     out, error = running.communicate(timeout=120)
     assert running.returncode == 130 and out == "" and own_line(error) == ["histovar: interrupted"]
+
+
+def test_torch_is_imported_after_its_threads_are_told_to_sleep():
+    code = "import sys, histovar.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_lightning_does_not_swallow_ctrl_c(prepared):

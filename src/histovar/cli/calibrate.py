@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import outputs
-from .options import PATH, BatchSize, Gpus, KeyAdded, LibraryKey, Model, Seed, hardware, section_column
+from .options import FILES, PATH, BatchSize, Gpus, KeyAdded, LibraryKey, Model, Seed, hardware, section_column
 
 
 def calibrate(
@@ -16,7 +16,7 @@ def calibrate(
         list[Path],
         typer.Argument(
             help="Sections with measured expression that were held out from training, as .h5ad files or .zarr stores.",
-            **PATH,
+            **FILES,
         ),
     ],
     out: Annotated[

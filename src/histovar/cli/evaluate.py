@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import outputs
-from .options import PATH, LibraryKey, not_empty
+from .options import FILES, PATH, LibraryKey, not_empty
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def evaluate(
     inputs: Annotated[
         list[Path],
-        typer.Argument(help="Predicted sections with measured expression, as .h5ad files or .zarr stores.", **PATH),
+        typer.Argument(help="Predicted sections with measured expression, as .h5ad files or .zarr stores.", **FILES),
     ],
     library_key: LibraryKey = None,
     key: Annotated[

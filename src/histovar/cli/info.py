@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import PATH
+from .options import path_of
 from .text import printable
 
 
-def info(model: Annotated[Path, typer.Argument(help="Directory of the trained model.", **PATH)]) -> None:
+def info(model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)]) -> None:
     """Say what a saved model was trained on and what it needs."""
     from histovar.model.checkpoint import read_card
 

@@ -39,6 +39,7 @@ def positive(value: float) -> float:
 
 
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}
+FILES: dict[str, Any] = {"parser": path_of, "metavar": "INPUTS"}
 MAX_SEED = 2**32 - 1
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Directory of the trained model.", **PATH)]
@@ -77,7 +78,8 @@ KeyAdded = Annotated[
         "--key-added",
         "--key_added",
         callback=not_empty,
-        help="Name under which results are stored in the file; another name keeps two models' results side by side.",
+        help="Prefix of the names under which a file holds what histovar has made, such as var['histovar_panel']; "
+        "another prefix keeps two models' results side by side.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Spots at once.")]

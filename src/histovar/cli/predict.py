@@ -12,6 +12,7 @@ import typer
 
 from . import outputs
 from .options import (
+    FILES,
     PATH,
     BatchSize,
     Gpus,
@@ -49,7 +50,7 @@ class Precision(StrEnum):
 def predict(
     inputs: Annotated[
         list[Path],
-        typer.Argument(help="Sections with histology embeddings, as .h5ad files or .zarr stores.", **PATH),
+        typer.Argument(help="Sections with histology embeddings, as .h5ad files or .zarr stores.", **FILES),
     ],
     model: Model = Path("histovar_model"),
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .h5ad or .zarr.", **PATH)] = Path(
@@ -81,7 +82,7 @@ def predict(
     decoding: Annotated[
         Decoding,
         typer.Option(
-            help="expected: the mean of what is possible, for maps. greedy: the likeliest tokens. sample: one draw."
+            help="expected: the average of all that the histology allows. greedy: the likeliest. sample: one draw."
         ),
     ] = Decoding.expected,
     temperature: Annotated[
@@ -92,7 +93,7 @@ def predict(
     ] = 1.0,
     top_k: Annotated[
         int,
-        typer.Option("--top-k", "--top_k", min=0, help="Of draws: only so many of the likeliest tokens; 0 for all."),
+        typer.Option("--top-k", "--top_k", min=0, help="Of draws: choose among so many of the likeliest; 0 for all."),
     ] = 0,
     top_p: Annotated[
         float,
@@ -102,7 +103,7 @@ def predict(
             min=0,
             max=1,
             callback=positive,
-            help="Of draws: only the likeliest tokens that have so much of the probability; 1 for all.",
+            help="Of draws: choose among the likeliest that share so much of the probability; 1 for all.",
         ),
     ] = 1.0,
     batch_size: BatchSize = 64,

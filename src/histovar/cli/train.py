@@ -10,6 +10,7 @@ import typer
 
 from . import outputs
 from .options import (
+    FILES,
     PATH,
     Gpus,
     KeyAdded,
@@ -45,7 +46,8 @@ def train(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Training sections, as .h5ad files or .zarr stores; a single store is read section by section.", **PATH
+            help="Training sections, as .h5ad files or .zarr stores; a single store is read section by section.",
+            **FILES,
         ),
     ] = None,
     dataset: Annotated[

@@ -90,6 +90,8 @@ def read_store(path: str | Path, library_key: str = SECTION, genes: list[str] | 
     (path,) = check_paths([path])
     try:
         adata = stream.read_zarr(path, genes)
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(_unreadable(path, error)) from error
     return combine_files([adata], [path], library_key)

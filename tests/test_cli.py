@@ -1,14 +1,26 @@
+import json
 import logging
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args
 
 import anndata as ad
+import pandas as pd
 import pytest
 import torch
+from lightning.pytorch import Callback
 from typer.testing import CliRunner
 
 import histovar as hv
 from histovar.cli import app, main
+from histovar.cli.predict import Decoding as DecodingChoice
+from histovar.cli.predict import Precision as PrecisionChoice
+from histovar.model.decoding import Mode
+from histovar.model.two_stage import Precision
+
+from .conftest import QUICK
 
 
 @pytest.fixture
@@ -124,7 +136,249 @@ def test_gpus_that_are_not_there_are_refused_with_the_flag_that_helps(histovar):
     assert code == 2 and "use --gpus 0 (the CPU)" in own_line(error)[0]
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "demo", "info"])
+@pytest.mark.parametrize("command", ["train", "predict", "calibrate", "evaluate", "demo", "info"])
 def test_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
+
+
+def run_app(*arguments):
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def test_training_is_that_of_python(training, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training.layers["mine"] = training.X.log1p()
+    training.obsm["xy"] = training.obsm.pop("spatial")
+    training.write_h5ad("in.h5ad")
+    options = ["--n-genes", 30, "--epochs", 1, "--gpus", 0, "--seed", 3, "--layer", "mine", "--spatial-key", "xy"]
+    run_app("train", "in.h5ad", *options, "--covariate", "region", "--key-added", "two", "--out", "new/model")
+    ours = hv.TwoStageVARST.load("new/model")
+    assert ours.stage2.calibration.fitted and ours.registry["calibration"]["sections"] == ["S1", "S2", "S3"]
+    assert ours.registry["layer"] == "mine" and list(ours.registry["covariates"]) == ["region"]
+    hv.pp.gene_panel(training, n_genes=30, library_key="section", key_added="two")
+    theirs = hv.tl.train(
+        training, use_rep="X_histology", library_key="section", layer="mine", spatial_key="xy", covariates=["region"],
+        key_added="two", random_state=3, max_epochs=1, accelerator="cpu", enable_progress_bar=False,
+    )  # fmt: skip
+    assert ours.registry == theirs.registry
+    for name, values in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], values, equal_nan=True)
+
+
+def test_stage_2_alone_is_calibrated(training, prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hv.tl.train_stage1(prepared.copy(), library_key="section", **QUICK).save("one")
+    training.write_h5ad("in.h5ad")
+    stage2 = ["train", "in.h5ad", "--training-stage", 2, "--stage1-ckpt", "one", "--epochs", 1, "--gpus", 0]
+    with pytest.raises(ValueError, match="--n-genes 31: stage 1 was trained on 30 genes"):
+        run_app(*stage2, "--out", "two", "--n-genes", 31)
+    with pytest.raises(ValueError, match="--layer X: stage 1 was trained on 'lognorm'"):
+        run_app(*stage2, "--out", "two", "--layer", "X")
+    with pytest.raises(ValueError, match="--out: 'one' is the input 'one' itself"):
+        run_app(*stage2, "--out", "one")
+    run_app(*stage2, "--out", "two")
+    assert hv.TwoStageVARST.load("two").stage2.calibration.fitted
+
+
+@pytest.fixture
+def trained(loaded, query, tmp_path, monkeypatch):
+    """A directory with a model and a section."""
+    monkeypatch.chdir(tmp_path)
+    loaded.save("model")
+    query.write_h5ad("query.h5ad")
+    query.write_zarr("query.zarr")
+    return loaded
+
+
+def test_prediction_and_its_scores_are_those_of_python(trained, query, capsys):
+    query.obsm["xy"] = query.obsm["spatial"]
+    query.write_h5ad("query.h5ad")
+    sampling = ["--n-samples", 3, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--seed", 5]
+    wanted = ["--quantile", 0.05, "--quantile", 0.95, "--key-added", "a", "--spatial-key", "xy", "--precision", "bf16"]
+    run_app("predict", "query.h5ad", "-m", "model", "-o", "out.h5ad", *sampling, *wanted)
+    made = ad.read_h5ad("out.h5ad")
+    hv.tl.predict(
+        query, trained, n_samples=3, temperature=0.9, top_k=50, top_p=0.95, random_state=5, quantiles=[0.05, 0.95],
+        key_added="a", spatial_key="xy", precision="bf16",
+    )  # fmt: skip
+    for key in ("a_samples", "a_quantiles", "a_tokens"):
+        assert (made.obsm[key] == query.obsm[key]).all()
+    assert made.uns["a"]["calibrated"]
+    capsys.readouterr()
+    run_app("evaluate", "out.h5ad", "--key", "a", "--layer", "lognorm", "-o", "scores.csv")
+    assert "PCC-10" in capsys.readouterr().out
+    scores = hv.tl.evaluate(query, key="a", layer="lognorm")
+    assert pd.read_csv("scores.csv", index_col=0)["pearson"].to_numpy() == pytest.approx(scores["pearson"].to_numpy())
+    run_app("evaluate", "out.h5ad", "--key", "a", "-o", "scores.csv")  # which is replaced
+    run_app("predict", "query.h5ad", "-m", "model", "-o", "out.h5ad", "--decoding", "greedy")
+    assert ad.read_h5ad("out.h5ad").uns["histovar"]["params"]["decoding"] == "greedy"
+
+
+def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simulated, refusal):
+    for name in ("S1", "S4"):
+        part = simulated[simulated.obs["section"] == name].copy()
+        del part.obs["section"]
+        part.obs_names = [f"AAAC-{i}" for i in range(part.n_obs)]
+        part.write_h5ad(f"{name}.h5ad")
+    run_app("predict", "S1.h5ad", "S4.h5ad", "-m", "model", "-o", "both.h5ad")
+    both = ad.read_h5ad("both.h5ad")
+    query = simulated[simulated.obs["section"] == "S4"].copy()
+    hv.tl.predict(query, trained)
+    ours = both[both.obs["section"] == "S4"].obsm["histovar"]
+    assert ours == pytest.approx(query.obsm["histovar"], abs=1e-4)
+    for name in ("S1", "S4"):
+        run_app("predict", f"{name}.h5ad", "-m", "model", "-o", f"{name}_predicted.zarr")
+    run_app("evaluate", "S1_predicted.zarr", "S4_predicted.zarr", "both.h5ad", "-o", "scores.csv")
+    run_app("predict", "S4.h5ad", "-m", "model", "-o", "other.h5ad", "--quantile", "0.5")
+    assert "'quantiles' differs" in refusal("evaluate", "both.h5ad", "other.h5ad")[2]
+    assert "has no prediction 'b'" in refusal("evaluate", "both.h5ad", "--key", "b")[2]
+
+
+def test_calibration_with_held_out_sections(trained, query):
+    before = trained.stage2.calibration.spread.clone()
+    run_app("calibrate", "query.h5ad", "-m", "model", "-o", "calibrated", "--gpus", 0)
+    ours = hv.TwoStageVARST.load("calibrated")
+    hv.tl.calibrate(query, trained)
+    torch.testing.assert_close(ours.stage2.calibration.spread, trained.stage2.calibration.spread)
+    assert not torch.equal(before, ours.stage2.calibration.spread)
+    run_app("calibrate", "query.h5ad", "-m", "model", "-o", "model")
+    assert hv.TwoStageVARST.load("model").registry["calibration"]["sections"] == ["S4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "query.h5ad", "--devices", "0"], "--devices"),
+        (["train", "query.h5ad", "--batch-size", "0"], "--batch-size"),
+        (["train", "query.h5ad", "--epochs", "0"], "--epochs"),
+        (["train", "query.h5ad", "--seed", "-1"], "--seed"),
+        (["train", "query.h5ad", "--n-genes", "1"], "--n-genes"),
+        (["train", "query.h5ad", "--gpus", "-1"], "--gpus"),
+        (["train", "query.h5ad", "--library-key", ""], "--library-key"),
+        (["train", "query.h5ad", "--use-rep", ""], "--use-rep"),
+        (["train", "query.h5ad", "--stage1-ckpt", "model"], "--stage1-ckpt is for --training-stage 2"),
+        (["train", "query.h5ad", "--library-key", "slide"], "no 'slide' in obs of query.h5ad"),
+        (["train", "query.h5ad", "--hold-out", "S9"], "no sections ['S9']"),
+        (["predict", "query.h5ad", "--n-samples", "1000000"], "--n-samples"),
+        (["predict", "query.h5ad", "--quantile", "1.5"], "--quantile"),
+        (["predict", "query.h5ad", "--temperature", "0"], "0 is not more than 0"),
+        (["predict", "query.h5ad", "--top-p", "0"], "0 is not more than 0"),
+        (["predict", "query.h5ad", "--scheduler", "tcp://x"], "--scheduler is for one .zarr store"),
+        (["predict", "notes.txt", "-m", "model"], "'notes.txt' is not AnnData"),
+        (["predict", "query.h5ad", "-m", "model", "--quantile", "0.5", "--decoding", "greedy"], "quantiles"),
+        (["demo", "--n-spots", "3"], "--n-spots"),
+        (["calibrate", "query.h5ad", "-m", "model"], "--out"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(trained, refusal, tmp_path, arguments, message):
+    (tmp_path / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, error = refusal(*arguments)
+    assert code == 2 and out == "" and "Traceback" not in error
+    assert len(own_line(error)) == 1 and message in own_line(error)[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "absent.h5ad", "-o", "out.csv"], "--out must end in .h5ad or .zarr"),
+        (["predict", "absent.h5ad", "-o", ""], "the path is empty"),
+        (["predict", "absent.h5ad", "-o", "folder.h5ad"], "'folder.h5ad' is a directory, and a file is to be written"),
+        (["predict", "absent.h5ad", "-o", "file.zarr"], "'file.zarr' is a file, and a directory is to be written"),
+        (["predict", "absent.h5ad", "-o", "notes.txt/out.h5ad"], "notes.txt', which is a file"),
+        (["predict", "absent.h5ad", "-o", "link.h5ad"], "'link.h5ad' is there already and is not replaced"),
+        (["predict", "link.h5ad", "-o", "query.h5ad"], "'query.h5ad' is the input 'link.h5ad' itself"),
+        (["predict", "query.zarr", "-o", "query.zarr"], "'query.zarr' is the input 'query.zarr' itself"),
+        (["predict", "query.zarr", "-o", "query.zarr/obs/out.zarr"], "lies in the input 'query.zarr'"),
+        (["predict", "query.h5ad", "-m", "model", "-o", "model/out.h5ad"], "lies in the input 'model'"),
+        (["predict", "folder.h5ad/q.zarr", "-o", "../."], "--out must end in"),
+        (["predict", "query.h5ad", "-m", "model", "-o", "query.zarr"], "no prediction of histovar is in it"),
+        (["predict", "query.h5ad", "-m", "model", "-o", "/proc/out.h5ad"], "'/proc/out.h5ad' cannot be written"),
+        (["train", "absent.h5ad", "-o", "notes.txt"], "'notes.txt' is a file, and a directory is to be written"),
+        (["train", "absent.h5ad", "-o", "mine"], "'mine' is there already and is not replaced"),
+        (["train", "absent.h5ad", "-o", "out.h5ad"], "must not end in .h5ad"),
+        (["train", "mine/in.h5ad", "-o", "mine"], "'mine' contains the input 'mine/in.h5ad'"),
+        (["train", "--dataset", "mine", "-o", "mine/model"], "lies in the input 'mine'"),
+        (["evaluate", "absent.h5ad", "-o", "out.tsv"], "--out must end in .csv"),
+        (["evaluate", "absent.h5ad", "-o", "mine/table.csv"], "it is not a table of scores"),
+        (["demo", "-o", "mine"], "'mine' is there already and is not replaced"),
+        (["calibrate", "absent.h5ad", "-m", "model", "-o", "model/new"], "lies in the input 'model'"),
+    ],
+)
+def test_outputs_are_checked_before_any_work(trained, refusal, tmp_path, arguments, message):
+    (tmp_path / "folder.h5ad").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link.h5ad").symlink_to("query.h5ad")
+    for name, text in (("file.zarr", ""), ("notes.txt", "mine"), ("mine/table.csv", "gene,pearson\n")):
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, error = refusal(*arguments)
+    assert code == 2 and out == ""
+    assert len(own_line(error)) == 1 and message in own_line(error)[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_embedding_is_guessed_only_where_there_is_one(refusal, training, tmp_path):
+    training.obsm["X_uni"] = training.obsm["X_histology"]
+    training.write_h5ad(tmp_path / "in.h5ad")
+    assert "['X_histology', 'X_uni']; say which to use with --use-rep KEY" in " ".join(
+        own_line(refusal("train", "in.h5ad")[2])
+    )
+    del training.obsm["X_uni"], training.obsm["X_histology"]
+    training.write_h5ad(tmp_path / "in.h5ad")
+    assert "--use-rep: no embeddings found" in refusal("train", "in.h5ad")[2]
+
+
+def test_a_panel_of_another_number_is_refused(refusal, prepared, tmp_path):
+    prepared.write_h5ad(tmp_path / "in.h5ad")
+    (line,) = own_line(refusal("train", "in.h5ad", "--n-genes", "20")[2])
+    assert "--n-genes 20: the file has a panel of 30 genes already, in var['histovar_panel']" in line
+
+
+def test_a_card_cannot_write_to_the_terminal(trained, capsys):
+    card = json.loads(Path("model/model.json").read_text())
+    card["registry"]["units"] = "\x1b]0;owned\x07\n\u202e"
+    card["version"] = "\x1b[31m"
+    Path("model/model.json").write_text(json.dumps(card))
+    run_app("info", "model")
+    out = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07\\n\\u202e" in out and all(c.isprintable() for c in out.replace("\n", ""))
+    del card["config"]["scales"]
+    Path("model/model.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="model.json of 'model' is damaged"):
+        run_app("info", "model")
+
+
+def test_choices_are_those_of_python():
+    assert set(DecodingChoice) == set(get_args(Mode)) and set(PrecisionChoice) == set(get_args(Precision))
+
+
+def test_interrupted_training_says_so(tmp_path):
+    command = [sys.executable, "-c", "from histovar.cli import main; main()", "demo", "--n-spots", "2000"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    log = ""
+    while "gene scales" not in log:  # what comes next is training
+        line = running.stderr.readline()
+        assert line, log
+        log += line
+    running.send_signal(signal.SIGINT)
+    out, error = running.communicate(timeout=120)
+    assert running.returncode == 130 and out == "" and own_line(error) == ["histovar: interrupted"]
+
+
+def test_torch_is_imported_after_its_threads_are_told_to_sleep():
+    code = "import sys, histovar.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_lightning_does_not_swallow_ctrl_c(prepared):
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *arguments):
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        hv.tl.train_stage1(prepared.copy(), callbacks=[Interrupt()], **QUICK)
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -39,7 +39,7 @@ class Normalization:
     kind
         ``"log1p"`` of normalised counts, ``"counts"``, or other ``"values"``.
     target_sum
-        Counts that every spot was normalised to, over all genes of the object; NaN where that is not so.
+        Counts that every spot was normalised to, over all genes of the object; 0 where that is not so.
     n_genes
         Genes of the object.
     panel_low, panel_median, panel_high
@@ -64,8 +64,7 @@ class Normalization:
     def units(self) -> str:
         """The units in words."""
         if self.kind == "log1p":
-            known = np.isfinite(self.target_sum)
-            return f"log1p(counts per {self.target_sum:,.0f})" if known else "log1p(normalised counts)"
+            return f"log1p(counts per {self.target_sum:,.0f})" if self.target_sum else "log1p(normalised counts)"
         return self.kind
 
     def plain(self) -> dict[str, Any]:
@@ -94,8 +93,8 @@ class Normalization:
         Raises
         ------
         ValueError
-            If the kinds, or the counts a spot is normalised to, differ; if values are no logarithms as those of training
-            are; if the object has the panel's genes alone and was normalised over them, where training had more; or if
+            If the kinds, or the counts a spot is normalised to, differ; if values are no logarithms where in training
+            they were; if the object has the panel's genes alone and was normalised over them, where training had more; or if
             the panel's total is several times as large or small as in training.
         """
         if trained is None:
@@ -106,8 +105,11 @@ class Normalization:
         )
         if "counts" in (self.kind, trained.kind) and self.kind != trained.kind:
             raise ValueError(f"{what} holds {self.units}, the model was trained on {trained.units}; {mend}")
-        both = np.isfinite(self.target_sum) and np.isfinite(trained.target_sum)
-        if both and abs(self.target_sum - trained.target_sum) > 5 * SAME_SUM * trained.target_sum:
+        if (
+            self.target_sum
+            and trained.target_sum
+            and abs(self.target_sum - trained.target_sum) > 5 * SAME_SUM * trained.target_sum
+        ):
             raise ValueError(
                 f"{what} is normalised to {self.target_sum:,.0f} counts a spot, that of training to "
                 f"{trained.target_sum:,.0f}; {mend}"
@@ -116,7 +118,7 @@ class Normalization:
             raise ValueError(f"{what} holds no logarithms, the model was trained on {trained.units}; {mend}")
         if self.kind == "counts" or self.logarithms != trained.logarithms or not self.panel_median > 0:
             return  # the depth of counts differs between sections
-        if np.isfinite(self.target_sum) and self.panel_only and not trained.panel_only:
+        if self.target_sum and self.panel_only and not trained.panel_only:
             raise ValueError(
                 f"{what} is normalised over the panel's {self.n_genes} genes alone, that of training over "
                 f"{trained.n_genes}: the values cannot be compared; {mend}"
@@ -181,12 +183,12 @@ class SpotTotals(NamedTuple):
             If ``"lognorm"`` holds counts.
         """
         logarithms = self.largest <= LARGEST_LOG
-        kind, target = "values", float("nan")
+        kind, target = "values", 0.0
         if self.integers and self.largest > 0:
             kind, logarithms = "counts", False
         elif logarithms:
             filled = self.linear[self.linear > 0]
-            middle = float(np.median(filled)) if len(filled) else float("nan")
+            middle = float(np.median(filled)) if len(filled) else 0.0
             if len(filled) and np.abs(filled - middle).max() <= SAME_SUM * middle:
                 kind, target = "log1p", float(f"{middle:.4g}")
             elif layer == LOGNORM:

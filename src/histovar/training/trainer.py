@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
+from rich import get_console
 
 from histovar._memory import keep_freed_memory
 
@@ -206,6 +209,20 @@ def seeded(random_state: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt; Lightning makes it SystemExit, and ignores further ones."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
 def fit(
     module: LightningModule,
     train: Spots,
@@ -247,7 +264,7 @@ def fit(
     if averaging:
         callbacks.append(EMAWeightAveraging(decay=options.averaging_decay, use_buffers=False))
     if options.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(RichProgressBar(console_kwargs={"stderr": get_console().stderr}))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
         directory = options.checkpoint_dir if resumable and options.checkpoint_dir else scratch
         if monitor:
@@ -279,7 +296,8 @@ def fit(
         loader = train_loader(train, options.batch_size, options.random_state, trainer.world_size, trainer.global_rank)
         watched = None if validation is None else validation_loader(validation, options.batch_size)
         checkpoint = options.resume_from if resumable else None
-        trainer.fit(module, loader, watched, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        with interruptible():
+            trainer.fit(module, loader, watched, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         keeper = trainer.checkpoint_callback
         if isinstance(keeper, ModelCheckpoint) and keeper.best_model_path:
             best = torch.load(keeper.best_model_path, map_location="cpu", weights_only=True)

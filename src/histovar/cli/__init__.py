@@ -1,0 +1,86 @@
+"""The command line: one command a file, each a thin layer over the function of the same name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from .calibrate import calibrate
+from .demo import demo
+from .evaluate import evaluate
+from .info import info
+from .predict import predict
+from .text import printable
+from .train import train
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="histovar",
+    help="Predict spatial gene expression from H&E histology, with uncertainty, in AnnData files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (train, predict, calibrate, evaluate, demo, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; errors of the user are one line and exit code 2, Ctrl-C is exit code 130.
+
+    Results go to standard output, progress and logs to standard error.
+    """
+    try:
+        _prepare()
+        program = typer.main.get_command(app)
+        # Not program.main(), which takes KeyboardInterrupt for success and EOFError for KeyboardInterrupt.
+        with program.make_context("histovar", sys.argv[1:]) as context:
+            program.invoke(context)
+    except KeyboardInterrupt:
+        typer.echo("histovar: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except MemoryError as error:
+        _refuse(f"not enough memory ({error})")
+    except EOFError as error:
+        _refuse(f"the input ends too early ({error})")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        _refuse(str(text))
+    except Exception as error:  # click's own usage errors, whose class typer does not export
+        show = getattr(error, "format_message", None)
+        if show is None:
+            raise
+        message = show()
+        sys.exit(2) if not message.strip() else _refuse(message)
+
+
+def _prepare() -> None:
+    """Let idle threads sleep, and send logs and progress to standard error."""
+    # Before torch is imported: its threads would otherwise spin while they wait, and two programs on the same cores
+    # take turns at spinning.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    import rich
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    rich.reconfigure(stderr=True)
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    package = logging.getLogger("histovar")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"histovar: {printable(' '.join(message.split()))}", err=True)
+    sys.exit(2)

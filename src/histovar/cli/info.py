@@ -1,0 +1,43 @@
+"""``histovar info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import path_of
+from .text import printable
+
+
+def info(model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)]) -> None:
+    """Say what a saved model was trained on and what it needs."""
+    from histovar.model.checkpoint import read_card
+
+    card = read_card(model)
+    try:
+        lines = _summary(card)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"model.json of {str(model)!r} is damaged ({error!r}); save the model again") from None
+    for name, value in lines.items():
+        typer.echo(f"{name:>15}  {printable(str(value))}")
+
+
+def _summary(card: dict[str, Any]) -> dict[str, Any]:
+    registry, config = card["registry"], card["config"]
+    genes = registry.get("genes", [])
+    calibration = registry.get("calibration")
+    return {
+        "written by": f"histovar {card['version']}, format {card['format_version']}",
+        "stages": ", ".join(map(str, card["stages"])),
+        "genes": f"{len(genes)}: {', '.join(genes[:6])}{', ...' * (len(genes) > 6)}",
+        "units": registry.get("units"),
+        "scales": config["scales"],
+        "codebook": f"{config['codebook_size']} x {config['codebook_dim']}",
+        "embeddings": dict(zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)),
+        "neighbourhoods": config["n_neighbors"],
+        "covariates": list(registry.get("covariates", {})),
+        "trained on": f"stage 1 {registry.get('sections_stage1')}, stage 2 {registry.get('sections_stage2')}",
+        "calibrated on": f"{calibration['n_spots']} spots of {calibration['sections']}" if calibration else "nothing",
+    }

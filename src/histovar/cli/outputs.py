@@ -1,0 +1,166 @@
+"""Checks of --out before any work, and writing in such a way that no half-written file is left."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+DATA_SUFFIXES = (".h5ad", ".zarr")
+# What evaluate writes of every gene, and predict into uns.
+SCORES = {"pearson", "spearman", "mse", "mae", "crps", "coverage", "constant"}
+RECORD = {"genes", "units", "params", "version"}
+
+
+def check_data(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a file of predictions that cannot be written, or must not be.
+
+    Parameters
+    ----------
+    out
+        What --out is.
+    inputs
+        What the command reads, which must stay as it is.
+
+    Raises
+    ------
+    ValueError
+        With the reason.
+    """
+    if out.suffix not in DATA_SUFFIXES:
+        raise ValueError(f"--out must end in .h5ad or .zarr, got {str(out)!r}")
+    _check_place(out, inputs, directory=out.suffix == ".zarr")
+    if out.exists() and not _holds_prediction(out):
+        _refuse_replacing(out, "no prediction of histovar is in it")
+
+
+def check_model(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a model directory that cannot be written, or must not be; see :func:`check_data`."""
+    if out.suffix in (*DATA_SUFFIXES, ".csv"):
+        raise ValueError(f"--out is the model's directory, which must not end in {out.suffix}; got {str(out)!r}")
+    _check_place(out, inputs, directory=True)
+    if out.exists() and any(out.iterdir()) and not _holds_model(out):
+        _refuse_replacing(out, "it is neither empty nor a model of histovar")
+
+
+def check_scores(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a table of scores that cannot be written, or must not be; see :func:`check_data`."""
+    if out.suffix != ".csv":
+        raise ValueError(f"--out must end in .csv, got {str(out)!r}")
+    _check_place(out, inputs, directory=False)
+    if out.exists() and not _holds_scores(out):
+        _refuse_replacing(out, "it is not a table of scores of histovar")
+
+
+def check_demo(out: Path) -> None:
+    """Refuse a directory of the demo that cannot be written, or must not be; see :func:`check_data`."""
+    _check_place(out, [], directory=True)
+    if out.exists() and any(out.iterdir()) and not _holds_model(out / "model"):
+        _refuse_replacing(out, "it is neither empty nor of an earlier demo")
+
+
+def _refuse_replacing(out: Path, reason: str) -> None:
+    raise ValueError(f"--out: {str(out)!r} is there already and is not replaced, as {reason}; give another --out")
+
+
+def _check_place(out: Path, inputs: Iterable[Path], *, directory: bool) -> None:
+    """Refuse the wrong kind of what is there, a path below a file, inputs, and places that cannot be written to."""
+    if out.exists() and out.is_dir() != directory:
+        there, wanted = ("directory", "file") if out.is_dir() else ("file", "directory")
+        raise ValueError(f"--out: {str(out)!r} is a {there}, and a {wanted} is to be written; give another --out")
+    place = out.resolve()
+    for path in inputs:
+        _check_apart(out, place, path)
+    ancestor = next(parent for parent in place.parents if parent.exists())
+    if not ancestor.is_dir():
+        raise ValueError(f"--out: {str(out)!r} lies below {str(ancestor)!r}, which is a file")
+    try:
+        with tempfile.TemporaryFile(dir=place if place.is_dir() else ancestor):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out: {str(out)!r} cannot be written ({error.strerror or error})") from None
+    if place.is_file() and not os.access(place, os.W_OK):
+        raise ValueError(f"--out: {str(out)!r} cannot be replaced, it is write-protected")
+
+
+def _check_apart(out: Path, place: Path, path: Path) -> None:
+    other = path.resolve()
+    same = place == other or (place.exists() and other.exists() and place.samefile(other))
+    relation = "is" if same else "contains" if place in other.parents else "lies in" if other in place.parents else ""
+    if relation:
+        what = f"the input {str(path)!r}" + " itself" * same
+        raise ValueError(f"--out: {str(out)!r} {relation} {what}; give another --out")
+
+
+def _holds_model(path: Path) -> bool:
+    from histovar.model.checkpoint import CARD, read_card
+
+    if not (path / CARD).is_file():
+        return False
+    try:
+        read_card(path)
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
+def _holds_prediction(path: Path) -> bool:
+    """Whether ``uns`` has the record of a prediction; nothing else is read."""
+    import h5py
+    import zarr
+
+    try:
+        if path.is_dir():
+            return _has_record(zarr.open_group(path, mode="r"))
+        with h5py.File(path, "r") as store:
+            return _has_record(store)
+    except (OSError, KeyError, ValueError, TypeError):
+        return False
+
+
+def _has_record(store: Any) -> bool:
+    entries = store["uns"]
+    return any(hasattr(entries[key], "keys") and set(entries[key].keys()) >= RECORD for key in entries)
+
+
+def _holds_scores(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = file.readline()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return set(header.strip().split(",")) >= SCORES
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A path to write to beside `out`, which takes its place when all is written; parent directories are made.
+
+    Parameters
+    ----------
+    out
+        File or directory; what is there is replaced.
+    """
+    place = out.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".histovar_", dir=place.parent) as scratch:
+        written = Path(scratch) / place.name
+        yield written
+        if place.is_dir():
+            place.rename(Path(scratch) / "replaced")
+        written.replace(place)
+
+
+def write_data(adata: AnnData, out: Path) -> None:
+    """Write an object as .h5ad or .zarr, as the suffix says."""
+    with replacing(out) as written:
+        if out.suffix == ".zarr":
+            adata.write_zarr(written)
+        else:
+            adata.write_h5ad(written)

@@ -93,9 +93,9 @@ class Normalization:
         Raises
         ------
         ValueError
-            If the kinds, or the counts a spot is normalised to, differ; if values are no logarithms where in training
-            they were; if the object has the panel's genes alone and was normalised over them, where training had more; or if
-            the panel's total is several times as large or small as in training.
+            If the kinds, or the counts a spot is normalised to, differ; if training had logarithms and these are none;
+            if the object has the panel's genes alone and was normalised over them, where training had more; or if the
+            panel's total is several times as large or small as in training.
         """
         if trained is None:
             return

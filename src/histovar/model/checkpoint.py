@@ -98,11 +98,16 @@ def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2))
             )
         if locked:
             _finish_interrupted(path)
-        for stage, content in contents.items():
-            with atomic_file(_hidden(path, stage, weights[stage])) as file:
-                file.write_bytes(content)
-        with atomic_file(path / CARD) as file:
-            file.write_text(card_text(card))
+        try:
+            for stage, content in contents.items():
+                with atomic_file(_hidden(path, stage, weights[stage])) as file:
+                    file.write_bytes(content)
+            with atomic_file(path / CARD) as file:
+                file.write_text(card_text(card))
+        except OSError:
+            if locked:
+                _finish_interrupted(path)  # a full disk has no room for what is not used
+            raise
         for stage in contents:
             # Without a lock another process may have saved meanwhile, and found leftovers.
             if _hidden(path, stage, weights[stage]).exists():

@@ -149,9 +149,12 @@ def test_files_of_the_user_stay(model, tmp_path):
         model.save(other / "model.json")
 
 
-def test_interrupted_saves_leave_the_old_or_the_new(model, loaded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_interrupted_saves_leave_the_old_or_the_new(has_locks, model, loaded, tmp_path, monkeypatch):
     """The process is stopped at every rename and every flush in turn."""
     path = tmp_path / "m"
+    if not has_locks:
+        monkeypatch.setattr(_atomic, "_try_lock", lambda *_: False)
     with torch.no_grad():
         loaded.stage2.calibration.spread.mul_(2)
     spreads = [m.stage2.calibration.spread.clone() for m in (model, loaded)]
@@ -176,7 +179,8 @@ def test_interrupted_saves_leave_the_old_or_the_new(model, loaded, tmp_path, mon
             assert any(torch.equal(again.stage2.calibration.spread, spread) for spread in spreads)
             assert verify(path) == json.loads((path / "model.json").read_text())["sha256"]
     loaded.save(path)
-    assert sorted(f.name for f in path.iterdir()) == ["model.json", "stage1.safetensors", "stage2.safetensors"]
+    names = sorted(f.name for f in path.iterdir() if has_locks or not f.name.startswith("."))
+    assert names == ["model.json", "stage1.safetensors", "stage2.safetensors"]
 
 
 def test_leftovers_are_removed_and_never_loaded(model, tmp_path):
@@ -271,7 +275,7 @@ def test_weights_that_are_not_finite_are_refused(loaded, tmp_path):
         ("n_layers", 10**12),
         ("n_layers", 10**9),
         ("codebook_dim", 10**6),
-        ("codebook_size", 2**18),
+        ("codebook_size", 2**16),
         ("n_pcs", 10**9),
         ("width", 4 * 10**6),
         ("embedding_dims", [16] * 10**5),
@@ -297,8 +301,8 @@ CORRUPTIONS = [DELETED, None, -1, 0, 10**18, float("nan"), "text", [], {}, [[]],
 
 
 def fields_of(value, path=()):
-    """Every field of a card, and the first two values of every list."""
-    items = value.items() if isinstance(value, dict) else list(enumerate(value))[:2] if isinstance(value, list) else ()
+    """Every field of a card, and the first value of every list."""
+    items = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
     for name, item in items:
         yield (*path, name)
         yield from fields_of(item, (*path, name))
@@ -325,6 +329,7 @@ def test_no_corrupted_card_is_half_believed(version, model, query, tmp_path):
     else:
         model.save(path)
     card = json.loads((path / "model.json").read_text())
+    few = query[:20].copy()
     n_refused = n_whole = 0
     for field in fields_of(card):
         for value in CORRUPTIONS:
@@ -340,7 +345,7 @@ def test_no_corrupted_card_is_half_believed(version, model, query, tmp_path):
                 assert "\n" not in str(error) and len(str(error)) < 1000, error
                 n_refused += 1
                 continue
-            made = hv.tl.predict(query, again, **KEYS, copy=True)
+            made = hv.tl.predict(few, again, **KEYS, copy=True)
             assert np.isfinite(made.obsm["histovar"]).all(), (field, value)
             n_whole += 1
     assert n_refused > 5 * n_whole

@@ -56,7 +56,7 @@ Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Key = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Stage = Literal[1, 2]
 
@@ -75,7 +75,7 @@ class ConfigCard(_Fields):
     components: list[Count]
     residual: bool
     # Codes are compared with each other: more would take longer than any training.
-    codebook_size: Annotated[int, Field(ge=1, le=2**18)]
+    codebook_size: Annotated[int, Field(ge=1, le=2**16)]
     codebook_dim: Count
     codebook_update: Literal["ema", "gradient"]
     codebook_decay: Annotated[float, Field(gt=0, lt=1)]
@@ -414,7 +414,7 @@ def _check(card: dict[str, Any], where: str) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(_short(part).strip("'") for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").split(" or instance of ")[0]
         if field:
             value = f", got {_short(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
             message = f"{field}: {message[:1].lower()}{message[1:]}{value}"

@@ -233,6 +233,7 @@ def _read_stage(path: Path, stage: int, card: Mapping[str, Any], config: ModelCo
     return state
 
 
+@in_float32
 def verify(path: Path) -> str:
     """Check that a saved model is whole: its card, and that the weights are those it was saved with.
 

@@ -16,7 +16,7 @@ from .config import ModelConfig
 # Principal components of the spots in which genes are clustered; 16 to 32 carry what histology can tell.
 N_PROFILE_COMPONENTS = 24
 # Genes whose windows are made at once.
-GENES_AT_ONCE = 512
+GENES_AT_ONCE = 64
 
 
 def group_genes(

@@ -118,7 +118,7 @@ def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> d
     except SafetensorError as error:
         raise ValueError(f"{where} is truncated or damaged ({error}); save the model again") from None
     except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"{where} does not fit the configuration ({error})") from None
+        raise ValueError(f"{where} does not fit the configuration ({str(error).splitlines()[0]})") from None
     # What an earlier format did not have starts as in a new module.
     state = _from_older(state, implied, stage, version)
     missing = [name for name, tensor in state.items() if tensor.is_meta]
@@ -141,7 +141,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> No
     try:
         module.load_state_dict(state)
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f"path: {str(file)!r} does not fit the configuration ({error})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"path: {str(file)!r} does not fit the configuration ({reason})") from None
 
 
 def _module(stage: int, config: ModelConfig) -> nn.Module:
@@ -222,11 +223,11 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
 def _check_indices(state: Mapping[str, Tensor], stage: int, config: ModelConfig, where: str) -> None:
     """Refuse numbers of groups and tokens that there are not."""
     if stage == 1:
-        sizes = torch.tensor(config.scales)[:, None]
-        name, tensor, low, high = "scales.groups", state["scales.groups"], 0, sizes
+        name, tensor, low = "scales.groups", state["scales.groups"], 0
+        high = tensor.new_tensor(config.scales)[:, None]
     else:
         name, tensor, low = "transformer.parents", state["transformer.parents"], -1
-        coarser = torch.tensor([0, *config.scales[:-1]])
-        high = coarser.repeat_interleave(torch.tensor(config.scales))
+        coarser = tensor.new_tensor([0, *config.scales[:-1]])
+        high = coarser.repeat_interleave(tensor.new_tensor(config.scales))
     if bool(((tensor < low) | (tensor >= high)).any()):
         raise ValueError(f"{where}: {name} holds numbers out of range; save the model again")

@@ -18,6 +18,8 @@ NEVER = -1e4
 CODES_AT_ONCE = 64
 # Logits that are held at once: few enough to stay in cache and in reused memory.
 LOGITS_AT_ONCE = 2**20
+# Distances between codes that are held at once.
+DISTANCES_AT_ONCE = 2**22
 # Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
 GATE_ERRORS = 2.0
 
@@ -136,13 +138,17 @@ class TokenHead(nn.Module):
         Should another be a target, as it can be of spots that stage 1 was not trained on, the one of nearest value that
         is used stands in for it.
         """
+        if self.gate.is_meta:  # without values, for its shapes alone
+            return
         dim = self.config.codebook_dim
         for k, c in enumerate(self.config.components):
             codes, log_weight = getattr(self, f"codes_{k}"), getattr(self, f"log_weight_{k}")
             in_use = log_weight > NEVER
             used, values = torch.nonzero(in_use)[:, 0], codes[:, dim : dim + c]
             stand_in = torch.arange(len(codes), device=codes.device)
-            stand_in[~in_use] = used[torch.cdist(values[~in_use], values[used]).argmin(1)]
+            at_once = max(1, DISTANCES_AT_ONCE // max(1, len(used)))
+            nearest = [torch.cdist(part, values[used]).argmin(1) for part in values[~in_use].split(at_once)]
+            stand_in[~in_use] = used[torch.cat(nearest)]
             setattr(self, f"stand_in_{k}", stand_in)
             n_filling = -len(used) % CODES_AT_ONCE
             setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))

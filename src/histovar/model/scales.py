@@ -15,6 +15,8 @@ from .config import ModelConfig
 
 # Principal components of the spots in which genes are clustered; 16 to 32 carry what histology can tell.
 N_PROFILE_COMPONENTS = 24
+# Genes whose windows are made at once.
+GENES_AT_ONCE = 64
 
 
 def group_genes(
@@ -151,11 +153,14 @@ class GeneScales(nn.Module):
     def _set_windows(self) -> None:
         """Windows of the gene order: adaptive average pooling, and linear interpolation back to the genes."""
         n_genes = self.config.n_genes
-        identity = torch.eye(n_genes)
         for k, n in enumerate(self.config.scales):
             self.groups[k] = torch.arange(n_genes) * n // n_genes
             if k < len(self.config.scales) - 1:
-                getattr(self, f"pool_{k}").copy_(nn.functional.adaptive_avg_pool1d(identity[:, None], n)[:, 0])
+                pool = getattr(self, f"pool_{k}")
+                for start in range(0, n_genes, GENES_AT_ONCE):
+                    genes = pool[start : start + GENES_AT_ONCE]
+                    each = torch.eye(len(genes), n_genes).roll(start, 1)
+                    genes.copy_(nn.functional.adaptive_avg_pool1d(each[:, None], n)[:, 0])
                 even = n_genes % n == 0
                 how = {"mode": "nearest"} if even else {"mode": "linear", "align_corners": False}
                 spread = nn.functional.interpolate(torch.eye(n)[:, None], n_genes, **how)[:, 0]

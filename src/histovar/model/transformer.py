@@ -240,7 +240,7 @@ class GeneVARTransformer(nn.Module):
         # Of every token: how many it attends to, and where the scale of its parent starts.
         seen = torch.tensor([block.n_seen for block in self.blocks for _ in range(block.start, block.stop)])
         starts = torch.tensor([0, 0, *config.scales]).cumsum(0)[:-2]
-        offsets = starts.repeat_interleave(torch.tensor(config.scales))
+        offsets = starts.repeat_interleave(torch.tensor(config.scales), output_size=config.n_tokens)
         self.register_buffer("n_seen", seen, persistent=False)
         self.register_buffer("offsets", offsets, persistent=False)
 

@@ -88,15 +88,30 @@ class TwoStageVARST(nn.Module):
         ValueError
             If it is not, or has no ``embedding_dims``.
         """
-        fixed = ("n_genes", "scales", "components", "residual", "codebook_size", "codebook_dim", "encoder_hidden")
-        differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
-        if differing:
-            raise ValueError(f"config: {differing} differ from the trained stage 1; train stage 1 again, or leave them")
+        self.check_stage1(config)
         if not config.embedding_dims:
             raise ValueError("config: embedding_dims is empty; stage 2 needs the width of at least one embedding")
         self.config = self.stage1.config = config
         self.stage2 = VARStage(config).to(self.device)
         self.stage2.transformer.parents.copy_(self.stage1.scales.parents())
+
+    def check_stage1(self, config: ModelConfig) -> None:
+        """Refuse a configuration whose stage 1 is not of this model's shape.
+
+        Parameters
+        ----------
+        config
+            A configuration.
+
+        Raises
+        ------
+        ValueError
+            Naming the fields that differ.
+        """
+        fixed = ("n_genes", "scales", "components", "residual", "codebook_size", "codebook_dim", "encoder_hidden")
+        differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if differing:
+            raise ValueError(f"config: {differing} differ from the trained stage 1; train stage 1 again, or leave them")
 
     @property
     def device(self) -> torch.device:
@@ -383,12 +398,23 @@ class TwoStageVARST(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the model to a directory: weights as safetensors, all else as JSON.
 
-        In a distributed run, the first process does.
+        In a distributed run, the first process does. A model that is there is replaced in one step: killed at any
+        moment, a save leaves the old one or the new one. Other files in the directory stay.
 
         Parameters
         ----------
         path
             Directory, made if absent.
+
+        Raises
+        ------
+        NotADirectoryError
+            If there is a file of that name.
+        ValueError
+            If a weight is not finite, if :attr:`registry` is not plain, or if there is a ``model.json`` of something
+            else.
+        OSError
+            If the disk is full or writing is refused; the earlier model is as it was.
         """
         from .checkpoint import save_model
 
@@ -413,7 +439,8 @@ class TwoStageVARST(nn.Module):
         FileNotFoundError
             If there is no such directory, or a file is missing from it.
         ValueError
-            If it is not a model, is truncated, or was written in a newer format.
+            If it is not a model, or was written in a newer format; if its card or its weights are truncated, damaged or
+            edited, do not belong together, or hold values that are not finite.
         """
         from .checkpoint import load_model
 
@@ -422,13 +449,26 @@ class TwoStageVARST(nn.Module):
     def save_stage(self, path: str | Path, stage: Literal[1, 2]) -> None:
         """Write one stage to a directory, in the format of :meth:`save`.
 
+        Where the directory holds the other stage, of a model with the same stage 1, that stage is kept, and the two
+        make a whole model. The same stage is replaced.
+
         Parameters
         ----------
         path
             Directory, made if absent.
         stage
             1 or 2.
+
+        Raises
+        ------
+        ValueError
+            If the directory holds the other stage of a model with another stage 1; if the model has no such stage; and
+            where :meth:`save` raises it.
+        OSError
+            As :meth:`save`.
         """
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {stage!r}")
         from .checkpoint import save_model
 
         save_model(self, Path(path), stages=(stage,))

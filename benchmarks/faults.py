@@ -1,0 +1,332 @@
+"""What becomes of saved models under kills, damage, hostile cards, several writers and full disks.
+
+    python benchmarks/faults.py            # all parts
+    python benchmarks/faults.py --smoke    # a tenth of the cases, to see that it runs
+    python benchmarks/faults.py --only cards kills
+
+Prints a table: of how many cases the model was whole (it loads as one that was saved, and predicts), was refused (one
+line of ValueError or FileNotFoundError), or went wrong (any other error, a mixture, a failed prediction, more than ten
+seconds, an earlier model that is lost). Ends with status 1 if anything went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anndata import AnnData
+
+import histovar as hv
+from histovar.model.card import content_digest
+from histovar.model.checkpoint import verify
+
+PARTS = ("cards", "kills", "flips", "truncations", "writers", "full-disk")
+MOST_SECONDS = 10
+# A model of format 1, without checksums, where the repository is there.
+OLD_MODEL = Path(__file__).parents[1] / "tests" / "data" / "model-0.1.0"
+KEYS = {"use_rep": "X_histology", "spatial_key": "spatial", "library_key": "section"}
+
+DELETED = object()
+DEEP: Any = "deep"
+for _ in range(200):
+    DEEP = [DEEP]
+CORRUPTIONS = {
+    "deleted": DELETED,
+    "null": None,
+    "negative": -1,
+    "zero": 0,
+    "huge": 10**12,
+    "beyond 64 bits": 10**30,
+    "huge float": 1e300,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "fraction": 0.5,
+    "true": True,
+    "text": "text",
+    "empty text": "",
+    "NUL": "a\0b",
+    "list": [1, 2],
+    "empty list": [],
+    "long list": [1] * 10_000,
+    "dictionary": {"a": 1},
+    "empty dictionary": {},
+    "nested": DEEP,
+}
+
+
+class Setting:
+    """Two models with the same stage 1, a section to predict, and what the first predicts of it."""
+
+    def __init__(self, scratch: Path, rng: np.random.Generator) -> None:
+        self.scratch, self.rng = scratch, rng
+        adata = hv.datasets.simulate(4, 60, 40, embedding_dim=16, random_state=1)
+        held_out = adata.obs["section"] == "S4"
+        self.query: AnnData = adata[held_out].copy()
+        training = adata[~held_out].copy()
+        hv.pp.gene_panel(training, n_genes=30)
+        config = hv.ModelConfig.default(
+            30,
+            scales=(1, 4, 10, 30),
+            components=(2, 1, 1, 1),
+            encoder_hidden=(16, 16, 16, 16),
+            codebook_size=128,
+            codebook_dim=16,
+            n_neighbors=(4, 8),
+            n_pcs=8,
+            width=32,
+            feedforward=64,
+            n_members=3,
+            prior_hidden=32,
+        )
+        options = {"use_rep": "X_histology", "library_key": "section", "config": config, "max_epochs": 1}
+        self.models = [hv.tl.train(training.copy(), random_state=0, **options, enable_progress_bar=False)]
+        self.models[0].save(scratch / "first")
+        self.models.append(hv.TwoStageVARST.load(scratch / "first"))
+        with torch.no_grad():
+            self.models[1].stage2.calibration.spread.mul_(2)  # type: ignore[union-attr]
+        self.models[1].save(scratch / "second")
+        self.digests = [verify(scratch / name) for name in ("first", "second")]
+        self.expected = self.predict(self.models[0])
+
+    def fresh(self, name: str) -> Path:
+        """A directory with the first model and a file of the user."""
+        path = self.scratch / name
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(self.scratch / "first", path)
+        (path / "notes.txt").write_text("of the user")
+        return path
+
+    def predict(self, model: hv.TwoStageVARST) -> np.ndarray:
+        """Mean expression of the held-out section, (n_spots, n_genes)."""
+        return np.asarray(hv.tl.predict(self.query, model, **KEYS, copy=True).obsm["histovar"])  # type: ignore
+
+    def outcome(self, path: Path, *, same: bool = False) -> str:
+        """What becomes of the model at a path; `same`: it must predict as the first does."""
+        start = time.monotonic()
+        try:
+            model = hv.TwoStageVARST.load(path)
+        except (ValueError, FileNotFoundError) as error:
+            lines = str(error).splitlines()
+            return "refused" if len(lines) == 1 and time.monotonic() - start < MOST_SECONDS else f"refused in {lines}"
+        except BaseException as error:  # noqa: BLE001
+            return f"load: {error!r}"
+        try:
+            made = self.predict(model)
+        except BaseException as error:  # noqa: BLE001
+            return f"predict: {error!r}"
+        if time.monotonic() - start > MOST_SECONDS:
+            return "slow"
+        if not np.isfinite(made).all() or (same and not np.array_equal(made, self.expected)):
+            return "predicts otherwise"
+        return "whole"
+
+    def whole_outcome(self, path: Path) -> str:
+        """As :meth:`outcome`, of a directory that one of the two models was saved to."""
+        try:
+            if (path / "notes.txt").exists() and verify(path) not in self.digests:
+                return "a mixture"
+        except (ValueError, FileNotFoundError):
+            return "refused"
+        return self.outcome(path)
+
+
+def fields_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Every field of a card; of lists the first two and the last value."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = [(i, value[i]) for i in sorted({0, 1, len(value) - 1} & set(range(len(value))))]
+    for name, item in items:
+        yield (*path, name)
+        yield from fields_of(item, (*path, name))
+
+
+def corrupted(card: Any, path: tuple, value: Any) -> Any:
+    changed = deepcopy(card)
+    place = changed
+    for name in path[:-1]:
+        place = place[name]
+    if value is DELETED:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return changed
+
+
+def cards(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Every field of a card, wrong in every way."""
+    for what, source, sign in (
+        ("cards, edited", setting.scratch / "first", False),
+        ("cards, edited and signed anew", setting.scratch / "first", True),
+        ("cards of format 1", OLD_MODEL, False),
+    ):
+        if not source.is_dir():
+            yield what, "skipped: not in this installation"
+            continue
+        path = setting.scratch / "card"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(source, path)
+        card = json.loads((path / "model.json").read_text())
+        for field in fields_of(card):
+            for value in CORRUPTIONS.values():
+                if setting.rng.random() < share:
+                    changed = corrupted(card, field, value)
+                    if changed == card:
+                        continue
+                    if sign and field != ("sha256",):
+                        changed["sha256"] = content_digest(changed)
+                    (path / "model.json").write_text(json.dumps(changed))
+                    outcome = setting.outcome(path, same="sha256" in card and not sign)
+                    yield what, outcome if outcome in ("whole", "refused") else f"{field}={str(value)[:20]}: {outcome}"
+
+
+def in_child(function: Callable[[], object]) -> int:
+    """Run a function in a process of its own; its number."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def kills(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Saves over a model, and to a new directory, killed at a random moment."""
+    path = setting.fresh("killed")
+    start = time.monotonic()
+    setting.models[1].save(path)
+    seconds = time.monotonic() - start
+    n_killed = i = 0
+    while n_killed < round(90 * share):
+        i += 1
+        is_new = i % 3 == 0
+        to = setting.scratch / f"new{i}" if is_new else path
+        pid = in_child(lambda model=setting.models[i % 2], to=to: model.save(to))  # type: ignore[misc]
+        time.sleep(setting.rng.uniform(0, 1.1 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        if not os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+            continue  # it was done
+        n_killed += 1
+        outcome = setting.whole_outcome(to)
+        if not is_new and outcome == "refused":
+            outcome = "the earlier model is lost"
+        yield "kills, to a new directory" if is_new else "kills, over a model", outcome
+    setting.models[0].save(path)
+    names = sorted(file.name for file in path.iterdir())
+    if names != ["model.json", "notes.txt", "stage1.safetensors", "stage2.safetensors"]:
+        yield "kills, over a model", f"left {names}"
+
+
+def flips(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """One bit of one file."""
+    for _ in range(round(200 * share)):
+        path = setting.fresh("flipped")
+        file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name != "notes.txt"])
+        content = bytearray(file.read_bytes())
+        content[setting.rng.integers(len(content))] ^= 1 << int(setting.rng.integers(8))
+        file.write_bytes(content)
+        yield f"flips, {file.name}", setting.outcome(path, same=True)
+
+
+def truncations(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """One file, cut."""
+    for _ in range(round(30 * share)):
+        path = setting.fresh("cut")
+        file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name != "notes.txt"])
+        content = file.read_bytes()
+        file.write_bytes(content[: setting.rng.integers(len(content))])
+        yield "truncations", setting.outcome(path)
+
+
+def writers(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Two processes that save to one directory at once, while a third reads."""
+    path = setting.fresh("shared")
+    for _ in range(round(30 * share)):
+        pids = [in_child(lambda model=model: model.save(path)) for model in setting.models]  # type: ignore[misc]
+        outcome = setting.whole_outcome(path)
+        yield "two writers, read meanwhile", outcome if outcome == "whole" else f"read: {outcome}"
+        for pid in pids:
+            os.waitpid(pid, 0)
+        outcome = setting.whole_outcome(path)
+        yield "two writers, afterwards", outcome if outcome == "whole" else f"left: {outcome}"
+
+
+def full_disk(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Saves over a model on a disk that has too little room, a little less each time."""
+    size = sum(file.stat().st_size for file in (setting.scratch / "first").iterdir())
+    disk = setting.scratch / "disk"
+    disk.mkdir(exist_ok=True)
+    for i in range(max(2, round(20 * share))):
+        room = round(size * (1 + 1.2 * i / 20)) + 2**15
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], capture_output=True, check=False
+        )
+        if mounted.returncode:
+            yield "full disk", f"skipped: no tmpfs can be mounted ({mounted.stderr.decode().strip()})"
+            return
+        try:
+            setting.models[0].save(disk / "m")
+            try:
+                setting.models[1].save(disk / "m")
+            except OSError:
+                is_new = False
+            else:
+                is_new = True
+            whole = verify(disk / "m") == setting.digests[is_new]
+            left = [file.name for file in (disk / "m").iterdir() if file.name.startswith(".")]
+            yield "full disk", "whole" if whole and not left else f"left {left}, whole: {whole}"
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="Parts to run.")
+    parser.add_argument("--smoke", action="store_true", help="A tenth of the cases.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # processes are forked
+    functions = dict(zip(PARTS, (cards, kills, flips, truncations, writers, full_disk), strict=True))
+    counts: dict[str, Counter[str]] = {}
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(Path(scratch), np.random.default_rng(options.seed))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for part in options.only:
+            for what, outcome in functions[part](setting, 0.1 if options.smoke else 1.0):
+                kind = outcome if outcome in ("whole", "refused") else "wrong"
+                if outcome.startswith("skipped"):
+                    kind = outcome
+                elif kind == "wrong":
+                    wrong.append(f"{what}: {outcome}")
+                counts.setdefault(what, Counter())[kind] += 1
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{'what':40} {'cases':>6} {'whole':>6} {'refused':>8} {'wrong':>6}")
+    for what, count in counts.items():
+        skipped = [kind for kind in count if kind.startswith("skipped")]
+        numbers = f"{count.total():6} {count['whole']:6} {count['refused']:8} {count['wrong']:6}"
+        print(f"{what:40} {skipped[0] if skipped else numbers}")
+    print(f"peak memory grew by {grown:.0f} MB")
+    print("\n".join(wrong[:40]))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

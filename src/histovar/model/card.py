@@ -1,0 +1,443 @@
+"""The card of a saved model, ``model.json``: what it holds, how it is checked and how earlier formats are read.
+
+A card says what the model is (its configuration), what it was trained on (its registry and history) and which weights
+belong to it (their SHA-256). It is refused unless every field is there, of its type and in its range; what a card says
+is believed only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from histovar._version import __version__
+
+from .config import ModelConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "histovar"
+FORMAT_VERSION = 6
+CARD = "model.json"
+# Bytes. A panel of 40,000 genes and 10,000 sections take some 2 MB.
+LARGEST_CARD = 2**26
+
+# Fields of the configuration that formats brought and took away.
+CONFIG_FIELDS_ADDED = {2: "standardize", 3: "attention_limit", 4: "outline"}
+CONFIG_FIELDS_REMOVED = {5: "softening"}
+# Fields that cards have from this format on.
+CHECKSUMS_SINCE = 6
+
+# What the registry holds of each stage.
+OF_STAGE1 = ("genes", "layer", "units", "library_key", "n_spots_stage1", "sections_stage1", "normalization")
+OF_STAGE2 = (
+    "use_rep",
+    "embedding_dims",
+    "spatial_key",
+    "library_key",
+    "covariates",
+    "n_spots_stage2",
+    "sections_stage2",
+    "images",
+)
+# What models of earlier formats lack, and lack when they are saved again.
+ADDED_TO_REGISTRY = ("normalization", "images")
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+Key = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Stage = Literal[1, 2]
+
+
+class _Fields(BaseModel):
+    """All fields there, none other, nothing converted, all numbers finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ConfigCard(_Fields):
+    """Types and ranges of :class:`ModelConfig`, which checks itself whether they fit together."""
+
+    n_genes: Count
+    scales: list[Count]
+    components: list[Count]
+    residual: bool
+    # Codes are compared with each other: more would take longer than any training.
+    codebook_size: Annotated[int, Field(ge=1, le=2**16)]
+    codebook_dim: Count
+    codebook_update: Literal["ema", "gradient"]
+    codebook_decay: Annotated[float, Field(gt=0, lt=1)]
+    dead_code_threshold: Weight
+    encoder_hidden: list[Count]
+    hierarchical_weight: Weight
+    vq_weight: Weight
+    commitment_weight: Weight
+    embedding_dims: list[Count]
+    n_neighbors: list[Annotated[int, Field(ge=1, le=100_000)]]
+    outline: bool
+    coordinates: bool
+    n_covariates: Number
+    condition: Literal["pca", "mlp"]
+    standardize: Literal["auto", "section", "training"]
+    n_pcs: Count
+    width: Count
+    n_layers: Count
+    n_heads: Count
+    feedforward: Count
+    dropout: Rate
+    order: Literal["scale", "token"]
+    attention_limit: Number
+    style: Literal["modern", "reference"]
+    n_members: Number
+    prior_hidden: Count
+    prior_dropout: Rate
+    prior_input_dropout: Rate
+
+
+class NormalizationCard(_Fields):
+    """How expression was normalised; a `target_sum` that is not known is null."""
+
+    kind: Literal["log1p", "counts", "values"]
+    target_sum: float | None
+    n_genes: Count
+    panel_low: float
+    panel_median: float
+    panel_high: float
+    panel_only: bool
+    logarithms: bool
+
+
+class NumericCovariate(_Fields):
+    """A number, by which it is standardised."""
+
+    mean: float
+    std: Annotated[float, Field(gt=0)]
+
+
+class CategoricalCovariate(_Fields):
+    """A label, one of these."""
+
+    categories: Annotated[list[Text], Field(min_length=1)]
+
+
+class CalibrationCard(_Fields):
+    """The spots that intervals were calibrated on."""
+
+    sections: list[Text]
+    n_spots: Count
+
+
+class RegistryCard(_Fields):
+    """What each stage was trained on: all of a stage's fields, or none where it was trained without AnnData."""
+
+    genes: list[Text] = []
+    layer: Key = "-"
+    units: Text = ""
+    library_key: Text | None = None
+    n_spots_stage1: Count = 1
+    sections_stage1: list[Text] = []
+    normalization: NormalizationCard | None = None
+    use_rep: list[Key] = []
+    embedding_dims: list[Count] = []
+    spatial_key: Key = "-"
+    covariates: dict[Text, NumericCovariate | CategoricalCovariate] = {}
+    n_spots_stage2: Count = 1
+    sections_stage2: list[Text] = []
+    images: dict[Text, dict[Text, float]] = {}
+    calibration: CalibrationCard | None = None
+
+    @property
+    def covariate_width(self) -> int:
+        """Number of encoded covariates."""
+        return sum(len(c.categories) if isinstance(c, CategoricalCovariate) else 1 for c in self.covariates.values())
+
+
+class HistoryCard(_Fields):
+    """A table of training: a row an epoch."""
+
+    columns: list[Text]
+    index: list[int]
+    data: list[list[float | None]]
+
+    @model_validator(mode="after")
+    def _is_table(self) -> HistoryCard:
+        if len(self.data) != len(self.index) or any(len(row) != len(self.columns) for row in self.data):
+            raise ValueError(f"data is not a table of {len(self.index)} rows and {len(self.columns)} columns")
+        return self
+
+
+class ModelCard(_Fields):
+    """A card of the present format, or of an earlier one that :func:`_from_older` has completed."""
+
+    format: Literal["histovar"]
+    format_version: Count
+    version: Text
+    stages: list[Stage]
+    registered: list[Stage] | None = None
+    stage1_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    config: ConfigCard
+    registry: RegistryCard
+    history: dict[Text, HistoryCard] = {}
+    weights: dict[str, Digest] | None = None
+    sha256: Digest | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelCard:
+        is_checked = self.format_version >= CHECKSUMS_SINCE
+        for name in ("registered", "weights", "sha256"):
+            if (getattr(self, name) is None) == is_checked:
+                raise ValueError(f"{name}: " + ("missing" if is_checked else f"not in format {self.format_version}"))
+        for name in ("stage1_fingerprint", "history"):
+            if is_checked and (name not in self.model_fields_set or getattr(self, name) is None):
+                raise ValueError(f"{name}: missing")
+        if not self.stages or self.stages != sorted(set(self.stages)):
+            raise ValueError(f"stages: must be [1], [2] or [1, 2], got {self.stages}")
+        files = [weights_name(stage) for stage in self.stages]
+        if self.weights is not None and sorted(self.weights) != files:
+            raise ValueError(f"weights: must name {files}, got {sorted(self.weights)}")
+        self._check_registry()
+        return self
+
+    def _check_registry(self) -> None:
+        registry, config = self.registry, self.config
+        # Formats without checksums were always written by training.
+        registered = [*self.stages] if self.registered is None else self.registered
+        for stage, names in ((1, OF_STAGE1), (2, OF_STAGE2)):
+            there = [name for name in names if name in registry.model_fields_set and name != "library_key"]
+            if stage in registered:
+                missing = [n for n in names if n not in registry.model_fields_set and n not in ADDED_TO_REGISTRY]
+                if missing:
+                    raise ValueError(f"registry.{missing[0]}: missing")
+            elif there and self.registered is not None:
+                raise ValueError(f"registered: does not have stage {stage}, but the registry has {there[0]}")
+        if 1 in registered:
+            if len(registry.genes) != config.n_genes:
+                raise ValueError(f"registry.genes: must be config.n_genes={config.n_genes}, got {len(registry.genes)}")
+            if len(set(registry.genes)) != len(registry.genes):
+                raise ValueError("registry.genes: a gene is there twice")
+        if 2 in self.stages and not config.embedding_dims:
+            raise ValueError("config.embedding_dims: empty, though there is a stage 2")
+        if 2 in self.stages and 2 in registered:
+            if registry.embedding_dims != config.embedding_dims:
+                raise ValueError(
+                    f"registry.embedding_dims: must be config.embedding_dims={config.embedding_dims}, got "
+                    f"{registry.embedding_dims}"
+                )
+            if registry.covariate_width != config.n_covariates:
+                raise ValueError(
+                    f"registry.covariates: must encode to config.n_covariates={config.n_covariates} columns, got "
+                    f"{registry.covariate_width}"
+                )
+        if len(registry.use_rep) != len(registry.embedding_dims):
+            raise ValueError(
+                f"registry.use_rep: must be as many as embedding_dims, {len(registry.embedding_dims)}, got "
+                f"{len(registry.use_rep)}"
+            )
+
+
+def weights_name(stage: int) -> str:
+    """Name of a stage's file of weights."""
+    return f"stage{stage}.safetensors"
+
+
+def make_card(
+    *,
+    config: ModelConfig,
+    registry: Mapping[str, Any],
+    history: Mapping[str, pd.DataFrame],
+    stage1_fingerprint: str,
+    weights: Mapping[int, str],
+) -> dict[str, Any]:
+    """Describe a model, in the present format.
+
+    Parameters
+    ----------
+    config, registry, history
+        Of the model.
+    stage1_fingerprint
+        Fingerprint of the stage 1 that was trained, or that stage 2 was trained with.
+    weights
+        SHA-256 of the file of weights of each stage that is saved.
+
+    Raises
+    ------
+    ValueError
+        If the registry or the history holds what a card cannot; the message names the field.
+    """
+    registry = dict(registry)
+    normalization = registry.get("normalization")
+    if isinstance(normalization, Mapping) and not _is_finite(normalization.get("target_sum")):
+        registry["normalization"] = {**normalization, "target_sum": None}
+    card = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        "stages": sorted(weights),
+        "registered": [stage for stage, name in ((1, "genes"), (2, "use_rep")) if name in registry],
+        "stage1_fingerprint": stage1_fingerprint,
+        "config": json.loads(config.to_json()),
+        "registry": registry,
+        "history": {name: json.loads(table.to_json(orient="split")) for name, table in history.items()},
+        "weights": {weights_name(stage): digest for stage, digest in weights.items()},
+    }
+    try:
+        card = json.loads(json.dumps(card, default=_plain))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: its registry holds what JSON cannot ({error}); keep plain types there") from None
+    card["sha256"] = content_digest(card)
+    _check(card, "model: it cannot be saved, as its card would not be valid: ")
+    return card
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """The card as the text of its file."""
+    return json.dumps(card, indent=2, allow_nan=False)
+
+
+def content_digest(card: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a card says but that; white space and the order of fields do not count."""
+    content = {name: value for name, value in card.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read the card of a saved model, and check it.
+
+    Cards of earlier formats are completed to have the present configuration.
+
+    Parameters
+    ----------
+    path
+        Directory of the model.
+
+    Returns
+    -------
+    dict
+        The card's fields, among them ``"config"``, ``"registry"`` and ``"stages"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the directory or its card is missing.
+    ValueError
+        If the card is not histovar's, of a newer format, not as it was saved, or has a field that is missing, unknown,
+        of another type or out of range; the message names the field.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"path: no model directory at {str(path)!r}; write one with model.save(...)")
+    file = path / CARD
+    if not file.is_file():
+        raise FileNotFoundError(f"path: {str(path)!r} is not a saved model, it has no {CARD}")
+    where = f"path: {str(file)!r}"
+    if file.stat().st_size > LARGEST_CARD:
+        raise ValueError(f"{where} has {file.stat().st_size:,} bytes; a card has {LARGEST_CARD:,} at most")
+    try:
+        card = json.loads(file.read_bytes(), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is truncated or not JSON ({error}); save the model again") from None
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise ValueError(f"{where} does not describe a histovar model")
+    version = card.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{where}: format_version must be a number from 1 to {FORMAT_VERSION}, got {_short(version)}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"path: {str(path)!r} has format {_short(version)}, written by histovar {_short(card.get('version'))}; "
+            f"this version reads up to {FORMAT_VERSION}: upgrade histovar"
+        )
+    digest = content_digest(card) if version >= CHECKSUMS_SINCE else None
+    _from_older(card, version, where)
+    _check(card, f"{where}: ")
+    if digest is not None and card["sha256"] != digest:
+        raise ValueError(f"{where} was changed after it was saved (its SHA-256 is another); save the model again")
+    normalization = card["registry"].get("normalization")
+    if normalization is not None and normalization["target_sum"] is None:
+        normalization["target_sum"] = math.nan
+    return card
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{_short(next(n for n in names if names.count(n) > 1))} is there twice")
+    return fields
+
+
+def _from_older(card: dict[str, Any], version: int, where: str) -> None:
+    """Complete the configuration of a card of an earlier format, in place."""
+    config, registry = card.get("config"), card.get("registry")
+    if not isinstance(config, dict):
+        return
+    since = {name: number for number, name in CONFIG_FIELDS_ADDED.items()}
+    early = [name for name in config if since.get(name, 0) > version]
+    if early:
+        raise ValueError(f"{where}: config.{early[0]} is not a field of format {version}")
+    if version < 2:
+        # Then sources were standardised by training's statistics, which the projection held.
+        config["standardize"] = "training"
+    if version < 3 and "n_genes" in config:
+        # Then every scale attended to itself.
+        config["attention_limit"] = config["n_genes"]
+    if version < 4:
+        config["outline"] = False
+    for number, name in CONFIG_FIELDS_REMOVED.items():
+        # Then targets could be softened, which concerned training alone.
+        if version < number:
+            if not _is_finite(config.pop(name, None)):
+                raise ValueError(f"{where}: config.{name} must be a finite number")
+    if version < CHECKSUMS_SINCE and isinstance(registry, dict):
+        normalization = registry.get("normalization")
+        if isinstance(normalization, dict):
+            target = normalization.get("target_sum")
+            if isinstance(target, float) and math.isnan(target):
+                normalization["target_sum"] = None
+
+
+def _check(card: dict[str, Any], where: str) -> None:
+    """Refuse a card that is not as :class:`ModelCard` says, or whose configuration does not fit together."""
+    try:
+        ModelCard.model_validate(card)
+        ModelConfig.from_json(json.dumps(card["config"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        field = ".".join(_short(part).strip("'") for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ").split(" or instance of ")[0]
+        if field:
+            value = f", got {_short(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
+            message = f"{field}: {message[:1].lower()}{message[1:]}{value}"
+        raise ValueError(where + message) from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}config: {str(error).removeprefix('ModelConfig: ')}") from None
+
+
+def _short(value: Any) -> str:
+    """A value in one line, cut to what a message can hold."""
+    if isinstance(value, (list, tuple, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 64 else f"{text[:60]}..."
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return is_number and abs(value) < math.inf
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {_short(value)}")

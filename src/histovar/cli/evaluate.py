@@ -51,8 +51,7 @@ def evaluate(
     scores = tl.evaluate(adata, key=key, layer=layer, library_key=library_key)
     typer.echo(adata.uns[key]["evaluation"].round(4).to_string())
     if out is not None:
-        with outputs.replacing(out) as written:
-            scores.to_csv(written)
+        outputs.write_scores(scores, out)
         typer.echo(f"scores written to {out}")
 
 

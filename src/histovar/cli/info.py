@@ -12,15 +12,12 @@ from .text import printable
 
 
 def info(model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)]) -> None:
-    """Say what a saved model was trained on and what it needs."""
-    from histovar.model.checkpoint import read_card
+    """Say what a saved model was trained on and what it needs, and check that it is whole."""
+    from histovar.model.card import read_card
+    from histovar.model.checkpoint import verify
 
-    card = read_card(model)
-    try:
-        lines = _summary(card)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"model.json of {str(model)!r} is damaged ({error!r}); save the model again") from None
-    for name, value in lines.items():
+    sha256 = verify(model)
+    for name, value in {**_summary(read_card(model)), "SHA-256": sha256}.items():
         typer.echo(f"{name:>15}  {printable(str(value))}")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from histovar._atomic import atomic_directory, atomic_file
+
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 DATA_SUFFIXES = (".h5ad", ".zarr")
@@ -99,7 +101,7 @@ def _check_apart(out: Path, place: Path, path: Path) -> None:
 
 
 def _holds_model(path: Path) -> bool:
-    from histovar.model.checkpoint import CARD, read_card
+    from histovar.model.card import CARD, read_card
 
     if not (path / CARD).is_file():
         return False
@@ -138,29 +140,19 @@ def _holds_scores(path: Path) -> bool:
     return set(header.strip().split(",")) >= SCORES
 
 
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A path to write to beside `out`, which takes its place when all is written; parent directories are made.
-
-    Parameters
-    ----------
-    out
-        File or directory; what is there is replaced.
-    """
-    place = out.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".histovar_", dir=place.parent) as scratch:
-        written = Path(scratch) / place.name
-        yield written
-        if place.is_dir():
-            place.rename(Path(scratch) / "replaced")
-        written.replace(place)
-
-
 def write_data(adata: AnnData, out: Path) -> None:
-    """Write an object as .h5ad or .zarr, as the suffix says."""
-    with replacing(out) as written:
-        if out.suffix == ".zarr":
+    """Write an object as .h5ad or .zarr, as the suffix says; parent directories are made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".zarr":
+        with atomic_directory(out) as written:
             adata.write_zarr(written)
-        else:
+    else:
+        with atomic_file(out) as written:
             adata.write_h5ad(written)
+
+
+def write_scores(scores: pd.DataFrame, out: Path) -> None:
+    """Write scores of genes as .csv; parent directories are made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as written:
+        scores.to_csv(written)

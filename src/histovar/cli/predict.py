@@ -170,15 +170,13 @@ def _stream(
     scheduler: str | None,
 ) -> None:
     """Predict a .zarr store chunk by chunk into another with dask."""
-    from hashlib import sha256
-
     from dask.diagnostics.progress import ProgressBar
 
     from histovar import tl
     from histovar.anndata_io import files, zarr_store
+    from histovar.model.checkpoint import verify
 
     adata = files.read_store(store, sections, trained.registry["genes"])
-    weights = b"".join(file.read_bytes() for file in sorted(model.iterdir()) if file.is_file())
     with ExitStack() as stack:
         if scheduler is None:
             stack.enter_context(ProgressBar(out=sys.stderr))
@@ -187,7 +185,7 @@ def _stream(
         tl.predict(adata, trained, **options)
         for key in options["use_rep"] or trained.registry["use_rep"]:
             del adata.obsm[key]
-        identity = {"input": str(store.resolve()), "model": sha256(weights).hexdigest(), **options}
+        identity = {"input": str(store.resolve()), "model": verify(model), **options}
         out.parent.mkdir(parents=True, exist_ok=True)
         zarr_store.write_zarr(adata, out, identity)
 

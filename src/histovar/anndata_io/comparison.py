@@ -51,7 +51,7 @@ def read_comparison(adata: AnnData, keys: Keys, layer: str | None) -> Comparison
 def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) -> NDArray[np.float32]:
     """Measured expression of a prediction's genes, refused where its units are not the prediction's.
 
-    Units are compared where `genes` are all of the prediction's.
+    Where `genes` are not all of the prediction's, it is only known whether most genes of training are there.
 
     Raises
     ------
@@ -59,9 +59,16 @@ def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) 
         As :func:`read_comparison`.
     """
     columns = gate.gene_columns(adata, genes)
-    complete = len(genes) == len(predicted_genes(adata, keys))
-    trained = predicted_normalization(adata, keys) if complete else None
-    return expression.read_expression(adata, layer, columns, trained=trained)
+    trained = predicted_normalization(adata, keys)
+    if len(genes) == len(predicted_genes(adata, keys)):
+        return expression.read_expression(adata, layer, columns, trained=trained)
+    if layer == LOGNORM and not expression.has_lognorm(adata) and trained is not None:
+        if 2 * adata.n_vars < trained.n_genes:
+            raise ValueError(
+                f"layers[{layer!r}] would be normalised over {adata.n_vars} genes, that of training over "
+                f"{trained.n_genes}; normalise before genes are dropped"
+            )
+    return expression.expression(adata, layer, columns).values
 
 
 def read_distribution(

@@ -74,11 +74,9 @@ class Normalization:
     @classmethod
     def stored(cls, values: Mapping[str, Any] | None) -> Normalization | None:
         """What :meth:`plain` gave, read back; None where an earlier version did not store it."""
-        if not values:
+        if not values or not set(cls.__dataclass_fields__) <= set(values):
             return None
-        return cls(
-            **{name: np.asarray(value).item() for name, value in values.items() if name in cls.__dataclass_fields__}
-        )
+        return cls(**{name: np.asarray(values[name]).item() for name in cls.__dataclass_fields__})
 
     def check(self, trained: Normalization | None, what: str) -> None:
         """Refuse expression in other units than the model was trained on; warn where that is likely.

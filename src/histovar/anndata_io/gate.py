@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Data = Union[AnnData, "SpatialData"]
 
+# Names of columns of coordinates, x first, by which a DataFrame is put in order; Visium's files have rows first.
+XY_COLUMNS = (("x", "y"), ("X", "Y"), ("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row"))
 # Share of the spots that lie exactly where another does, above which there may be several slides.
 COINCIDING = 0.01
 
@@ -214,6 +216,9 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     what = f"spatial_key: obsm[{spatial_key!r}]"
     if hasattr(values, "compute"):
         values = values.compute()
+    if isinstance(values, pd.DataFrame):
+        named = next((pair for pair in XY_COLUMNS if set(pair) == set(map(str, values.columns))), None)
+        values = values if named is None else values[list(named)]
     try:
         numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else dense(values)
         place = np.ascontiguousarray(numbers, dtype=np.float64)
@@ -259,6 +264,8 @@ def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = 
     column = adata.obs[library_key]
     if column.isna().any():
         raise ValueError(f"library_key: {int(column.isna().sum())} spots have no value in obs[{library_key!r}]")
+    if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
+        column = column.astype(np.int64)  # whole numbers become 1.0 where tables are joined
     groups = column.astype("category").cat
     return groups.categories.astype(str).to_numpy().astype(str)[groups.codes]
 
@@ -268,7 +275,7 @@ def _check_single_slide(adata: AnnData, spatial_key: str) -> None:
     images = adata.uns.get("spatial")
     names = set(map(str, images)) if isinstance(images, Mapping) else set()
     for column in adata.obs.columns if len(names) > 1 else ():
-        if not pd.api.types.is_numeric_dtype(adata.obs[column]):
+        if not pd.api.types.is_float_dtype(adata.obs[column]):
             there = set(adata.obs[column].dropna().astype(str).unique())
             if len(there) > 1 and there <= names:
                 raise ValueError(

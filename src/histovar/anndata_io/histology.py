@@ -22,6 +22,9 @@ from .neighbors import Neighborhoods, section_coordinates
 
 logger = logging.getLogger(__name__)
 
+# Standard deviations from the mean of training, beyond which a covariate is warned of.
+FAR_COVARIATE = 10.0
+
 
 def check_embeddings(adata: AnnData, use_rep: Sequence[str]) -> tuple[int, ...]:
     """Widths of embeddings, which are checked; of those on disk, all but their values.
@@ -87,7 +90,12 @@ def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
         else:
             if not pd.api.types.is_numeric_dtype(column):
                 raise ValueError(f"covariates: obs[{name!r}] must be numeric as in training, got {column.dtype}")
-            parts.append(((column.to_numpy(np.float32) - encoder["mean"]) / encoder["std"])[:, None])
+            scores = (column.to_numpy(np.float32) - encoder["mean"]) / encoder["std"]
+            if (farthest := float(np.abs(scores).max(initial=0))) > FAR_COVARIATE:
+                logger.warning(
+                    "covariates: obs[%r] lies up to %.3g standard deviations from the mean of training", name, farthest
+                )
+            parts.append(scores[:, None])
     return np.concatenate(parts, 1)
 
 
@@ -192,14 +200,15 @@ def niche(
 
 
 def source_fingerprint(
-    adata: AnnData, use_rep: Sequence[str], spatial_key: str, library_key: str | None
+    adata: AnnData, use_rep: Sequence[str], spatial_key: str, library_key: str | None, covariates: Sequence[str] = ()
 ) -> NDArray[np.uint64]:
-    """Fingerprint of each spot's embeddings, coordinates (where there are any) and section, (n_obs, 1)."""
+    """Fingerprint of each spot's embeddings, coordinates (where there are any), section and covariates, (n_obs, 1)."""
     columns: list[NDArray[Any]] = [gate.embedding(adata, key) for key in use_rep]
     if spatial_key in adata.obsm:
         columns.append(gate.coordinates(adata, spatial_key))
     names = None if library_key is None else gate.sections(adata, library_key)
-    return fingerprint.of_rows(*columns, *([] if names is None else [names]))
+    columns += [] if names is None else [names]
+    return fingerprint.of_rows(*columns, *(gate.covariate(adata, name).to_numpy() for name in covariates))
 
 
 def stored_niche(
@@ -221,7 +230,8 @@ def stored_niche(
     if not len(n_neighbors) or made is None or keys.niche not in adata.obsm or keys.niche_source not in adata.obsm:
         return None
     wanted = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
-    if not all(np.array_equal(made.get(k), v) for k, v in wanted.items()):
+    # Of fewer spots than there are now: as where halves of a section were joined.
+    if not all(np.array_equal(made.get(k), v) for k, v in wanted.items()) or made.get("n_obs", 0) < adata.n_obs:
         return None
     width = len(n_neighbors) * sum(adata.obsm[key].shape[1] for key in use_rep) + N_OUTLINE * len(n_neighbors)
     source = source_fingerprint(adata, use_rep, spatial_key, library_key)

@@ -108,26 +108,30 @@ def write_prediction(
     for key, cube in ((keys.tokens, made.tokens), (keys.samples, made.samples), (keys.quantiles, made.quantiles)):
         if cube is not None:
             found["obsm", key] = cube
-    source = _source(adata, entries["params"], genes)
+    identity = _identity(genes, entries)
+    source = _source(adata, entries["params"], identity)
     if source is not None:
         found["obsm", keys.source] = source
     slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], EVALUATION)
     tokens = {} if made.tokens is None else {"tokens": "predicted"}
-    slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str)})
+    slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str), "identity": identity})
 
 
-def _source(adata: AnnData, params: Mapping[str, Any], genes: Sequence[str]) -> NDArray[np.uint64] | None:
-    """Fingerprints of what each spot is predicted from, and of the genes; None where embeddings are on disk or gone."""
+def _identity(genes: Sequence[str], entries: Mapping[str, Any]) -> str:
+    """What tells a prediction from those of other models or options: spots that have the same can be joined."""
+    parts = [*genes, *(repr(entries[name]) for name in sorted(entries))]
+    return str(fingerprint.of_rows(np.array(["\n".join(parts)]))[0, 0])
+
+
+def _source(adata: AnnData, params: Mapping[str, Any], identity: str) -> NDArray[np.uint64] | None:
+    """Fingerprints of what each spot is predicted from, and the identity; None where embeddings are on disk or gone."""
     reps = [str(key) for key in np.asarray(params["use_rep"]).ravel()]
     if any(key not in adata.obsm or is_lazy(adata.obsm[key]) for key in reps):
         return None
     library_key = str(params["library_key"]) or None
-    source = source_fingerprint(adata, reps, str(params["spatial_key"]), library_key)
-    return np.hstack([source, np.full_like(source, _fingerprint_of(genes))])
-
-
-def _fingerprint_of(genes: Sequence[str]) -> np.uint64:
-    return fingerprint.of_rows(np.array(["\n".join(genes)]))[0, 0]
+    covariates = [str(name) for name in np.asarray(params.get("covariates", ())).ravel()]
+    source = source_fingerprint(adata, reps, str(params["spatial_key"]), library_key, covariates)
+    return np.hstack([source, np.full_like(source, int(identity))])
 
 
 def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -138,9 +142,9 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
     KeyError
         If they are missing, wholly or of some genes.
     ValueError
-        If genes were renamed since, or some spots were predicted for other genes.
+        If genes were renamed since, or predictions of several models were joined.
     """
-    _check_source(adata, keys, genes)
+    _check_source(adata, keys)
     if keys.mean in adata.obsm:
         found = []
         for key in (keys.mean, keys.std):
@@ -183,26 +187,28 @@ def _check_there(names: pd.Index, genes: Sequence[str], keys: Keys, where: str) 
         )
 
 
-def _check_source(adata: AnnData, keys: Keys, genes: Sequence[str]) -> None:
-    """Refuse spots predicted for other genes; warn where embeddings, coordinates or sections have changed since."""
+def _check_source(adata: AnnData, keys: Keys) -> None:
+    """Refuse spots of another prediction; warn where what they were predicted from has changed since."""
     if keys.source not in adata.obsm:
         return
     then = np.asarray(adata.obsm[keys.source])
-    others = int((then[:, 1] != _fingerprint_of(genes)).sum())
+    identity = str(slots.record(adata, keys).get("identity", "0"))
+    others = int((then[:, 1] != int(identity)).sum())
     if others:
         raise ValueError(
-            f"key: {others} spots have a prediction {keys.prefix!r} of other genes, or in another order, than "
-            f"uns[{keys.uns!r}] names, as where predictions of two models were joined; predict again with one model"
+            f"key: {others} spots have another prediction {keys.prefix!r} than uns[{keys.uns!r}] describes, as where "
+            "predictions of two models, or with other options, were joined; predict again with one"
         )
     try:
-        now = _source(adata, slots.record(adata, keys)["params"], genes)
+        now = _source(adata, slots.record(adata, keys)["params"], identity)
     except (KeyError, ValueError):
         return
     if now is not None:
         changed = int((then[:, 0] != now[:, 0]).sum())
         if changed:
             logger.warning(
-                "embeddings, coordinates or sections of %d spots have changed since the prediction %r: predict again",
+                "embeddings, coordinates, sections or covariates of %d spots have changed since the prediction %r: "
+                "predict again",
                 changed,
                 keys.prefix,
             )
@@ -216,19 +222,21 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
     KeyError
         If there is no prediction, or it is not known of which genes.
     """
-    genes = slots.record(adata, keys).get("genes")
-    if genes is None:
+    stored = slots.record(adata, keys)
+    genes = stored.get("genes")
+    needed = {"genes", "units", "layer", "params", *(["quantiles"] if keys.quantiles in adata.obsm else [])}
+    if not needed <= set(stored):
         if keys.mean in adata.layers or keys.mean in adata.obsm:
             raise KeyError(
-                f"key: there is a prediction {keys.prefix!r}, but uns[{keys.uns!r}], which names its genes and units, "
-                "is gone, as after anndata.concat; join with anndata.concat(..., uns_merge='same'), or copy that entry "
-                "of uns from one of the objects"
+                f"key: there is a prediction {keys.prefix!r}, but uns[{keys.uns!r}] has no "
+                f"{sorted(needed - set(stored))}, as after anndata.concat: join predictions of one model, made with the same options, with "
+                "anndata.concat(..., uns_merge='same')"
             )
         raise KeyError(
             f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "
             f"key_added={keys.prefix!r})"
         )
-    return [str(g) for g in genes]
+    return [str(g) for g in np.asarray(genes).ravel()]
 
 
 def predicted_sections(adata: AnnData, keys: Keys, library_key: str | None) -> NDArray[np.str_] | None:

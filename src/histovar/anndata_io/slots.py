@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from anndata import AnnData, ImplicitModificationWarning
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._keys import LOGNORM, Keys
 from histovar._version import __version__
 
 # Where a slot is, such as ("obsm", "histovar_tokens").
@@ -80,8 +80,8 @@ def check_free(adata: AnnData, keys: Keys, slots: Iterable[Slot]) -> None:
     for store, name in slots:
         if name not in getattr(adata, store):
             continue
-        by_name = keys.prefix == DEFAULT_KEY or ours is None  # files of earlier versions say no more than that
-        if (store, name) in others or not (by_name or (store, name) in (ours or ())):
+        # Files of earlier versions say no more than that the prefix is histovar's.
+        if (store, name) in others or not (ours is None or (store, name) in ours):
             raise ValueError(
                 f"key_added: {store}[{name!r}] was not written by histovar as {keys.prefix!r}; choose another "
                 f"key_added, or delete it first (del adata.{store}[{name!r}])"
@@ -135,7 +135,7 @@ def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterab
     stored = dict(record(adata, keys))
     ours = _recorded(stored)
     present = [(store, name) for store, name in slots if name in getattr(adata, store)]
-    gone = present if ours is None or keys.prefix == DEFAULT_KEY else [slot for slot in present if slot in ours]
+    gone = present if ours is None else [slot for slot in present if slot in ours]
     with writing():
         for store, name in gone:
             del getattr(adata, store)[name]

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Names are compared in lower case. The first embeddings of a fitting shape are read.
 EMBEDDING_NAMES = ("embeddings", "embedding", "features", "feats")
-COORDS_NAMES = ("coords", "coordinates")
+COORDS_NAMES = ("coords", "coord", "coordinates", "coords_patching", "centroids", "positions", "pxl", "xy")
 ID_NAMES = frozenset(
     {f"{noun}{s}" for noun in ("barcode", "spot", "cell", "id", "name") for s in ("", "s")}
     | {f"{noun}_{kind}{s}" for noun in ("spot", "cell") for kind in ("id", "name", "barcode") for s in ("", "s")}
@@ -77,7 +77,9 @@ def find_embedding_file(root: Path, slide: str, embedding: str, all_slides: Coll
         encoders = "|".join(map(re.escape, (*ENCODER_FAMILIES, embedding.lower())))
         if not re.search(rf"(?<![a-z0-9])({encoders})(?![a-z])", labels[files[0]]):
             named = files
-            logger.info("hest: the path of %s names no encoder; read as %s", files[0].relative_to(root), embedding)
+            logger.warning(
+                "hest: the path of %s does not name the encoder: taken for %s", files[0].relative_to(root), embedding
+            )
     if not named:
         raise FileNotFoundError(
             f"embedding: no file of {embedding!r} embeddings of slide {slide!r} below {str(root)!r}; "

@@ -46,6 +46,12 @@ def match_spots(
                 f"embedding: coords of {file.name} disagree with obsm['spatial'] of slide {slide!r}: matched by "
                 f"{key!r}, {offset.describe(spot_names[rows])}; correct them, or leave coords out of the file"
             )
+    numbers = file.arrays[key].dtype.kind in "iu"
+    if numbers and len(rows) < max(len(spot_names), len(ids)) and (coords is None):
+        raise ValueError(
+            f"embedding: the numbers {key!r} of {file.name} are names of {len(rows)} of the {len(spot_names)} spots of "
+            f"slide {slide!r} only, and may be mere positions; store the slide's spot names as 'barcodes'"
+        )
     if len(rows) < len(spot_names):
         n_missing = len(spot_names) - len(rows)
         logger.info("hest: %d spots of slide %s have no embedding and are left out", n_missing, slide)

@@ -111,10 +111,10 @@ def _at(quantiles: NDArray[Any], tau: NDArray[np.float64], level: float) -> NDAr
 
 
 def coverage(low: NDArray[Any], high: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
-    """Share of spots whose measured value lies in the interval, ends included: (n_genes,)."""
+    """Share of spots whose measured value lies in the interval, ends included: (n_genes,); NaN where a value is NaN."""
     y = np.asarray(measured)
     share: NDArray[np.float64] = ((y >= low) & (y <= high)).mean(0)
-    return share
+    return np.where(np.isnan(low + high + y).any(0), np.nan, share)
 
 
 def pit(

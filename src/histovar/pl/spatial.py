@@ -150,6 +150,8 @@ def _rows_of(
 ) -> tuple[NDArray[np.int64], str | None]:
     label = None if section is None else str(section)
     if names is None:
+        if label is not None:
+            logger.warning("section: without library_key all spots are taken to be of section %r", label)
         return np.arange(n_obs), label
     there = np.unique(names).tolist()
     if label is None and len(there) > 1:

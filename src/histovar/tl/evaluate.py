@@ -193,8 +193,8 @@ def _distribution(quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArr
     for share in metrics.INTERVALS:
         low, high = metrics.interval(quantiles, levels, share)
         covered = metrics.coverage(low, high, measured)
-        scores[f"coverage {100 * share:.0f}"] = float(covered.mean())
-        scores[f"width {100 * share:.0f}"] = float((high - low).mean())
+        scores[f"coverage {100 * share:.0f}"] = float(pd.Series(covered).mean())
+        scores[f"width {100 * share:.0f}"] = float(pd.Series((high - low).mean(0)).mean())
         if share == 0.9:
             scores["coverage"] = covered
     place = np.sort(metrics.pit(quantiles, levels, measured), axis=0)

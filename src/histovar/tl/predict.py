@@ -21,6 +21,7 @@ from histovar.anndata_io.prediction import prediction_slots, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
 from histovar.model.two_stage import Precision
+from histovar.model.weights import fingerprint
 from histovar.prediction import Predictor, predict_lazily
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ def predict(
     if any(not 0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
     reps = registry["use_rep"] if use_rep is None else gate.key_list(use_rep)
+    if reps != registry["use_rep"] and sorted(reps) == sorted(registry["use_rep"]):
+        raise ValueError(f"use_rep: {reps} is not the order of training, which was {registry['use_rep']}")
     where_from: dict[str, Any] = {
         "use_rep": reps,
         "spatial_key": registry["spatial_key"] if spatial_key is None else spatial_key,
@@ -160,6 +163,7 @@ def predict(
             "units": registry["units"],
             "layer": registry["layer"],
             "normalization": registry.get("normalization", {}),
+            "model": fingerprint(model.state_dict()),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
@@ -167,6 +171,7 @@ def predict(
                 "use_rep": np.array(reps),
                 "spatial_key": where_from["spatial_key"],
                 "library_key": where_from["library_key"] or "",
+                "covariates": np.array(list(registry["covariates"]), dtype=str),
                 "decoding": decoding,
                 "n_samples": n_samples,
                 "temperature": temperature,

@@ -116,6 +116,10 @@ class StageCheckpoint(Checkpoint):
         self.directory, self.monitor, self.identity, self.keep_last = directory, monitor, identity, keep_last
         self.best_score, self.best_epoch = math.inf, -1
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have all processes of a distributed run use the directory of the first."""
+        self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is due."""
         best, last = self.directory / BEST, self.directory / LAST
@@ -128,7 +132,7 @@ class StageCheckpoint(Checkpoint):
         if not improved or best.is_dir():  # directories are of strategies that shard the model
             trainer.save_checkpoint(last)
         elif trainer.is_global_zero:
-            link_whole(best, last)
+            link_whole(best, last)  # the same content, written once
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained, and the best score."""
@@ -189,7 +193,7 @@ class StageRun:
         n_epochs = checkpoint["epoch"] + 1
         if n_epochs > max_epochs:
             raise ValueError(
-                f"max_epochs: {max_epochs}, but {str(file)!r} has been trained for {n_epochs} epochs already"
+                f"max_epochs: {max_epochs} asked for, {str(file)!r} has had {n_epochs} already; give at least that"
             )
         best = file.with_name(BEST)
         epoch = _best_epoch(best, self.identity)
@@ -203,9 +207,10 @@ class StageRun:
         self.is_finished = n_epochs == max_epochs or stopped_early
         logger.info("%s after epoch %d of %s", "finished" if self.is_finished else "continuing", n_epochs, file)
 
-    def prepare(self, directory: Path) -> None:
-        """Bring the checkpoints to continue from to the directory of this run."""
-        if self.ckpt_path is not None and self.ckpt_path.parent.resolve() != directory.resolve():
+    def bring_checkpoints(self, directory: Path) -> None:
+        """Have the checkpoints to continue from in the directory of this run, too."""
+        is_own = self.writes or directory != self.directory  # a temporary directory is this process's own
+        if is_own and self.ckpt_path is not None and self.ckpt_path.parent.resolve() != directory.resolve():
             link_whole(self.ckpt_path.with_name(BEST), directory / BEST)
             link_whole(self.ckpt_path, directory / LAST)
 

@@ -119,19 +119,17 @@ def fit(
     if options.enable_progress_bar:
         callbacks.append(RichProgressBar(console_kwargs={"stderr": get_console().stderr}))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
-        directory = Path(scratch) if run is None or run.directory is None else run.directory
-        if run is not None and run.writes:
-            run.prepare(directory)
+        keeper = None
         if monitor and run is not None:
-            callbacks += [
-                EarlyStopping(monitor, patience=options.patience, check_on_train_epoch_end=True),
-                StageCheckpoint(directory, monitor, run.identity, keep_last=run.directory is not None),
-            ]
+            directory = run.directory or Path(scratch)
+            run.bring_checkpoints(directory)
+            keeper = StageCheckpoint(directory, monitor, run.identity, keep_last=run.directory is not None)
+            callbacks += [EarlyStopping(monitor, patience=options.patience, check_on_train_epoch_end=True), keeper]
         trainer = options.trainer(
             logger=options.logger,
             enable_progress_bar=options.enable_progress_bar,
             enable_model_summary=False,
-            enable_checkpointing=bool(monitor),
+            enable_checkpointing=keeper is not None,
             gradient_clip_val=options.gradient_clip_val,
             max_epochs=max_epochs,
             limit_train_batches=options.limit_train_batches,
@@ -157,9 +155,9 @@ def fit(
             except (RuntimeError, ValueError, AssertionError) as error:
                 if is_finite(module):
                     raise
-                raise diverged(step, str(error).splitlines()[0]) from error
-        if monitor:
-            module.load_state_dict(read_checkpoint(directory / BEST)["state_dict"])
+                raise diverged(step, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        if keeper is not None:
+            module.load_state_dict(read_checkpoint(keeper.directory / BEST)["state_dict"])
         trainer.strategy.barrier()  # the first process removes the directory
     module.cpu()
     if not is_finite(module):

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 import histovar as hv
 from histovar.training import TrainingOptions
 from histovar.training.checkpoint_files import LOCK, locked, write_whole
+from histovar.training.stage2 import PriorModule
 
 from .conftest import QUICK, small_config
 from .test_training import assert_same, weights
@@ -86,6 +87,24 @@ def test_both_stages_resume_by_the_same_call(prepared, whole, tmp_path, module, 
     assert (("Stage1Module", 0) in epochs) == (module == "Stage1Module" and epoch == 0)
     assert sorted(p.name for p in tmp_path.rglob("*.ckpt")) == sorted(2 * ["best.ckpt", "last.ckpt", "start.ckpt"])
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob(LOCK))
+
+
+def test_prior_resumes(prepared, whole, tmp_path, monkeypatch):
+    epochs = []
+
+    def interrupt(self):
+        epochs.append(self.current_epoch)
+        if epochs == list(range(6)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PriorModule, "on_train_epoch_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared, checkpoint_dir=tmp_path)
+    assert (tmp_path / "stage2" / "prior.ckpt").is_file()
+    resumed = train(prepared, checkpoint_dir=tmp_path, resume=True)
+    assert epochs == [*range(6), *range(5, 30)]
+    assert_same(weights(whole), weights(resumed))
+    assert not (tmp_path / "stage2" / "prior.ckpt").exists()
 
 
 def test_finished_training_is_not_repeated(prepared, whole, tmp_path):

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-# Checkpoints of a stage: the best epoch, the last one, and what is there before the first.
-BEST, LAST, START = "best.ckpt", "last.ckpt", "start.ckpt"
+# Checkpoints of a stage: the best epoch, the last one, what is there before the first, and the prior's last epoch, kept
+# until the prior is trained.
+BEST, LAST, START, PRIOR = "best.ckpt", "last.ckpt", "start.ckpt", "prior.ckpt"
+# Those to continue from, the furthest first.
+RESUMABLE = (LAST, START, PRIOR)
 LOCK = ".training.lock"
 # A lock of which nothing can be read is being written, or was left by a process that died while it wrote it.
 SECONDS_TO_WRITE_LOCK = 60
@@ -91,7 +94,7 @@ def read_checkpoint(file: Path, argument: str = "resume_from") -> dict[str, Any]
 
 def checkpoints_in(directory: Path) -> list[str]:
     """Names of the checkpoints that a directory has."""
-    return [name for name in (START, BEST, LAST) if (directory / name).exists()]
+    return [name for name in (PRIOR, START, BEST, LAST) if (directory / name).exists()]
 
 
 @contextmanager

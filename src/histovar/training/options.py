@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 
-from .checkpoint_files import LAST, START
+from .checkpoint_files import RESUMABLE
 from .isolation import quiet_lightning
 
 # Least value of every option that is a whole number; those in OPTIONAL may be None.
@@ -321,7 +321,7 @@ def _logger(value: Any) -> Any:
 
 def _checkpoint(file: Path) -> Path:
     """The checkpoint to continue from, where its directory may be named in its place."""
-    candidates = [file / LAST, file / START] if file.is_dir() else [file]
+    candidates = [file / name for name in RESUMABLE] if file.is_dir() else [file]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -22,7 +22,18 @@ from torch import Tensor
 from histovar.model import ModelConfig
 
 from .callbacks import History
-from .checkpoint_files import BEST, LAST, START, checkpoints_in, link_whole, locked, read_checkpoint, write_whole
+from .checkpoint_files import (
+    BEST,
+    LAST,
+    PRIOR,
+    RESUMABLE,
+    START,
+    checkpoints_in,
+    link_whole,
+    locked,
+    read_checkpoint,
+    write_whole,
+)
 from .options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -42,6 +53,8 @@ OPTIONS_THAT_MATTER = (
     "world_size",
 )
 DIGEST = "blake2b:"
+# The loss on the inner held-out spots, which says when to stop and which epoch is best.
+MONITOR = "val_loss"
 
 
 class Digests:
@@ -98,22 +111,22 @@ def _differences(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]
 
 
 class StageCheckpoint(Checkpoint):
-    """Writes ``best.ckpt`` when the monitored loss improves, and ``last.ckpt`` every epoch.
+    """Writes one checkpoint when the monitored loss improves, and another every epoch.
 
     Parameters
     ----------
     directory
         Where to.
-    monitor
-        Name of the loss.
     identity
         See :func:`identity`.
-    keep_last
-        Whether to write ``last.ckpt``.
+    monitor
+        Name of the loss of which ``best.ckpt`` is the lowest; None for no such file.
+    last
+        Name of the file that is written every epoch; None for no such file.
     """
 
-    def __init__(self, directory: Path, monitor: str, identity: dict[str, str], *, keep_last: bool) -> None:
-        self.directory, self.monitor, self.identity, self.keep_last = directory, monitor, identity, keep_last
+    def __init__(self, directory: Path, identity: dict[str, str], *, monitor: str | None, last: str | None) -> None:
+        self.directory, self.identity, self.monitor, self.last = directory, identity, monitor, last
         self.best_score, self.best_epoch = math.inf, -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -122,25 +135,31 @@ class StageCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is due."""
-        best, last = self.directory / BEST, self.directory / LAST
-        score = float(trainer.callback_metrics[self.monitor])
+        best = self.directory / BEST
+        score = float(trainer.callback_metrics[self.monitor]) if self.monitor else math.inf
         if improved := score < self.best_score:
             self.best_score, self.best_epoch = score, trainer.current_epoch
             trainer.save_checkpoint(best)
-        if not self.keep_last:
+        if self.last is None:
             return
         if not improved or best.is_dir():  # directories are of strategies that shard the model
-            trainer.save_checkpoint(last)
+            trainer.save_checkpoint(self.directory / self.last)
         elif trainer.is_global_zero:
-            link_whole(best, last)  # the same content, written once
+            link_whole(best, self.directory / self.last)  # the same content, written once
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained, and the best score."""
-        return {"identity": self.identity, "best_score": self.best_score, "best_epoch": self.best_epoch}
+        return _state(self.identity, self.monitor, self.best_score, self.best_epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The best score of a checkpoint."""
         self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
+
+
+def _state(
+    identity: dict[str, str], monitor: str | None, best_score: float = math.inf, best_epoch: int = -1
+) -> dict[str, Any]:
+    return {"identity": identity, "monitor": monitor, "best_score": best_score, "best_epoch": best_epoch}
 
 
 class StageRun:
@@ -161,6 +180,8 @@ class StageRun:
         Weights of the module to continue from.
     ckpt_path : Path or None
         Lightning checkpoint to continue from.
+    prior_ckpt_path : Path or None
+        The same of the prior, where that has not been trained to its end.
     history_rows : list
         History of the epochs before.
     is_finished : bool
@@ -178,6 +199,7 @@ class StageRun:
         self.writes = _writes(options)
         self.state: dict[str, Tensor] | None = None
         self.ckpt_path: Path | None = None
+        self.prior_ckpt_path: Path | None = None
         self.history_rows: list[dict[str, float]] = []
         self.is_finished = False
         if options.resume_from is not None:
@@ -187,6 +209,9 @@ class StageRun:
         checkpoint = read_checkpoint(file)
         callbacks = checkpoint.get("callbacks", {})
         own = _verified(file, checkpoint, self.identity)
+        if own["monitor"] is None:
+            self.prior_ckpt_path = file
+            return
         self.state = checkpoint["state_dict"]
         if checkpoint["epoch"] < 0:
             return
@@ -218,9 +243,10 @@ class StageRun:
         """Keep what was trained before the first epoch: the warm-up of stage 1, the prior of stage 2."""
         if self.directory is None or self.ckpt_path is not None or not self.writes:
             return
-        state = {"identity": self.identity, "best_score": math.inf, "best_epoch": -1}
-        start = {"state_dict": module.state_dict(), "epoch": -1, "callbacks": {StageCheckpoint.__name__: state}}
+        callbacks = {StageCheckpoint.__name__: _state(self.identity, MONITOR)}
+        start = {"state_dict": module.state_dict(), "epoch": -1, "callbacks": callbacks}
         write_whole(self.directory / START, lambda beside: torch.save(start, beside))
+        (self.directory / PRIOR).unlink(missing_ok=True)
 
 
 def _verified(file: Path, checkpoint: dict[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
@@ -254,7 +280,7 @@ def trained_epochs(directory: Path) -> int:
 
 def resumable(directory: Path) -> bool:
     """Whether a directory has a checkpoint to continue from."""
-    return any((directory / name).is_file() for name in (LAST, START))
+    return any((directory / name).is_file() for name in RESUMABLE)
 
 
 @contextmanager

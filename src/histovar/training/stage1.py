@@ -176,7 +176,6 @@ class Stage1Trainer:
                 options,
                 step="stage 1: codebook",
                 max_epochs=max_epochs,
-                monitor="val_loss",
                 run=run,
             )
         model.eval().requires_grad_(False)

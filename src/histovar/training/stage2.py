@@ -303,7 +303,7 @@ class Stage2Trainer:
             seen, watched = held_out_spots(sections, n_spots, options.random_state)
             module = Stage2Module(model, options, n_folds)
             if run.state is None:
-                self._fit_prior(spots, n_folds)
+                self._fit_prior(spots, n_folds, run)
             else:
                 module.load_state_dict(run.state)
             run.save_start(module)
@@ -318,7 +318,6 @@ class Stage2Trainer:
                 options,
                 step="stage 2: tokens",
                 max_epochs=self._epochs(sections),
-                monitor="val_loss",
                 run=run,
             )
         model.cpu().eval().requires_grad_(False)
@@ -395,7 +394,7 @@ class Stage2Trainer:
         data = {**digests.result(), "stage 1": DIGEST + fingerprint(self.model.stage1)}
         return identity(2, self.options, self.model.config, data)
 
-    def _fit_prior(self, spots: Spots, n_folds: int) -> None:
+    def _fit_prior(self, spots: Spots, n_folds: int, run: StageRun) -> None:
         """Train the prior, perceptrons and then the linear part, and measure how far from it the tokens lie."""
         model = self.model
         prior = model.var_stage.prior
@@ -407,7 +406,7 @@ class Stage2Trainer:
         options = replace(self.options, batch_size=batch_size, limit_train_batches=PRIOR_STEPS)
         epochs = max(1, min(PRIOR_EPOCHS, PRIOR_STEPS // options.batches(len(spots))))
         module = PriorModule(model, options, n_folds, spots.items[-1].shape[1])  # type: ignore[union-attr]
-        fit(module, spots, None, options, step="stage 2: prior", max_epochs=epochs, averaging=False)
+        fit(module, spots, None, options, step="stage 2: prior", max_epochs=epochs, run=run, averaging=False)
         model.cpu()
         prior.eval()
         batch: Any = spots[sampled_spots(len(spots), options.random_state)]

@@ -16,11 +16,11 @@ from rich import get_console
 from histovar._memory import keep_freed_memory
 
 from .callbacks import DivergenceCheck, EpochSeed, History, diverged, is_finite
-from .checkpoint_files import BEST, WholeFiles, read_checkpoint
+from .checkpoint_files import BEST, LAST, PRIOR, WholeFiles, read_checkpoint
 from .data import Spots, train_loader, validation_loader
 from .isolation import interruptible, quiet_lightning
 from .options import TrainingOptions
-from .resume import StageCheckpoint, StageRun
+from .resume import MONITOR, StageCheckpoint, StageRun
 
 
 class StageModule(LightningModule):
@@ -73,31 +73,28 @@ def fit(
     *,
     step: str,
     max_epochs: int,
-    monitor: str | None = None,
-    averaging: bool = True,
     run: StageRun | None = None,
+    averaging: bool = True,
 ) -> pd.DataFrame:
-    """Train a module; with a `monitor`, stop early and restore the best weights.
+    """Train a module; with validation spots, stop early and restore the weights that are best on them.
 
     Parameters
     ----------
     module
         What to train.
     train, validation
-        Training spots and inner held-out spots.
+        Training spots and inner held-out spots. Without the latter it is a preliminary step, to which the user's
+        callbacks do not apply.
     options
         How to train.
     step
         Name of what is trained, for messages.
     max_epochs
         Most epochs.
-    monitor
-        The validation loss that decides.
+    run
+        Checkpoints of the stage, to write and to continue from.
     averaging
         Whether to average the weights.
-    run
-        Checkpoints of the stage, to write and to continue from. Without one, neither they nor the user's callbacks
-        apply.
 
     Returns
     -------
@@ -112,7 +109,7 @@ def fit(
     keep_freed_memory()
     history = History()
     callbacks: list[Callback] = [EpochSeed(options.random_state), history, DivergenceCheck(step)]
-    if run is not None:
+    if validation is not None:
         callbacks += options.callbacks
     if averaging:
         callbacks.append(EMAWeightAveraging(decay=options.averaging_decay, use_buffers=False))
@@ -120,11 +117,15 @@ def fit(
         callbacks.append(RichProgressBar(console_kwargs={"stderr": get_console().stderr}))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
         keeper = None
-        if monitor and run is not None:
-            directory = run.directory or Path(scratch)
+        directory = Path(scratch) if run is None or run.directory is None else run.directory
+        if run is not None:
+            last = None if run.directory is None else PRIOR if validation is None else LAST
+            monitor = None if validation is None else MONITOR
+            keeper = StageCheckpoint(directory, run.identity, monitor=monitor, last=last)
+            callbacks.append(keeper)
             run.bring_checkpoints(directory)
-            keeper = StageCheckpoint(directory, monitor, run.identity, keep_last=run.directory is not None)
-            callbacks += [EarlyStopping(monitor, patience=options.patience, check_on_train_epoch_end=True), keeper]
+        if validation is not None:
+            callbacks.append(EarlyStopping(MONITOR, patience=options.patience, check_on_train_epoch_end=True))
         trainer = options.trainer(
             logger=options.logger,
             enable_progress_bar=options.enable_progress_bar,
@@ -144,8 +145,8 @@ def fit(
         loader = train_loader(train, options.batch_size, options.random_state, trainer.world_size, trainer.global_rank)
         watched = None if validation is None else validation_loader(validation, options.batch_size)
         checkpoint: dict[str, Any] = {}
-        if run is not None and run.ckpt_path is not None:
-            checkpoint = {"ckpt_path": run.ckpt_path, "weights_only": True}
+        if run is not None and (ckpt_path := run.prior_ckpt_path if validation is None else run.ckpt_path):
+            checkpoint = {"ckpt_path": ckpt_path, "weights_only": True}
         if run is not None and run.is_finished:
             history.rows = run.history_rows
         else:
@@ -156,7 +157,7 @@ def fit(
                 if is_finite(module):
                     raise
                 raise diverged(step, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        if keeper is not None:
+        if keeper is not None and validation is not None:
             module.load_state_dict(read_checkpoint(keeper.directory / BEST)["state_dict"])
         trainer.strategy.barrier()  # the first process removes the directory
     module.cpu()

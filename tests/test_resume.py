@@ -224,6 +224,29 @@ def test_files_are_whole_or_not_there(tmp_path):
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["last.ckpt"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX's")
+def test_full_disk_leaves_the_checkpoints_before(prepared, whole, tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FullDisk(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    try:
+        with pytest.raises(OSError, match="checkpoint_dir: .* cannot be written"):
+            stage1(prepared, checkpoint_dir=tmp_path, callbacks=[FullDisk()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt", "start.ckpt"]
+    (tmp_path / ".last.ckpt.0123.part").touch()  # as kill -9 would leave it
+    resumed = stage1(prepared, checkpoint_dir=tmp_path, resume_from=tmp_path)
+    assert_same(weights(whole.stage1), weights(resumed.stage1))
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt", "start.ckpt"]
+
+
 def test_a_directory_belongs_to_one_training(prepared, interrupted, tmp_path):
     with pytest.raises(ValueError, match="would be overwritten"):
         stage1(prepared, checkpoint_dir=interrupted)
@@ -284,7 +307,8 @@ def test_diverged_training_says_so_or_predicts_numbers(prepared, stage, learning
         assert "training diverged" in str(error) and "lower learning_rate" in str(error)
     else:
         assert learning_rate < 1e20
-        assert np.isfinite(hv.tl.predict(prepared, model, copy=True).layers["histovar"]).all()
+        predicted = hv.tl.predict(prepared, model, copy=True)
+        assert all(np.isfinite(predicted.layers[name]).all() for name in predicted.layers if name != "lognorm")
 
 
 def test_threads_train_as_if_alone(prepared, whole):

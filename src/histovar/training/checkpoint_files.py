@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -22,6 +23,8 @@ BEST, LAST, START, PRIOR = "best.ckpt", "last.ckpt", "start.ckpt", "prior.ckpt"
 # Those to continue from, the furthest first.
 RESUMABLE = (LAST, START, PRIOR)
 LOCK = ".training.lock"
+# End of the names of files that are being written.
+PART = ".part"
 # A lock of which nothing can be read is being written, or was left by a process that died while it wrote it.
 SECONDS_TO_WRITE_LOCK = 60
 
@@ -37,14 +40,21 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         Where it belongs.
     write
         Writes it to the path it is given.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, for instance to a full disk; what was there before stays.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.part")
+    beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{PART}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         with beside.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(beside, file)
+    except OSError as error:
+        raise OSError(error.errno, f"checkpoint_dir: {str(file)!r} cannot be written ({error.strerror})") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -62,12 +72,20 @@ def link_whole(file: Path, target: Path) -> None:
     write_whole(target, write)
 
 
+def save_whole(checkpoint: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint by :func:`write_whole`."""
+    # Through memory: torch's own writer does not say that the disk is full.
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_whole(file, lambda beside: beside.write_bytes(content.getbuffer()))
+
+
 class WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoint files by :func:`write_whole`: its own are moved across file systems, thus in part."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint."""
-        write_whole(Path(path), lambda beside: torch.save(checkpoint, beside))
+        save_whole(checkpoint, Path(path))
 
 
 def read_checkpoint(file: Path, argument: str = "resume_from") -> dict[str, Any]:
@@ -117,6 +135,9 @@ def locked(directory: Path) -> Iterator[None]:
         raise ValueError(f"checkpoint_dir: {str(directory)!r} cannot be written to ({error})") from None
     _locked_here.add(lock)
     try:
+        for name in (BEST, LAST, START, PRIOR):  # what a process left that was killed while it wrote
+            for unfinished in directory.glob(f".{name}.*{PART}"):
+                unfinished.unlink(missing_ok=True)
         yield
     finally:
         _locked_here.discard(lock)

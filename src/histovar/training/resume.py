@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ from .checkpoint_files import (
     link_whole,
     locked,
     read_checkpoint,
-    write_whole,
+    save_whole,
 )
 from .options import TrainingOptions
 
@@ -245,7 +244,7 @@ class StageRun:
             return
         callbacks = {StageCheckpoint.__name__: _state(self.identity, MONITOR)}
         start = {"state_dict": module.state_dict(), "epoch": -1, "callbacks": callbacks}
-        write_whole(self.directory / START, lambda beside: torch.save(start, beside))
+        save_whole(start, self.directory / START)
         (self.directory / PRIOR).unlink(missing_ok=True)
 
 

@@ -298,7 +298,7 @@ def test_a_model_is_as_it_was_when_training_stage_2_ends_early(prepared, loaded)
     assert loaded.config.n_layers == loaded.stage1.config.n_layers == 1 and "calibration" not in loaded.registry
 
 
-@pytest.mark.parametrize("learning_rate", [1e3, 1e20, 1e30])
+@pytest.mark.parametrize("learning_rate", [10, 1e3, 1e20])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_diverged_training_says_so_or_predicts_numbers(prepared, stage, learning_rate):
     try:
@@ -307,8 +307,9 @@ def test_diverged_training_says_so_or_predicts_numbers(prepared, stage, learning
         assert "training diverged" in str(error) and "lower learning_rate" in str(error)
     else:
         assert learning_rate < 1e20
-        predicted = hv.tl.predict(prepared, model, copy=True)
-        assert all(np.isfinite(predicted.layers[name]).all() for name in predicted.layers if name != "lognorm")
+        predicted = hv.tl.predict(prepared, model, copy=True).obsm
+        slots = [name for name in predicted if name.startswith("histovar")]
+        assert "histovar" in slots and all(np.isfinite(predicted[name]).all() for name in slots)
 
 
 def test_threads_train_as_if_alone(prepared, whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -23,16 +24,37 @@ def keep_threads() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
+class _Float32:
+    """32-bit floats as torch's default for as long as any thread needs them; the last one restores the user's."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.n_running = 0
+        self.users_dtype = torch.float32
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.n_running == 0:
+                self.users_dtype = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.n_running += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.n_running -= 1
+            if self.n_running == 0:
+                torch.set_default_dtype(self.users_dtype)
+
+
+_float32 = _Float32()
+
+
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function with 32-bit floats as torch's default, whatever the user has set with ``set_default_dtype``."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
+        with _float32:
             return function(*args, **kwargs)
-        finally:
-            torch.set_default_dtype(dtype)
 
     return run

@@ -229,8 +229,8 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
         if keys.mean in adata.layers or keys.mean in adata.obsm:
             raise KeyError(
                 f"key: there is a prediction {keys.prefix!r}, but uns[{keys.uns!r}] has no "
-                f"{sorted(needed - set(stored))}, as after anndata.concat: join predictions of one model, made with the same options, with "
-                "anndata.concat(..., uns_merge='same')"
+                f"{sorted(needed - set(stored))}, as after anndata.concat: join predictions of one model, made with the "
+                "same options, with anndata.concat(..., uns_merge='same')"
             )
         raise KeyError(
             f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "

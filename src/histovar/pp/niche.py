@@ -91,11 +91,7 @@ def niche(
     if copy:
         adata = gate.copied(adata)
     slots.drop(adata, keys, [("obsm", keys.niche), ("obsm", keys.niche_source)])
-    slots.write(
-        adata,
-        keys,
-        found,
-        {"niche": {**histology.niche_parameters(reps, sizes, spatial_key, library_key), "n_obs": adata.n_obs}},
-    )
+    parameters = histology.niche_parameters(reps, sizes, spatial_key, library_key)
+    slots.write(adata, keys, found, {"niche": {**parameters, "n_obs": adata.n_obs}})
     logger.info("niche: means over %s neighbours of %s, in obsm[%r]", sizes, reps, keys.niche)
     return adata if copy else None

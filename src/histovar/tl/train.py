@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from histovar._keys import DEFAULT_KEY
@@ -10,12 +11,27 @@ from histovar.anndata_io import gate, slots
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, learn_covariates, stored_niche
 from histovar.model import ModelConfig, TwoStageVARST
+from histovar.training import (
+    Stage1Trainer,
+    Stage2Trainer,
+    TrainingOptions,
+    lock_directory,
+    one_training_at_a_time,
+    refuse_overwriting,
+    resumable,
+    trained_epochs,
+    truth,
+)
 
 from .calibrate import LEAST_SPOTS, calibrate
 from .train_stage1 import train_stage1
 from .train_stage2 import train_stage2
 
+# Options that are of the whole training, not of one stage.
+OF_BOTH_STAGES = ("random_state", "checkpoint_dir", "resume", "resume_from")
 
+
+@one_training_at_a_time
 def train(
     data: Data,
     *,
@@ -30,6 +46,8 @@ def train(
     table_name: str | None = None,
     stage1: Mapping[str, Any] | None = None,
     stage2: Mapping[str, Any] | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> TwoStageVARST:
     """Train stage 1, then stage 2, on the same sections, and calibrate the uncertainty on them (:func:`calibrate`).
@@ -40,8 +58,16 @@ def train(
         As in :func:`train_stage1` and :func:`train_stage2`.
     stage1, stage2
         Training options of one stage alone.
+    checkpoint_dir
+        Directory for checkpoints, those of a stage in ``stage1`` and ``stage2``; None keeps none. One that has
+        checkpoints already is refused without `resume`.
+    resume
+        Continue what was interrupted, by the same call, to the same result: at most one epoch is lost, and stages that
+        are finished are not trained again. Where nothing was kept yet, training begins. Data, configuration and options
+        must be those of the interrupted call; ``max_epochs`` may be raised, for stage 1 as long as stage 2 has not
+        begun.
     **options
-        Training options of both.
+        Training options of both, see :class:`histovar.training.TrainingOptions`.
 
     Returns
     -------
@@ -50,9 +76,12 @@ def train(
 
     Raises
     ------
-    KeyError, ValueError
+    KeyError, TypeError, ValueError, FloatingPointError
         As :func:`train_stage1` and :func:`train_stage2`; what stage 2 needs is checked before stage 1 is trained.
     """
+    common = {**options, "random_state": random_state, "checkpoint_dir": checkpoint_dir}
+    whole = _options_of_whole(common, resume)
+    options_of_stages = [_options_of_stage(stage, whole, common, own) for stage, own in ((1, stage1), (2, stage2))]
     adata = gate.table(data, table_name, genes=True)
     keys = slots.keys(key_added)
     reps = gate.key_list(use_rep)
@@ -65,18 +94,61 @@ def train(
         gate.check_enough_spots(adata, LEAST_SPOTS, "train and calibrate on (train_stage1 and train_stage2 take fewer)")
     if stored_niche(adata, keys, reps, wanted.n_neighbors, spatial_key, library_key) is None:
         gate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
-    shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added, "random_state": random_state}
-    model = train_stage1(adata, layer=layer, config=config, **shared, **{**options, **(stage1 or {})})
-    model = train_stage2(
-        adata,
-        model,
-        use_rep=use_rep,
-        spatial_key=spatial_key,
-        covariates=covariates,
-        config=config,
-        **shared,
-        **{**options, **(stage2 or {})},
-    )
-    if model.config.n_members:
-        calibrate(adata, model, library_key, key_added=key_added, random_state=random_state)
+    shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added}
+    with lock_directory(whole):
+        of_stage1, of_stage2 = _with_resume(options_of_stages, resume)
+        model = train_stage1(adata, layer=layer, config=config, **shared, **of_stage1)
+        model = train_stage2(
+            adata,
+            model,
+            use_rep=use_rep,
+            spatial_key=spatial_key,
+            covariates=covariates,
+            config=config,
+            **shared,
+            **of_stage2,
+        )
+        if model.config.n_members:
+            calibrate(adata, model, library_key, key_added=key_added, random_state=whole.random_state)
     return model
+
+
+def _options_of_whole(common: Mapping[str, Any], resume: bool) -> TrainingOptions:
+    """Options of both stages, checked."""
+    if "resume_from" in common:
+        raise ValueError(
+            "resume_from: is of a single stage; both continue with checkpoint_dir=..., resume=True in its place"
+        )
+    whole = Stage1Trainer.checked_options(dict(common))
+    if truth(resume, "resume") and whole.checkpoint_dir is None:
+        raise ValueError("resume: checkpoint_dir is missing, the directory of the training to continue")
+    return whole
+
+
+def _options_of_stage(
+    stage: int, whole: TrainingOptions, common: Mapping[str, Any], own: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Options of one stage, checked."""
+    if own is not None and not isinstance(own, Mapping):
+        raise TypeError(f"stage{stage}: expected a dict of training options, got {own!r}")
+    if misplaced := [name for name in OF_BOTH_STAGES if name in (own or {})]:
+        raise ValueError(f"stage{stage}: {misplaced} are of both stages; give them to train itself")
+    directory = None if whole.checkpoint_dir is None else Path(whole.checkpoint_dir) / f"stage{stage}"
+    options = {**common, **(own or {}), "checkpoint_dir": directory}
+    (Stage1Trainer if stage == 1 else Stage2Trainer).checked_options(options)
+    return options
+
+
+def _with_resume(options_of_stages: list[dict[str, Any]], resume: bool) -> list[dict[str, Any]]:
+    """Options of the stages, with the checkpoints to continue from."""
+    if not resume:
+        for options in options_of_stages:
+            if options["checkpoint_dir"] is not None:
+                refuse_overwriting(options["checkpoint_dir"])
+        return options_of_stages
+    directories = [options["checkpoint_dir"] for options in options_of_stages]
+    found = [{"resume_from": d} if resumable(d) else {} for d in directories]
+    if found[1] and found[0]:
+        # Stage 2 knows the tokens of stage 1 as it is, so that is not trained any further.
+        found[0]["max_epochs"] = trained_epochs(directories[0]) or options_of_stages[0].get("max_epochs")
+    return [{**options, **more} for options, more in zip(options_of_stages, found, strict=True)]

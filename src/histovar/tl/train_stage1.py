@@ -17,13 +17,14 @@ from histovar.anndata_io.gate import Data
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp.gene_scales import gene_scales, genes_in_scales
-from histovar.training import Stage1Trainer, TrainingOptions, collected, seeded
+from histovar.training import Stage1Trainer, checkpoint_directory, collected, one_training_at_a_time, seeded
 
 from ._panel import ensure_panel
 
 logger = logging.getLogger(__name__)
 
 
+@one_training_at_a_time
 @in_float32
 def train_stage1(
     data: Data,
@@ -61,7 +62,8 @@ def train_stage1(
         Table of a SpatialData.
     **options
         Further fields of :class:`histovar.training.TrainingOptions`, such as ``max_epochs``, ``batch_size`` or
-        ``accelerator``.
+        ``accelerator``. With ``checkpoint_dir``, training that was interrupted continues by ``resume_from`` with the
+        same directory.
 
     Returns
     -------
@@ -74,8 +76,16 @@ def train_stage1(
         If a key is missing.
     ValueError
         If expression is negative or not finite, if there are no counts where they are needed, or if `config` is
-        not for the panel, or the scales, that are there.
+        not for the panel, or the scales, that are there; if an option is out of range, or if ``checkpoint_dir`` has
+        checkpoints of another training.
+    TypeError
+        If an option is unknown or of another type.
+    FloatingPointError
+        If training diverges.
     """
+    trainer_options = {**options, "random_state": random_state}
+    checked = Stage1Trainer.checked_options(trainer_options)
+    random_state = checked.random_state
     adata = gate.table(data, table_name, genes=True)
     keys = slots.keys(key_added)
     slots.check_free(adata, keys, [("var", keys.panel), ("varm", keys.scales)])
@@ -84,41 +94,40 @@ def train_stage1(
     gate.check_enough_spots(adata, 10, "train on")
     expression.check_layer(adata, layer)
     model_of_panel = _checked_config(adata, keys, config)
-    trainer_options = {**options, "random_state": random_state}
-    TrainingOptions(**trainer_options)  # refuses bad options before any work
-    _prepare(adata, keys, layer, model_of_panel, random_state)
-    genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
-    columns = gate.gene_columns(adata, genes)
-    groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
-    if model_of_panel is None:
-        scales = tuple(int(level.max()) + 1 for level in groups)
-        model_of_panel = ModelConfig.default(len(genes))
-        if scales != model_of_panel.scales:
-            model_of_panel = _config_for(scales)
-    with seeded(random_state):
-        model = TwoStageVARST(model_of_panel)
-    model.registry = {
-        "genes": genes,
-        "layer": wanted,
-        "library_key": library_key,
-        "n_spots_stage1": adata.n_obs,
-        "sections_stage1": [] if sections.names is None else np.unique(sections.names).tolist(),
-    }
-    totals: list[SpotTotals] = []
-
-    def measured(section: Section) -> tuple[torch.Tensor]:
-        values, of_spots = expression.expression(section.adata, wanted, columns)
-        totals.append(of_spots)
-        return (torch.from_numpy(values),)
-
-    with sections.scratch() as scratch:
-        spots = collected(sections.map(measured), adata.n_obs, scratch)
-        normalization = SpotTotals.concat(totals).normalization(wanted, adata.n_vars, len(columns))
-        model.registry |= {
-            "units": expression.units(wanted, normalization),
-            "normalization": normalization.plain(),
+    with checkpoint_directory(checked):
+        _prepare(adata, keys, layer, model_of_panel, random_state)
+        genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
+        columns = gate.gene_columns(adata, genes)
+        groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
+        if model_of_panel is None:
+            scales = tuple(int(level.max()) + 1 for level in groups)
+            model_of_panel = ModelConfig.default(len(genes))
+            if scales != model_of_panel.scales:
+                model_of_panel = _config_for(scales)
+        with seeded(random_state):
+            model = TwoStageVARST(model_of_panel)
+        model.registry = {
+            "genes": genes,
+            "layer": wanted,
+            "library_key": library_key,
+            "n_spots_stage1": adata.n_obs,
+            "sections_stage1": [] if sections.names is None else np.unique(sections.names).tolist(),
         }
-        Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[sections.order])
+        totals: list[SpotTotals] = []
+
+        def measured(section: Section) -> tuple[torch.Tensor]:
+            values, of_spots = expression.expression(section.adata, wanted, columns)
+            totals.append(of_spots)
+            return (torch.from_numpy(values),)
+
+        with sections.scratch() as scratch:
+            spots = collected(sections.map(measured), adata.n_obs, scratch)
+            normalization = SpotTotals.concat(totals).normalization(wanted, adata.n_vars, len(columns))
+            model.registry |= {
+                "units": expression.units(wanted, normalization),
+                "normalization": normalization.plain(),
+            }
+            Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[sections.order])
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from histovar.anndata_io.histology import check_embeddings, covariate_width, his
 from histovar.anndata_io.images import scale_factors
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.training import Measured, Stage2Trainer, seeded
+from histovar.training import Measured, Stage2Trainer, checkpoint_directory, one_training_at_a_time, seeded
 
 
+@one_training_at_a_time
 @in_float32
 def train_stage2(
     data: Data,
@@ -44,7 +46,8 @@ def train_stage2(
         arrays, which are read section by section, twice, with what is learnt from (some 3 kB a spot) in a temporary
         directory.
     model
-        A model with a trained stage 1; it is trained in place.
+        A model with a trained stage 1. It gets the new stage 2 when that is trained; should training fail or be
+        interrupted, it is as it was.
     use_rep
         Key of ``obsm`` with the embedding of the H&E around each spot; or several, the spot's own first, then wider
         fields.
@@ -64,7 +67,8 @@ def train_stage2(
     table_name
         Table of a SpatialData.
     **options
-        Further fields of :class:`histovar.training.TrainingOptions`.
+        Further fields of :class:`histovar.training.TrainingOptions`. With ``checkpoint_dir``, training that was
+        interrupted continues by ``resume_from`` with the same directory.
 
     Returns
     -------
@@ -77,8 +81,16 @@ def train_stage2(
         If a key, a layer or a gene of the panel is missing.
     ValueError
         If embeddings or expression are not finite, a section has fewer spots than neighbours are asked for, or the
-        configuration does not fit the model; or if expression is in other units than that of stage 1.
+        configuration does not fit the model; if expression is in other units than that of stage 1; if an option is out
+        of range, or ``checkpoint_dir`` has checkpoints of another training.
+    TypeError
+        If an option is unknown or of another type.
+    FloatingPointError
+        If training diverges.
     """
+    trainer_options = {**options, "random_state": random_state}
+    checked = Stage2Trainer.checked_options(trainer_options)
+    random_state = checked.random_state
     adata = gate.table(data, table_name, genes=True)
     keys = slots.keys(key_added)
     reps = gate.key_list(use_rep)
@@ -93,7 +105,6 @@ def train_stage2(
     wanted = (model.config if config is None else config).replace(
         embedding_dims=widths, n_covariates=covariate_width(encoders)
     )
-    trainer = Stage2Trainer(model, **options, random_state=random_state)
 
     def measured(section: Section) -> Measured:
         inputs = histology(
@@ -111,22 +122,34 @@ def train_stage2(
         rows = section.rows
         return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], totals)
 
-    found = sections.map(measured)
-    if layer == LOGNORM:
-        add_lognorm(adata)
-    with seeded(random_state):
-        model.add_stage2(wanted)
-    model.registry.pop("calibration", None)
-    model.registry |= {
-        "use_rep": reps,
-        "embedding_dims": list(widths),
-        "spatial_key": spatial_key,
-        "library_key": library_key,
-        "covariates": encoders,
-        "n_spots_stage2": adata.n_obs,
-        "sections_stage2": [] if sections.names is None else np.unique(sections.names).tolist(),
-        "images": scale_factors(adata.uns.get("spatial")),
-    }
-    with sections.scratch() as scratch:
-        trainer.fit(found, adata.n_obs, scratch)
+    trainee = _with_own_weights(model)
+    with checkpoint_directory(checked), sections.scratch() as scratch:
+        found = sections.map(measured)
+        if layer == LOGNORM:
+            add_lognorm(adata)
+        with seeded(random_state):
+            trainee.add_stage2(wanted)
+        trainee.registry.pop("calibration", None)
+        trainee.registry |= {
+            "use_rep": reps,
+            "embedding_dims": list(widths),
+            "spatial_key": spatial_key,
+            "library_key": library_key,
+            "covariates": encoders,
+            "n_spots_stage2": adata.n_obs,
+            "sections_stage2": [] if sections.names is None else np.unique(sections.names).tolist(),
+            "images": scale_factors(adata.uns.get("spatial")),
+        }
+        Stage2Trainer(trainee, **trainer_options).fit(found, adata.n_obs, scratch)
+    model.cpu().eval().requires_grad_(False)
+    model.stage2, model.registry, model.history = trainee.stage2, trainee.registry, trainee.history
+    model.config = model.stage1.config = trainee.config
     return model
+
+
+def _with_own_weights(model: TwoStageVARST) -> TwoStageVARST:
+    """A copy of a model without its stage 2, whose training leaves the model as it is."""
+    trainee = copy(model)
+    trainee._modules = {"stage1": deepcopy(model.stage1), "stage2": None}
+    trainee.registry, trainee.history = deepcopy(model.registry), dict(model.history)
+    return trainee

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -48,3 +49,37 @@ class History(Callback):
     def frame(self) -> pd.DataFrame:
         """The history as a DataFrame indexed by epoch."""
         return pd.DataFrame(self.rows).set_index("epoch") if self.rows else pd.DataFrame()
+
+
+class DivergenceCheck(Callback):
+    """Ends a training whose loss or weights are no longer finite.
+
+    Parameters
+    ----------
+    step
+        Name of what is trained.
+    """
+
+    def __init__(self, step: str) -> None:
+        self.step = step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check losses and weights, once an epoch, for devices not to be waited for in between."""
+        losses = {name: float(v) for name, v in trainer.callback_metrics.items() if name.endswith("loss")}
+        broken = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if broken or not is_finite(pl_module):
+            raise diverged(self.step, f"epoch {trainer.current_epoch}: {', '.join(broken) or 'weights are not finite'}")
+
+
+def is_finite(module: torch.nn.Module) -> bool:
+    """Whether all weights and buffers are finite."""
+    values = [t for t in module.state_dict().values() if t.is_floating_point()]
+    return all(bool(torch.isfinite(t).all()) for t in values)
+
+
+def diverged(step: str, reason: str) -> FloatingPointError:
+    """The error that says that a training has diverged, and how to mend it."""
+    return FloatingPointError(
+        f"{step}: training diverged ({reason}); lower learning_rate, or look for extreme values in expression and "
+        "embeddings"
+    )

@@ -17,8 +17,12 @@ from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity, usage
 from histovar.model.vqvae import Stage1Losses
 
+from .callbacks import diverged
 from .data import Spots, held_out_spots
-from .trainer import StageModule, TrainingOptions, fit, seeded
+from .isolation import seeded
+from .options import TrainingOptions
+from .resume import Digests, StageRun, identity
+from .trainer import StageModule, fit
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ WARMUP_LEARNING_RATE = 1e-3
 SPOTS_FOR_START = 4096
 # Genes of a large panel that are learnt in one step; the next step draws others. All share one encoder.
 GENES_AT_ONCE = 256
+# Rows of which a fingerprint is taken at once.
+ROWS_AT_ONCE = 8192
 
 
 class Stage1Module(StageModule):
@@ -86,6 +92,8 @@ class Stage1Module(StageModule):
                 f"perplexity_scale{k}": perplexity(counts.float()),
             }
             self.watch("val", 1, **values)
+        if not bool(torch.isfinite(rebuilt).all()):
+            raise diverged("stage 1: codebook", f"epoch {self.current_epoch}: reconstruction is not finite")
         self.watch("val", 1, pcc=mean_pearson(rebuilt.cpu().numpy(), measured.cpu().numpy()))
 
 
@@ -102,8 +110,8 @@ class Stage1Trainer:
 
     Raises
     ------
-    ValueError
-        If an option is out of range.
+    TypeError, ValueError
+        If an option is unknown, of another type or out of range.
     """
 
     # The warm-up has done most of the work; these let codes, encoders and decoders settle together.
@@ -112,7 +120,12 @@ class Stage1Trainer:
 
     def __init__(self, model: TwoStageVARST, **options: Any) -> None:
         self.model = model
-        self.options = TrainingOptions(**{"learning_rate": 1e-4, **options})
+        self.options = self.checked_options(options)
+
+    @staticmethod
+    def checked_options(options: dict[str, Any]) -> TrainingOptions:
+        """Options as the user gave them, with the defaults of this stage, checked."""
+        return TrainingOptions.checked(options, learning_rate=1e-4)
 
     def fit(self, spots: Spots, groups: NDArray[np.integer], sections: NDArray[Any] | None = None) -> None:
         """Train, restore the best weights, count the codes and keep the history.
@@ -125,6 +138,13 @@ class Stage1Trainer:
             (n_scales, n_genes) nested gene groups.
         sections
             (n_spots,) section of each spot; one of them is held out to watch training.
+
+        Raises
+        ------
+        ValueError
+            If there is a checkpoint to continue from that is of another training.
+        FloatingPointError
+            If training diverges.
         """
         options, model = self.options, self.model
         model.set_training_stage(1)
@@ -132,25 +152,31 @@ class Stage1Trainer:
         train = spots.take(seen)
         (sample,) = spots[sampled_spots(len(spots), options.random_state)]
         assert isinstance(sample, Tensor)
+        max_epochs = options.epochs(len(train), self.steps, self.least_epochs)
+        run = StageRun(options, self._identity(spots, groups, sections), max_epochs)
         with seeded(options.random_state):
             model.stage1.scales.fit(sample, groups, options.random_state)
             module = Stage1Module(model, options)
-            if model.stage1.quantizer.needs_start:
+            if run.state is not None:
+                module.load_state_dict(run.state)
+            elif model.stage1.quantizer.needs_start:
                 # Codes placed while encoders still move are soon left behind and die; so let them settle first.
                 short = replace(options, max_epochs=None, limit_train_batches=WARMUP_STEPS)
                 warmup = short.epochs(len(train), WARMUP_STEPS)
                 settle = Stage1Module(model, replace(short, learning_rate=WARMUP_LEARNING_RATE))
-                fit(settle, train, None, short, max_epochs=warmup, averaging=False, resumable=False)
+                fit(settle, train, None, short, step="stage 1: warm-up", max_epochs=warmup, averaging=False)
                 (start,) = train[torch.randperm(len(train))[:SPOTS_FOR_START].numpy()]
                 assert isinstance(start, Tensor)
                 model.stage1.start_codebook(start)
+            run.save_start(module)
             history = fit(
                 module,
                 train,
                 spots.take(watched),
                 options,
-                max_epochs=options.epochs(len(train), self.steps, self.least_epochs),
-                monitor="val_loss",
+                step="stage 1: codebook",
+                max_epochs=max_epochs,
+                run=run,
             )
         model.eval().requires_grad_(False)
         model.stage1.count_codes(model.tokenize(sample))
@@ -163,3 +189,18 @@ class Stage1Trainer:
             used,
             model.config.codebook_size,
         )
+
+    def _identity(self, spots: Spots, groups: NDArray[np.integer], sections: NDArray[Any] | None) -> dict[str, str]:
+        """What must be the same for training to be continued; nothing where there are no checkpoints."""
+        options, model = self.options, self.model
+        if options.checkpoint_dir is None and options.resume_from is None:
+            return {}
+        digests = Digests()
+        for rows in np.array_split(np.arange(len(spots)), range(ROWS_AT_ONCE, len(spots), ROWS_AT_ONCE)):
+            (expression,) = spots[rows]
+            assert isinstance(expression, Tensor)
+            digests.update("expression", expression)
+        digests.update("gene panel", np.array(model.registry.get("genes", [])))
+        digests.update("gene scales", groups)
+        digests.update("sections", None if sections is None else np.asarray(sections))
+        return identity(1, options, model.config, digests.result())

@@ -17,14 +17,19 @@ from histovar._spots import sampled_spots
 from histovar.anndata_io.neighbors import Neighborhoods
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
+from histovar.model.checkpoint import fingerprint
 from histovar.model.distributed import own_share, rank_and_world
 from histovar.model.prior import EnsembleLinear
 
+from .callbacks import diverged
 from .data import Spots, collected, cross_fit_folds, held_out_spots
+from .isolation import seeded
 from .linear import fit_linear
+from .options import TrainingOptions
+from .resume import DIGEST, Digests, StageRun, identity
 from .standardization import fit_condition
 from .survey import Measured, surveyed
-from .trainer import StageModule, TrainingOptions, evenly_spaced, fit, seeded
+from .trainer import StageModule, evenly_spaced, fit
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +212,11 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> Fr
     Returns
     -------
     FreeRun
+
+    Raises
+    ------
+    FloatingPointError
+        If predictions are not finite.
     """
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
     measured = []
@@ -226,7 +236,10 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> Fr
         gated.append(torch.lerp(mean, value, float(gate)))
         alone.append(mean)
     truth = torch.cat(measured).cpu().numpy()
-    pcc, prior_pcc = (mean_pearson(model.stage1.assemble(v).cpu().numpy(), truth) for v in (gated, alone))
+    predicted, of_prior = (model.stage1.assemble(values).cpu().numpy() for values in (gated, alone))
+    if not (np.isfinite(predicted).all() and np.isfinite(of_prior).all()):
+        raise diverged("stage 2: tokens", "predictions are not finite")
+    pcc, prior_pcc = mean_pearson(predicted, truth), mean_pearson(of_prior, truth)
     return FreeRun(pcc, prior_pcc, gates)
 
 
@@ -243,8 +256,8 @@ class Stage2Trainer:
 
     Raises
     ------
-    ValueError
-        If an option is out of range.
+    TypeError, ValueError
+        If an option is unknown, of another type or out of range.
     """
 
     # Enough for the loss on held-out sections of some hundred spots to level off; more data, more steps.
@@ -253,7 +266,12 @@ class Stage2Trainer:
 
     def __init__(self, model: TwoStageVARST, **options: Any) -> None:
         self.model = model
-        self.options = TrainingOptions(**{"learning_rate": 2e-3, "averaging_decay": 0.95, **options})
+        self.options = self.checked_options(options)
+
+    @staticmethod
+    def checked_options(options: dict[str, Any]) -> TrainingOptions:
+        """Options as the user gave them, with the defaults of this stage, checked."""
+        return TrainingOptions.checked(options, learning_rate=2e-3, averaging_decay=0.95)
 
     def fit(self, parts: Iterable[Measured], n_spots: int, scratch: Path | None = None) -> None:
         """Train the prior, then the token model; restore the best weights and keep the history.
@@ -267,6 +285,13 @@ class Stage2Trainer:
             Number of spots of all parts.
         scratch
             Directory in which to keep that; None keeps it in memory, and `parts` is one part.
+
+        Raises
+        ------
+        ValueError
+            If there is a checkpoint to continue from that is of another training.
+        FloatingPointError
+            If training diverges.
         """
         options, model = self.options, self.model
         stage2 = model.var_stage
@@ -274,44 +299,52 @@ class Stage2Trainer:
         stage2.head.set_codes(model.stage1)
         stage2.head.gate.fill_(1)
         with seeded(options.random_state):
-            spots, sections, n_folds = self._prepare(parts, n_spots, scratch)
+            spots, sections, n_folds, run = self._prepare(parts, n_spots, scratch)
             seen, watched = held_out_spots(sections, n_spots, options.random_state)
-            self._fit_prior(spots, n_folds)
+            module = Stage2Module(model, options, n_folds)
+            if run.state is None:
+                self._fit_prior(spots, n_folds, run)
+            else:
+                module.load_state_dict(run.state)
+            run.save_start(module)
             model.set_training_stage(2)
             if stage2.prior is not None:
                 stage2.prior.requires_grad_(False).eval()
             train, validation = spots.take(seen), spots.take(watched)
             history = fit(
-                Stage2Module(model, options, n_folds),
+                module,
                 train,
                 validation,
                 options,
-                max_epochs=options.epochs(len(seen), self.steps, self.least_epochs),
-                monitor="val_loss",
+                step="stage 2: tokens",
+                max_epochs=self._epochs(sections),
+                run=run,
             )
         model.cpu().eval().requires_grad_(False)
         rows = torch.arange(len(validation)).split(options.batch_size)
-        run = free_run(model, [validation[chunk.numpy()] for chunk in rows], n_folds)  # type: ignore[misc]
-        stage2.head.gate.copy_(torch.tensor(run.gate))
+        decoded = free_run(model, [validation[chunk.numpy()] for chunk in rows], n_folds)  # type: ignore[misc]
+        stage2.head.gate.copy_(torch.tensor(decoded.gate))
         model.history["stage2"] = history
         logger.info(
             "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s, "
             "%s statistics",
             len(history),
-            run.pcc,
-            run.prior_pcc,
+            decoded.pcc,
+            decoded.prior_pcc,
             0 if stage2.prior is None else 100 * float(stage2.prior.linear.share),
-            [round(g, 2) for g in run.gate],
+            [round(g, 2) for g in decoded.gate],
             "each section's own" if stage2.condition.uses_own_statistics else "training's",
         )
 
     def _prepare(
         self, parts: Iterable[Measured], n_spots: int, scratch: Path | None
-    ) -> tuple[Spots, NDArray[np.int64], int]:
-        """Fit the condition, and put together what is learnt from, sections and the number of folds."""
+    ) -> tuple[Spots, NDArray[np.int64], int, StageRun]:
+        """Fit the condition, and put together what is learnt from, sections, the number of folds and checkpoints."""
         model, seed = self.model, self.options.random_state
         condition = model.var_stage.condition
-        survey = surveyed(parts, n_spots, seed)
+        digests = Digests()
+        survey = surveyed(self._digested(parts, digests), n_spots, seed)
+        run = StageRun(self.options, self._identity(digests), self._epochs(survey.all_sections))
         standardized = model.stage1.scales.standardize(survey.expression)
         fit_condition(condition, survey.histology, survey.sections, survey.moments, standardized, seed)
         sections, moments = survey.all_sections, survey.moments
@@ -329,9 +362,39 @@ class Stage2Trainer:
                 around = surroundings(model, part, folds[rows].numpy())
                 yield histology, tokens, part.expression, folds[rows], weights[rows], depth[rows], around
 
-        return collected(made(), n_spots, scratch), sections, int(folds.max()) + 1
+        return collected(made(), n_spots, scratch), sections, int(folds.max()) + 1, run
 
-    def _fit_prior(self, spots: Spots, n_folds: int) -> None:
+    def _epochs(self, sections: NDArray[np.int64]) -> int:
+        """Most epochs of the token model."""
+        seen, _ = held_out_spots(sections, len(sections), self.options.random_state)
+        return self.options.epochs(len(seen), self.steps, self.least_epochs)
+
+    @property
+    def _has_checkpoints(self) -> bool:
+        return self.options.checkpoint_dir is not None or self.options.resume_from is not None
+
+    def _digested(self, parts: Iterable[Measured], digests: Digests) -> Iterator[Measured]:
+        """The parts, as fingerprints are taken of them where there are checkpoints."""
+        for part in parts:
+            if self._has_checkpoints:
+                histology = part.histology
+                digests.update("embeddings", *histology.sources)
+                digests.update("coordinates", histology.coordinates, part.coordinates)
+                digests.update("covariates", histology.covariates)
+                digests.update("expression", part.expression)
+                digests.update("sections", part.sections)
+                digests.update("total counts", part.total_counts)
+            yield part
+
+    def _identity(self, digests: Digests) -> dict[str, str]:
+        """What must be the same for training to be continued; nothing where there are no checkpoints."""
+        if not self._has_checkpoints:
+            return {}
+        digests.update("gene panel", np.array(self.model.registry.get("genes", [])))
+        data = {**digests.result(), "stage 1": DIGEST + fingerprint(self.model.stage1)}
+        return identity(2, self.options, self.model.config, data)
+
+    def _fit_prior(self, spots: Spots, n_folds: int, run: StageRun) -> None:
         """Train the prior, perceptrons and then the linear part, and measure how far from it the tokens lie."""
         model = self.model
         prior = model.var_stage.prior
@@ -343,7 +406,7 @@ class Stage2Trainer:
         options = replace(self.options, batch_size=batch_size, limit_train_batches=PRIOR_STEPS)
         epochs = max(1, min(PRIOR_EPOCHS, PRIOR_STEPS // options.batches(len(spots))))
         module = PriorModule(model, options, n_folds, spots.items[-1].shape[1])  # type: ignore[union-attr]
-        fit(module, spots, None, options, max_epochs=epochs, averaging=False, resumable=False)
+        fit(module, spots, None, options, step="stage 2: prior", max_epochs=epochs, run=run, averaging=False)
         model.cpu()
         prior.eval()
         batch: Any = spots[sampled_spots(len(spots), options.random_state)]

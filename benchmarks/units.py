@@ -26,7 +26,7 @@ N_GENES = 200
 
 def normalization(adata: ad.AnnData, genes: pd.Index) -> Normalization:
     """How much of the expression is the panel's."""
-    totals = expression(adata, LOGNORM, adata.var_names.get_indexer(genes)).totals
+    totals = expression(adata, LOGNORM, adata.var_names.get_indexer(genes)).totals["all"]
     return totals.normalization(LOGNORM, adata.n_vars, len(genes))
 
 

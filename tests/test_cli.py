@@ -167,6 +167,20 @@ def test_training_is_that_of_python(training, tmp_path, monkeypatch):
         torch.testing.assert_close(ours.state_dict()[name], values, equal_nan=True)
 
 
+def test_training_is_continued(training, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training.write_h5ad("in.h5ad")
+    command = ["train", "in.h5ad", "--n-genes", 30, "--epochs", 1, "--gpus", 0, "--checkpoint-dir", "kept"]
+    run_app(*command, "--out", "one")
+    with pytest.raises(ValueError, match="kept"):
+        run_app(*command, "--out", "two")
+    run_app(*command, "--resume", "--out", "two")
+    one, two = (hv.TwoStageVARST.load(path).state_dict() for path in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ValueError, match="--resume needs --checkpoint-dir"):
+        run_app("train", "in.h5ad", "--resume")
+
+
 def test_stage_2_alone_is_calibrated(training, prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hv.tl.train_stage1(prepared.copy(), library_key="section", **QUICK).save("one")

@@ -163,6 +163,37 @@ def test_other_target_sums_are_refused(training, query, model, target):
         hv.tl.evaluate(hv.tl.predict(alike, model, copy=True))
 
 
+def test_one_section_in_other_units_is_refused(simulated, training, model):
+    query = simulated.copy()
+    hv.tl.predict(query, model)
+    for adata in (query, training):
+        counts = adata.X.toarray()
+        target = np.where(adata.obs["section"] == "S3", 1e6, 1e4)[:, None]
+        adata.layers["lognorm"] = np.log1p(target * counts / counts.sum(1, keepdims=True))
+    refuse(query, hv.tl.evaluate, ValueError, "of section 'S3' is normalised to 1,000,000 counts a spot")
+    message = r"section 'S1' holds log1p\(counts per 10,000\), section 'S3' log1p\(counts per 1,000,000\)"
+    for verb in (hv.tl.train_stage1, lambda a, **k: hv.tl.baseline(a, use_rep=KEY, library_key=k["library_key"])):
+        with pytest.raises(ValueError, match=message):
+            verb(training.copy(), library_key="section")
+
+
+def test_a_few_genes_of_the_panel_are_not_drawn_in_other_units(query, model):
+    few = query[:, model.registry["genes"][:8]].copy()
+    hv.tl.predict(few, model)
+    assert hv.pl.spatial(few, few.var_names[0]).shape == (1, 2)
+
+
+def test_leave_one_out_predictions_are_joined(simulated, model):
+    parts = []
+    for name in ("S3", "S4"):
+        part = predicted(simulated[simulated.obs["section"] == name].copy(), model)
+        part.uns["histovar"]["trained_on"] = np.array([f"all but {name}"])
+        part.uns["histovar"]["normalization"] = {**part.uns["histovar"]["normalization"], "panel_low": len(parts) + 1.0}
+        parts.append(part)
+    joined = ad.concat(parts, uns_merge="same")
+    assert np.isfinite(hv.tl.evaluate(joined)["pearson"]).all()
+
+
 def test_counts_are_not_taken_for_their_logarithms(query, model):
     hv.tl.predict(query, model)
     query.layers["lognorm"] = query.X.copy()
@@ -218,7 +249,7 @@ def test_lognorm_follows_the_counts(training, model, caplog):
     fresh = training.copy()
     training.X = sparse.csr_matrix(np.random.default_rng(0).permutation(training.X.toarray()))
     tokens = hv.tl.tokenize(training, model, copy=True).obsm["histovar_tokens"]
-    assert "which has changed" in caplog.text
+    assert "was made from other counts: made again as" in caplog.text
     bare = ad.AnnData(training.X, obs=training.obs, var=training.var[[]])
     np.testing.assert_array_equal(tokens, hv.tl.tokenize(bare, model, copy=True).obsm["histovar_tokens"])
     assert (tokens != hv.tl.tokenize(fresh, model, copy=True).obsm["histovar_tokens"]).any()
@@ -227,12 +258,9 @@ def test_lognorm_follows_the_counts(training, model, caplog):
 
 
 def test_lognorm_of_the_user_is_kept(query, model, caplog):
-    own = query.X.log1p() * 0.5
+    own = query.X.log1p() * 1.1
     query.layers["lognorm"] = own.copy()
-    try:
-        hv.tl.tokenize(query, model)
-    except ValueError as error:
-        assert "other units" in str(error)
+    hv.tl.tokenize(query, model)
     assert "is not the logarithm of scaled counts of X" in caplog.text
     assert abs(query.layers["lognorm"] - own).max() == 0
 
@@ -362,6 +390,13 @@ def test_other_slots_of_the_user_are_never_overwritten(training, query, model):
     query.obsm["mine_tokens"] = np.zeros((60, 2))
     for verb in (hv.tl.tokenize, hv.tl.predict):
         refuse(query, lambda a, verb=verb: verb(a, model, key_added="mine"), ValueError, "obsm.'mine_tokens'. was not")
+    own = query.copy()
+    own.obsm["histovar"] = np.zeros((60, 2))
+    own.var["histovar_pearson"] = 1.0
+    refuse(own, lambda a: hv.tl.predict(a, model), ValueError, "obsm.'histovar'. was not written by histovar")
+    del own.obsm["histovar"]
+    hv.tl.predict(own, model)
+    assert (own.var["histovar_pearson"] == 1).all()
     query.uns["noted"] = {"by": "me"}
     query.uns["text"] = "mine"
     for key in ("noted", "text"):

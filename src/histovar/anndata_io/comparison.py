@@ -13,7 +13,7 @@ from histovar import metrics
 from histovar._keys import LOGNORM, Keys
 
 from . import expression, gate, slots
-from .prediction import predicted_genes, predicted_normalization, read_prediction
+from .prediction import predicted_genes, predicted_normalization, predicted_sections, read_prediction
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a normal distribution.
 LEAST_DRAWS, ENDS, NORMAL_LEVELS = 20, (0.025, 0.975), 100
@@ -27,10 +27,11 @@ class Comparison(NamedTuple):
     mean: NDArray[Any]
     std: NDArray[Any]
     measured: NDArray[np.float32]
+    sections: NDArray[np.str_] | None
 
 
-def read_comparison(adata: AnnData, keys: Keys, layer: str | None) -> Comparison:
-    """Prediction and measurement in the same units; ``layers["lognorm"]`` is added where it is needed.
+def read_comparison(adata: AnnData, keys: Keys, layer: str | None, library_key: str | None = None) -> Comparison:
+    """Prediction and measurement in the same units; nothing is written.
 
     Raises
     ------
@@ -42,13 +43,14 @@ def read_comparison(adata: AnnData, keys: Keys, layer: str | None) -> Comparison
     genes = predicted_genes(adata, keys)
     mean, std = read_prediction(adata, keys, genes)
     layer = str(slots.record(adata, keys)["layer"]) if layer is None else layer
-    measured = read_measured(adata, keys, genes, layer)
-    if layer == LOGNORM:
-        expression.add_lognorm(adata)
-    return Comparison(genes, layer, mean, std, measured)
+    sections = predicted_sections(adata, keys, library_key)
+    measured = read_measured(adata, keys, genes, layer, sections)
+    return Comparison(genes, layer, mean, std, measured, sections)
 
 
-def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) -> NDArray[np.float32]:
+def read_measured(
+    adata: AnnData, keys: Keys, genes: Sequence[str], layer: str, sections: NDArray[np.str_] | None
+) -> NDArray[np.float32]:
     """Measured expression of a prediction's genes, refused where its units are not the prediction's.
 
     Where `genes` are not all of the prediction's, it is only known whether most genes of training are there.
@@ -61,7 +63,7 @@ def read_measured(adata: AnnData, keys: Keys, genes: Sequence[str], layer: str) 
     columns = gate.gene_columns(adata, genes)
     trained = predicted_normalization(adata, keys)
     if len(genes) == len(predicted_genes(adata, keys)):
-        return expression.read_expression(adata, layer, columns, trained=trained)
+        return expression.read_expression(adata, layer, columns, sections=sections, trained=trained)
     if layer == LOGNORM and not expression.has_lognorm(adata) and trained is not None:
         if 2 * adata.n_vars < trained.n_genes:
             raise ValueError(

@@ -17,7 +17,7 @@ from histovar._spots import SAMPLED_SPOTS
 from histovar._torch_state import keep_threads
 
 from . import fingerprint, gate, slots
-from .matrix import canonical, on_disk, row_blocks, stored_values, take_rows
+from .matrix import canonical, dense_float32, on_disk, row_blocks, stored_values, take_rows
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,16 @@ class Normalization:
 
     @classmethod
     def stored(cls, values: Mapping[str, Any] | None) -> Normalization | None:
-        """What :meth:`plain` gave, read back; None where an earlier version did not store it."""
-        if not values or not set(cls.__dataclass_fields__) <= set(values):
+        """What :meth:`plain` gave, read back; None where an earlier version did not store it.
+
+        Where predictions of models of several trainings were joined, what differs between them is gone: then the
+        panel's totals are not compared.
+        """
+        if not values or "kind" not in values:
             return None
-        return cls(**{name: np.asarray(values[name]).item() for name in cls.__dataclass_fields__})
+        unknown = {"target_sum": 0.0, "n_genes": 0, "panel_low": 0.0, "panel_median": 0.0, "panel_high": np.inf}
+        unknown |= {"panel_only": True, "logarithms": values["kind"] == "log1p"}
+        return cls(kind=str(values["kind"]), **{k: np.asarray(values.get(k, v)).item() for k, v in unknown.items()})
 
     def check(self, trained: Normalization | None, what: str) -> None:
         """Refuse expression in other units than the model was trained on; warn where that is likely.
@@ -202,11 +208,32 @@ class SpotTotals(NamedTuple):
         return Normalization(kind, target, n_genes, low, median, high, n_genes == n_panel, logarithms)
 
 
+def common_normalization(totals: Mapping[str, SpotTotals], layer: str, n_genes: int, n_panel: int) -> Normalization:
+    """How expression to train on is normalised, which must be the same in all sections.
+
+    Raises
+    ------
+    ValueError
+        Naming two sections that differ.
+    """
+    each = {section: of.normalization(layer, n_genes, n_panel) for section, of in totals.items()}
+    first, one = next(iter(each.items()))
+    for section, other in each.items():
+        targets = (one.target_sum, other.target_sum)
+        differ = all(targets) and abs(targets[0] - targets[1]) > 5 * SAME_SUM * min(targets)
+        if differ or (one.kind != other.kind and "counts" in (one.kind, other.kind)):
+            raise ValueError(
+                f"layers[{layer!r}] is not normalised alike: section {first!r} holds {one.units}, section {section!r} "
+                f"{other.units}; normalise all sections to the same counts a spot"
+            )
+    return SpotTotals.concat(list(totals.values())).normalization(layer, n_genes, n_panel)
+
+
 class Expression(NamedTuple):
-    """Expression of the panel, (n_spots, n_genes), and totals of its spots, which tell how it is normalised."""
+    """Expression of the panel, (n_spots, n_genes), and totals of the spots of each section: how it is normalised."""
 
     values: NDArray[np.float32]
-    totals: SpotTotals
+    totals: dict[str, SpotTotals]
 
 
 def layer_names(adata: AnnData) -> list[str]:
@@ -322,11 +349,11 @@ def add_lognorm(adata: AnnData, values: sparse.csr_matrix | None = None) -> None
     """
     if is_stored(adata) or has_lognorm(adata):
         return
-    why = "which has changed: it was made" if LOGNORM in adata.layers else "added"
+    why = "was made from other counts: made again as" if LOGNORM in adata.layers else "added:"
     values = lognorm(adata) if values is None else values
     entry = {"lognorm": {"shape": np.array(values.shape), "fingerprint": fingerprint.of_matrix(values)}}
     slots.write(adata, Keys(DEFAULT_KEY), {("layers", LOGNORM): values}, entry)
-    logger.info("layers[%r] %s: %s of X", LOGNORM, why, LOGNORM_UNITS)
+    logger.info("layers[%r] %s %s of X", LOGNORM, why, LOGNORM_UNITS)
 
 
 def has_lognorm(adata: AnnData) -> bool:
@@ -410,7 +437,11 @@ def units(layer: str, normalization: Normalization) -> str:
 
 
 def expression(
-    adata: AnnData, layer: str, columns: NDArray[np.integer], rows: NDArray[np.integer] | None = None
+    adata: AnnData,
+    layer: str,
+    columns: NDArray[np.integer],
+    rows: NDArray[np.integer] | None = None,
+    sections: NDArray[np.str_] | None = None,
 ) -> Expression:
     """Expression of some genes, dense, and totals of the spots.
 
@@ -424,6 +455,8 @@ def expression(
         The genes.
     rows
         The spots, increasing; all by default.
+    sections
+        (n_obs,) section of each spot of the object; None takes all for one.
 
     Raises
     ------
@@ -435,18 +468,21 @@ def expression(
     blocks = lognorm_blocks(adata) if layer == LOGNORM else row_blocks(stored_layer(adata, layer), adata.n_obs)
     chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
     parts: list[NDArray[np.float32]] = []
-    totals: list[SpotTotals] = []
+    totals: dict[str, list[SpotTotals]] = {}
+    labels = np.full(adata.n_obs, "all") if sections is None else sections
     start = 0
     for block in blocks:
         stop = start + block.shape[0]
-        some = block[chosen[(chosen >= start) & (chosen < stop)] - start]
-        panel = some[:, columns]
-        parts.append(np.asarray(panel.toarray() if sparse.issparse(panel) else panel, dtype=np.float32))
-        totals.append(SpotTotals.of(some, parts[-1]))
+        here = chosen[(chosen >= start) & (chosen < stop)]
+        some = block[here - start]
+        parts.append(dense_float32(some[:, columns]))
+        for label in np.unique(labels[here]).tolist():
+            own = np.flatnonzero(labels[here] == label)
+            totals.setdefault(label, []).append(SpotTotals.of(some[own], parts[-1][own]))
         start = stop
     values = np.concatenate(parts)
     gate.check_nonnegative(values, f"layer: {layer!r}")
-    return Expression(values, SpotTotals.concat(totals))
+    return Expression(values, {label: SpotTotals.concat(of_blocks) for label, of_blocks in totals.items()})
 
 
 def read_expression(
@@ -455,14 +491,15 @@ def read_expression(
     columns: NDArray[np.integer],
     rows: NDArray[np.integer] | None = None,
     *,
+    sections: NDArray[np.str_] | None,
     trained: Normalization | None,
 ) -> NDArray[np.float32]:
     """Expression in the units of training: :func:`expression`, refused where it is normalised otherwise.
 
     Parameters
     ----------
-    adata, layer, columns, rows
-        As in :func:`expression`.
+    adata, layer, columns, rows, sections
+        As in :func:`expression`; each section is checked by itself.
     trained
         How that of training was normalised.
 
@@ -471,6 +508,8 @@ def read_expression(
     KeyError, ValueError
         As :func:`expression` and :meth:`Normalization.check`.
     """
-    found = expression(adata, layer, columns, rows)
-    found.totals.normalization(layer, adata.n_vars, len(columns)).check(trained, f"layers[{layer!r}]")
-    return found.values
+    values, totals = expression(adata, layer, columns, rows, sections)
+    for section, of_section in totals.items():
+        where = f"layers[{layer!r}]" + (f" of section {section!r}" if len(totals) > 1 else "")
+        of_section.normalization(layer, adata.n_vars, len(columns)).check(trained, where)
+    return values

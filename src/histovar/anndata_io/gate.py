@@ -277,14 +277,14 @@ def _check_single_slide(adata: AnnData, spatial_key: str) -> None:
     for column in adata.obs.columns if len(names) > 1 else ():
         if not pd.api.types.is_float_dtype(adata.obs[column]):
             there = set(adata.obs[column].dropna().astype(str).unique())
-            if len(there) > 1 and there <= names:
+            if len(there & names) > 1:
                 raise ValueError(
-                    f"library_key: obs[{column!r}] names {len(there)} sections that have images of their own in "
+                    f"library_key: obs[{column!r}] names {len(there & names)} sections with images of their own in "
                     f"uns['spatial']; pass library_key={column!r}, so that they are not taken for one"
                 )
     if spatial_key in adata.obsm:
-        place = np.asarray(adata.obsm[spatial_key])
-        n_apart = len(np.unique(place, axis=0)) if place.ndim == 2 and place.dtype.kind in "fiu" else len(place)
+        place = coordinates(adata, spatial_key)
+        n_apart = len(np.unique(place, axis=0))
         if len(place) - n_apart > COINCIDING * len(place):
             logger.warning(
                 "library_key: not given, but %d of %d spots lie exactly where another does in obsm[%r], as those of "

@@ -20,9 +20,9 @@ from .matrix import dense, is_lazy
 
 logger = logging.getLogger(__name__)
 
-# What `evaluate` says of a prediction, in `uns` and by gene in `var`.
+# Entries of `uns` and columns of `var` that `tl.evaluate` writes.
 EVALUATION = ("evaluation", "evaluated_distribution")
-SCORES = ("pearson", "spearman", "mse", "mae", "crps", "coverage", "constant", "undefined", "partial_pearson")
+SCORES = ("pearson", "spearman", "mse", "mae", "crps", "coverage", "constant", "partial_pearson")
 
 
 class Prediction(NamedTuple):
@@ -118,8 +118,9 @@ def write_prediction(
 
 
 def _identity(genes: Sequence[str], entries: Mapping[str, Any]) -> str:
-    """What tells a prediction from those of other models or options: spots that have the same can be joined."""
-    parts = [*genes, *(repr(entries[name]) for name in sorted(entries))]
+    """What tells a prediction from those of other genes, units or options: spots that have the same can be joined."""
+    options = {name: entries["params"][name] for name in ("decoding", "method") if name in entries["params"]}
+    parts = [*genes, *(repr(entries[name]) for name in ("units", "layer", "quantiles")), repr(options)]
     return str(fingerprint.of_rows(np.array(["\n".join(parts)]))[0, 0])
 
 
@@ -196,8 +197,8 @@ def _check_source(adata: AnnData, keys: Keys) -> None:
     others = int((then[:, 1] != int(identity)).sum())
     if others:
         raise ValueError(
-            f"key: {others} spots have another prediction {keys.prefix!r} than uns[{keys.uns!r}] describes, as where "
-            "predictions of two models, or with other options, were joined; predict again with one"
+            f"key: {others} spots have a prediction {keys.prefix!r} of other genes, units or options than "
+            f"uns[{keys.uns!r}] describes, as where predictions of two models were joined; predict again with one"
         )
     try:
         now = _source(adata, slots.record(adata, keys)["params"], identity)
@@ -225,12 +226,13 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
     stored = slots.record(adata, keys)
     genes = stored.get("genes")
     needed = {"genes", "units", "layer", "params", *(["quantiles"] if keys.quantiles in adata.obsm else [])}
-    if not needed <= set(stored):
+    needed |= {"library_key", "spatial_key", "use_rep"}
+    if not needed <= {*stored, *stored.get("params", {})}:
         if keys.mean in adata.layers or keys.mean in adata.obsm:
             raise KeyError(
                 f"key: there is a prediction {keys.prefix!r}, but uns[{keys.uns!r}] has no "
-                f"{sorted(needed - set(stored))}, as after anndata.concat: join predictions of one model, made with the "
-                "same options, with anndata.concat(..., uns_merge='same')"
+                f"{sorted(needed - {*stored, *stored.get('params', {})})}, as after anndata.concat: join predictions "
+                "of the same genes and options with anndata.concat(..., uns_merge='same')"
             )
         raise KeyError(
             f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "

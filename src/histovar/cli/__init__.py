@@ -53,7 +53,7 @@ def main() -> None:
         _refuse(f"not enough memory ({error})")
     except EOFError as error:
         _refuse(f"the input ends too early ({error})")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         _refuse(str(text))
     except Exception as error:  # click's own usage errors, whose class typer does not export

@@ -130,6 +130,15 @@ def train(
         Preset, typer.Option(help="Configuration: small and accurate, or the 85 M parameter reference.")
     ] = Preset.default,
     seed: Seed = 0,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint-dir", "--checkpoint_dir", help="Directory in which unfinished training is kept.", **PATH
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the training that --checkpoint-dir holds, if there is any.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the model to.", **PATH)] = Path(
         "histovar_model"
     ),
@@ -143,6 +152,10 @@ def train(
         raise ValueError("--stage1-ckpt is for --training-stage 2")
     if training_stage == 1 and covariate:
         raise ValueError("--covariate is for stage 2; stage 1 learns from expression alone")
+    if (resume or checkpoint_dir is not None) and training_stage is not None:
+        raise ValueError("--checkpoint-dir and --resume are for both stages; leave --training-stage out")
+    if resume and checkpoint_dir is None:
+        raise ValueError("--resume needs --checkpoint-dir, the directory that holds the unfinished training")
     library_key = "section" if library_key is None else library_key
     read = [*(inputs or []), *([data_dir / dataset] if dataset else []), *([stage1_ckpt] if stage1_ckpt else [])]
     outputs.check_model(out, read)
@@ -179,7 +192,9 @@ def train(
     if training_stage == 1:
         trained = tl.train_stage1(adata, layer=layer, config=config, **options)
     elif stage1 is None:
-        trained = tl.train(adata, layer=layer, config=config, **histology, **options)
+        trained = tl.train(
+            adata, layer=layer, config=config, checkpoint_dir=checkpoint_dir, resume=resume, **histology, **options
+        )
     else:
         trained = tl.train_stage2(adata, stage1, config=config, **histology, **options)
         if trained.config.n_members:  # as tl.train does

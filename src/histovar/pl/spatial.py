@@ -115,7 +115,7 @@ def spatial(
     rows, label = _rows_of(names, adata.n_obs, section)
     columns = np.array([panel.index(g) for g in wanted])
     mean, std = (values[np.ix_(rows, columns)] for values in read_prediction(adata, keys, panel))
-    measured = _measured(adata, keys, panel, wanted, layer)
+    measured = _measured(adata, keys, panel, wanted, layer, names)
     measured = None if measured is None else measured[rows]
     place = gate.coordinates(adata, str(params["spatial_key"]))[rows]
     column = None if library_key is None else adata.obs[library_key]
@@ -164,7 +164,12 @@ def _rows_of(
 
 
 def _measured(
-    adata: AnnData, keys: Keys, panel: list[str], wanted: list[str], layer: str | None
+    adata: AnnData,
+    keys: Keys,
+    panel: list[str],
+    wanted: list[str],
+    layer: str | None,
+    sections: NDArray[np.str_] | None,
 ) -> NDArray[np.float32] | None:
     """Measured expression of the genes wanted, all spots; None where it was not measured, or is in other units."""
     there = [gene for gene in panel if gene in adata.var_names]
@@ -172,7 +177,7 @@ def _measured(
         return None
     try:
         chosen = str(slots.record(adata, keys)["layer"]) if layer is None else layer
-        return read_measured(adata, keys, there, chosen)[:, [there.index(gene) for gene in wanted]]
+        return read_measured(adata, keys, there, chosen, sections)[:, [there.index(gene) for gene in wanted]]
     except (KeyError, ValueError) as error:
         if layer is not None:
             raise

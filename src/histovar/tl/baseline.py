@@ -85,9 +85,11 @@ def baseline(
     reps = gate.key_list(use_rep)
     for key in reps:
         gate.embedding(adata, key)
-    if METHODS[method].niche is not None:
-        gate.coordinates(adata, spatial_key)
     names = gate.sections(adata, library_key, spatial_key)
+    niche = METHODS[method].niche
+    if niche is not None:
+        gate.coordinates(adata, spatial_key)
+        gate.check_neighbors(names, adata.n_obs, sorted({size for sizes in niche for size in sizes}))
     gate.check_enough_spots(adata, 10, "train on")
     expression.check_layer(adata, layer)
     ensure_panel(adata, keys)
@@ -95,8 +97,8 @@ def baseline(
         expression.add_lognorm(adata)
         layer = LOGNORM
     genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
-    values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes))
-    normalization = totals.normalization(layer, adata.n_vars, len(genes))
+    values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
+    normalization = expression.common_normalization(totals, layer, adata.n_vars, len(genes))
     made = Baseline(method, genes, layer, normalization, reps, library_key, spatial_key, standardize, random_state).fit(
         adata, values
     )

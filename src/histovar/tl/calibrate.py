@@ -108,7 +108,14 @@ def calibrate(
         numbers = torch.from_numpy(sections.numbers[section.rows])
         inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
         rows = np.flatnonzero(np.isin(section.rows, chosen))
-        measured = read_expression(section.adata, layer, columns, rows, trained=trained)
+        measured = read_expression(
+            section.adata,
+            layer,
+            columns,
+            rows,
+            sections=None if names is None else names[section.rows],
+            trained=trained,
+        )
         return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[section.rows[rows]])
 
     inputs, measured, members_unseen = gathered_rows(sections.map(aligned), len(chosen))

@@ -10,12 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY
+from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_comparison, read_distribution
-from histovar.anndata_io.expression import total_counts
+from histovar.anndata_io.expression import add_lognorm, total_counts
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.prediction import EVALUATION, predicted_sections, score_slots
+from histovar.anndata_io.prediction import EVALUATION, score_slots
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,8 @@ def evaluate(
     adata = gate.table(data, table_name, genes=True)
     keys = slots.keys(key, "key")
     slots.check_free(adata, keys, score_slots(keys))
-    genes, layer, predicted, std, measured = read_comparison(adata, keys, layer)
+    genes, layer, predicted, std, measured, names = read_comparison(adata, keys, layer, library_key)
     stored = slots.record(adata, keys)
-    names = predicted_sections(adata, keys, library_key)
     counts = total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = adata.obsm.get(keys.samples)
@@ -103,7 +102,7 @@ def evaluate(
         }
         tables[str(label)] = table
         n_spots[str(label)] = len(truth)
-    trained_on = {str(s) for s in np.asarray(stored["trained_on"]).ravel()}
+    trained_on = {str(s) for s in np.asarray(stored.get("trained_on", [])).ravel()}
     seen = sorted(set(tables) & trained_on)
     if seen:
         logger.warning("sections %s were among those trained on: their scores are not those of unseen tissue", seen)
@@ -114,6 +113,8 @@ def evaluate(
     everything = pd.concat(tables)
     scores = everything.drop(columns="constant").groupby(level=1).mean().loc[genes]
     scores["constant"] = everything["constant"].groupby(level=1).any().loc[genes]
+    if layer == LOGNORM:
+        add_lognorm(adata)
     slots.drop(adata, keys, score_slots(keys), EVALUATION)
     columns: dict[slots.Slot, Any] = {}
     for name in map(str, scores):

@@ -21,7 +21,6 @@ from histovar.anndata_io.prediction import prediction_slots, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
 from histovar.model.two_stage import Precision
-from histovar.model.weights import fingerprint
 from histovar.prediction import Predictor, predict_lazily
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,6 @@ def predict(
             "units": registry["units"],
             "layer": registry["layer"],
             "normalization": registry.get("normalization", {}),
-            "model": fingerprint(model.state_dict()),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),

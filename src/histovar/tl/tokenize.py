@@ -70,7 +70,7 @@ def tokenize(
     columns = gate.gene_columns(adata, model.registry["genes"])
     layer = model.registry["layer"] if layer is None else layer
     trained = Normalization.stored(model.registry.get("normalization"))
-    values = torch.from_numpy(read_expression(adata, layer, columns, trained=trained))
+    values = torch.from_numpy(read_expression(adata, layer, columns, sections=None, trained=trained))
     with on_device(model, device) as where:
         tokens = torch.cat([model.tokenize(part.to(where)).cpu() for part in values.split(batch_size)])
     if copy:

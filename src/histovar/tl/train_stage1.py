@@ -113,16 +113,17 @@ def train_stage1(
             "n_spots_stage1": adata.n_obs,
             "sections_stage1": [] if sections.names is None else np.unique(sections.names).tolist(),
         }
-        totals: list[SpotTotals] = []
+        totals: dict[str, SpotTotals] = {}
 
         def measured(section: Section) -> tuple[torch.Tensor]:
-            values, of_spots = expression.expression(section.adata, wanted, columns)
-            totals.append(of_spots)
+            names = None if sections.names is None else sections.names[section.rows]
+            values, of_sections = expression.expression(section.adata, wanted, columns, sections=names)
+            totals.update(of_sections)
             return (torch.from_numpy(values),)
 
         with sections.scratch() as scratch:
             spots = collected(sections.map(measured), adata.n_obs, scratch)
-            normalization = SpotTotals.concat(totals).normalization(wanted, adata.n_vars, len(columns))
+            normalization = expression.common_normalization(totals, wanted, adata.n_vars, len(columns))
             model.registry |= {
                 "units": expression.units(wanted, normalization),
                 "normalization": normalization.plain(),

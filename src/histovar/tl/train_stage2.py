@@ -116,7 +116,8 @@ def train_stage2(
             encoders=encoders,
             key=key_added,
         )
-        values = read_expression(section.adata, layer, columns, trained=trained)
+        names = None if sections.names is None else sections.names[section.rows]
+        values = read_expression(section.adata, layer, columns, sections=names, trained=trained)
         # Of other layers nothing is known of how depth enters them.
         totals = total_counts(section.adata) if layer == LOGNORM else None
         rows = section.rows
@@ -125,10 +126,10 @@ def train_stage2(
     trainee = _with_own_weights(model)
     with checkpoint_directory(checked), sections.scratch() as scratch:
         found = sections.map(measured)
-        if layer == LOGNORM:
-            add_lognorm(adata)
         with seeded(random_state):
             trainee.add_stage2(wanted)
+        if layer == LOGNORM:
+            add_lognorm(adata)
         trainee.registry.pop("calibration", None)
         trainee.registry |= {
             "use_rep": reps,

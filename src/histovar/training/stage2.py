@@ -17,9 +17,9 @@ from histovar._spots import sampled_spots
 from histovar.anndata_io.neighbors import Neighborhoods
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
-from histovar.model.checkpoint import fingerprint
 from histovar.model.distributed import own_share, rank_and_world
 from histovar.model.prior import EnsembleLinear
+from histovar.model.weights import fingerprint
 
 from .callbacks import diverged
 from .data import Spots, collected, cross_fit_folds, held_out_spots
@@ -391,7 +391,7 @@ class Stage2Trainer:
         if not self._has_checkpoints:
             return {}
         digests.update("gene panel", np.array(self.model.registry.get("genes", [])))
-        data = {**digests.result(), "stage 1": DIGEST + fingerprint(self.model.stage1)}
+        data = {**digests.result(), "stage 1": DIGEST + fingerprint(self.model.stage1.state_dict())}
         return identity(2, self.options, self.model.config, data)
 
     def _fit_prior(self, spots: Spots, n_folds: int, run: StageRun) -> None:

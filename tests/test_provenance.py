@@ -362,7 +362,7 @@ def test_fingerprints_of_rows_stay_with_their_rows():
 # Slots of the user
 
 
-@pytest.mark.parametrize("key", ["spatial", KEY, "lognorm", "X", "a/b", "", " ", "/", "..", "own"])
+@pytest.mark.parametrize("key", ["spatial", KEY, "lognorm", "X", "a/b", "a\\b", "", " ", "a ", "/", "..", "own"])
 def test_slots_of_the_user_are_never_overwritten(training, query, model, key):
     for adata in (training, query):
         adata.obsm["own"] = adata.obsm[KEY] + 1
@@ -417,6 +417,7 @@ def test_own_slots_are_overwritten(query, model):
         for _ in range(2):
             hv.tl.predict(query, model, key_added=key, n_samples=2)
             hv.tl.evaluate(query, key=key)
+    hv.tl.predict(query, model, key_added="ridge, tuned (1)")
     hv.tl.predict(query, model, key_added="mine")
     assert "mine_samples" not in query.obsm and "obsm/mine_samples" not in query.uns["mine"]["slots"]
 

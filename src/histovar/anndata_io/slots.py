@@ -33,9 +33,10 @@ def keys(key_added: str, argument: str = "key_added") -> Keys:
     """
     if not isinstance(key_added, str):
         raise TypeError(f"{argument}: expected text, got {key_added!r}")
-    if not re.fullmatch(r"[^\W_](?:[\w.+ -]*[\w+])?", key_added):
+    if not re.fullmatch(r"\w(?:[^/\\\x00-\x1f]*[^/\\\x00-\x1f\s])?", key_added):
         raise ValueError(
-            f"{argument}: {key_added!r} is no name for slots; use letters, digits, '_', '-' and '.', such as 'histovar'"
+            f"{argument}: {key_added!r} is no name for slots; begin with a letter or digit, leave out '/' and '\\', such "
+            "as 'histovar'"
         )
     if key_added in RESERVED:
         raise ValueError(f"{argument}: {key_added!r} is the name of other data; choose another, such as 'histovar'")

@@ -77,9 +77,10 @@ def find_embedding_file(root: Path, slide: str, embedding: str, all_slides: Coll
         encoders = "|".join(map(re.escape, (*ENCODER_FAMILIES, embedding.lower())))
         if not re.search(rf"(?<![a-z0-9])({encoders})(?![a-z])", labels[files[0]]):
             named = files
-            logger.warning(
-                "hest: the path of %s does not name the encoder: taken for %s", files[0].relative_to(root), embedding
-            )
+            # A path with other words may name an encoder that is not known here.
+            level = logging.WARNING if re.search("[a-z]", labels[files[0]]) else logging.INFO
+            path = files[0].relative_to(root)
+            logger.log(level, "hest: the path of %s does not name the encoder: taken for %s", path, embedding)
     if not named:
         raise FileNotFoundError(
             f"embedding: no file of {embedding!r} embeddings of slide {slide!r} below {str(root)!r}; "

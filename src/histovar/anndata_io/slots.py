@@ -35,8 +35,8 @@ def keys(key_added: str, argument: str = "key_added") -> Keys:
         raise TypeError(f"{argument}: expected text, got {key_added!r}")
     if not re.fullmatch(r"\w(?:[^/\\\x00-\x1f]*[^/\\\x00-\x1f\s])?", key_added):
         raise ValueError(
-            f"{argument}: {key_added!r} is no name for slots; begin with a letter or digit, leave out '/' and '\\', such "
-            "as 'histovar'"
+            f"{argument}: {key_added!r} is no name for slots; begin with a letter or digit, leave out '/' and "
+            "backslashes, such as 'histovar'"
         )
     if key_added in RESERVED:
         raise ValueError(f"{argument}: {key_added!r} is the name of other data; choose another, such as 'histovar'")

@@ -429,3 +429,9 @@ def test_neighbours_in_a_small_section_say_what_the_spot_says(simulated, caplog)
     near, far = np.split(np.asarray(small.obsm["histovar_niche"])[:, :-4], 2, axis=1)
     for mean in (near, far):
         assert (hv.metrics.pearson(mean, small.obsm["X_place"]) > 0.7).all()
+
+
+def test_a_panel_set_by_hand_is_taken(training):
+    training.var["histovar_panel"] = np.arange(training.n_vars) < 25
+    model = hv.tl.train_stage1(training, library_key="section", **QUICK)
+    assert model.registry["genes"] == training.var_names[:25].tolist()

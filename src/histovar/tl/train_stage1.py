@@ -88,7 +88,6 @@ def train_stage1(
     random_state = checked.random_state
     adata = gate.table(data, table_name, genes=True)
     keys = slots.keys(key_added)
-    slots.check_free(adata, keys, [("var", keys.panel), ("varm", keys.scales)])
     wanted = LOGNORM if layer is None else layer
     sections = Sections(adata, library_key, wanted)
     gate.check_enough_spots(adata, 10, "train on")

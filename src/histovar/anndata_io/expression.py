@@ -311,6 +311,69 @@ def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
     return np.concatenate(totals)
 
 
+class Counts(NamedTuple):
+    """Counts of the panel, (n_spots, n_genes), and total counts over all genes, (n_spots,)."""
+
+    panel: NDArray[np.float32]
+    totals: NDArray[np.float64]
+
+
+def panel_counts(
+    adata: AnnData, columns: NDArray[np.integer], rows: NDArray[np.integer] | None = None
+) -> Counts | None:
+    """Counts of some genes, and the total of each spot; None where X holds no counts.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    columns
+        The genes.
+    rows
+        The spots, increasing; all by default.
+    """
+    if adata.X is None:
+        return None
+    chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
+    parts, totals = [], []
+    start = 0
+    try:
+        for block in count_blocks(adata):
+            stop = start + block.shape[0]
+            some = block[chosen[(chosen >= start) & (chosen < stop)] - start]
+            parts.append(dense_float32(some[:, columns]))
+            totals.append(np.asarray(some.sum(1), dtype=np.float64).ravel())
+            start = stop
+    except ValueError:
+        return None
+    return Counts(np.concatenate(parts), np.concatenate(totals))
+
+
+def counts_of_values(
+    adata: AnnData,
+    columns: NDArray[np.integer],
+    values: NDArray[np.float32],
+    target_sum: float,
+    rows: NDArray[np.integer] | None = None,
+) -> Counts | None:
+    """The counts of X, if log-normalised values are those of these very counts; else None.
+
+    Parameters
+    ----------
+    adata, columns, rows
+        As in :func:`panel_counts`.
+    values
+        (n_spots, n_genes) of the same spots.
+    target_sum
+        Counts that every spot was normalised to; 0 where that is not so.
+    """
+    counts = panel_counts(adata, columns, rows) if target_sum else None
+    if counts is None:
+        return None
+    scale = (target_sum / counts.totals.clip(min=1)).astype(np.float32)
+    return counts if np.allclose(np.log1p(counts.panel * scale[:, None]), values, rtol=0.01, atol=0.01) else None
+
+
 def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
     """Blocks of rows of ``layers["lognorm"]``, or of log1p(counts per 10,000) of the counts in X; writes nothing.
 

@@ -354,6 +354,34 @@ def covariate(adata: AnnData, name: str) -> pd.Series:
     return column
 
 
+def depth(adata: AnnData, value: str | float) -> NDArray[np.float32]:
+    """Total count of every spot, (n_obs,): a column of ``obs``, or one number for all.
+
+    Raises
+    ------
+    KeyError
+        If the column is missing.
+    ValueError
+        If it is not numeric, or holds values that are missing, negative or not finite.
+    """
+    if not isinstance(value, str):
+        values = np.full(adata.n_obs, value, np.float32)
+    elif value not in adata.obs:
+        raise KeyError(
+            f"depth: no {value!r} in obs, which has {list(adata.obs.columns)}; total counts are "
+            "scanpy.pp.calculate_qc_metrics' 'total_counts'"
+        )
+    else:
+        column = adata.obs[value]
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+            raise ValueError(f"depth: obs[{value!r}] must hold total counts, got {column.dtype}")
+        values = column.to_numpy(np.float32, na_value=np.nan)
+    wrong = int((~(np.isfinite(values) & (values >= 0))).sum())
+    if wrong:
+        raise ValueError(f"depth: {wrong} of {adata.n_obs} spots have a total count that is negative or not finite")
+    return values
+
+
 def check_counts(values: NDArray[Any], what: str, mend: str) -> None:
     """Refuse values that are not counts.
 

@@ -24,10 +24,21 @@ from torch import Tensor
 from histovar._atomic import atomic_file, directory_lock, flush_directory
 from histovar._torch_state import in_float32
 
-from .card import CARD, CHECKSUMS_SINCE, FORMAT, OF_STAGE1, OF_STAGE2, card_text, make_card, read_card, weights_name
+from .card import (
+    CARD,
+    CHECKSUMS_SINCE,
+    FORMAT,
+    FORMAT_VERSION,
+    OF_STAGE1,
+    OF_STAGE2,
+    card_text,
+    make_card,
+    read_card,
+    weights_name,
+)
 from .config import ModelConfig
 from .distributed import rank_and_world
-from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights
+from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights, with_statistics
 
 if TYPE_CHECKING:
     from .two_stage import TwoStageVARST
@@ -174,7 +185,7 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     other = 3 - stage
     if other not in there["stages"]:
         return card
-    if there["format_version"] < CHECKSUMS_SINCE:
+    if there["format_version"] < FORMAT_VERSION:
         raise ValueError(
             f"path: {str(path)!r} holds stage {other} in format {there['format_version']}, beside which stage {stage} "
             f"cannot be saved; {mend}"
@@ -195,7 +206,7 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     history = {f"stage{s}": c["history"][f"stage{s}"] for s, c in cards.items() if f"stage{s}" in c["history"]}
     digests = {s: c["weights"][weights_name(s)] for s, c in cards.items()}
     return make_card(
-        config=_config(cards[2]),
+        config=_config(cards[2], path),
         registry=registry,
         history={name: _table(values) for name, values in sorted(history.items())},
         stage1_fingerprint=card["stage1_fingerprint"],
@@ -203,8 +214,12 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     )
 
 
-def _config(card: Mapping[str, Any]) -> ModelConfig:
-    return ModelConfig.from_json(json.dumps(card["config"]))
+def _config(card: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The configuration in the present format."""
+    config = ModelConfig.from_json(json.dumps(card["config"]))
+    if 2 not in card["stages"]:
+        return config
+    return with_statistics(config, _weights_file(path, 2, card), card["format_version"])
 
 
 def _table(values: Mapping[str, Any]) -> pd.DataFrame:
@@ -262,7 +277,7 @@ def verify(path: Path) -> str:
             for stage in card["stages"]:
                 check_digest(_weights_file(path, stage, card), card["weights"][weights_name(stage)])
             return str(card["sha256"])
-        config = _config(card)
+        config = _config(card, path)
         for stage in card["stages"]:
             _read_stage(path, stage, card, config)
         files = [path / CARD, *(path / weights_name(stage) for stage in card["stages"])]
@@ -282,7 +297,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
                 f"path: {str(path)!r} holds {extra[0]}, but its card has stages {card['stages']}; remove that file if "
                 "it is of another model"
             )
-        config = _config(card)
+        config = _config(card, path)
         states = {stage: _read_stage(path, stage, card, config) for stage in card["stages"]}
     model = cls(config if 2 in states else config.replace(embedding_dims=()))
     for stage, state in states.items():
@@ -304,7 +319,7 @@ def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
             raise ValueError(
                 f"path: the genes of {str(path)!r} ({theirs[:3]}, ...) are not the model's ({ours[:3]}, ...)"
             )
-        config = _config(card)
+        config = _config(card, path)
         stage2_is_trained = "use_rep" in (model.registry if stage == 1 else card["registry"])
         of_card = card.get("stage1_fingerprint")  # not in cards of the first format
         if stage2_is_trained and of_card is not None and of_card != fingerprint(model.stage1.state_dict()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ class Histology(NamedTuple):
     sources
         One (n_spots, dim) tensor for each of ``config.source_dims``: each embedding, followed by its mean
         over each neighbourhood; the outline; once aligned (:meth:`ConditionProcessor.align`), their principal
-        components.
+        components, for each of ``config.statistics`` one after another.
     coordinates
         (n_spots, 2) in [0, 1] within the section, or (n_spots, 0).
     covariates
@@ -95,9 +97,11 @@ class ConditionProcessor(nn.Module):
     """Turns the inputs of a spot into a short memory to which every layer of the transformer attends.
 
     One memory vector for each source (and one for coordinates and covariates, where used). With
-    ``condition="pca"`` sources are standardised within sections, which takes stain and scanner out of them, and
-    projected onto principal components of the training spots, which are fixed; with ``"mlp"`` the reference's network
-    turns embedding and coordinates into a memory of one.
+    ``condition="pca"`` sources are standardised, by each of ``config.statistics``, and projected onto principal
+    components of the training spots, which are fixed; the memory is made of the first. Standardising a section by its
+    own mean and standard deviation takes stain and scanner out, and with them what sets the section's tissue apart;
+    which matters more differs between data sets, and cannot be told from few sections. With ``"mlp"`` the reference's
+    network turns embedding and coordinates into a memory of one.
 
     Parameters
     ----------
@@ -124,32 +128,53 @@ class ConditionProcessor(nn.Module):
         for i, (dim, projected) in enumerate(zip(config.source_dims, config.projected_dims, strict=True)):
             self.register_buffer(f"centre_{i}", torch.zeros(dim))
             self.register_buffer(f"spread_{i}", torch.ones(dim))
-            self.register_buffer(f"projection_{i}", torch.zeros(dim, projected))
+            self.register_buffer(f"projection_{i}", torch.zeros(len(config.statistics), dim, projected))
         self.register_buffer("familiar", torch.tensor(FAMILIAR))
-        self.register_buffer("own_statistics", torch.tensor(config.standardize != "training"))
-        self.inputs = nn.ModuleList(nn.Linear(width, config.width) for width in self.feature_widths)
+        self.inputs = nn.ModuleList(nn.Linear(width, config.width) for width in [*config.projected_dims, *self._more])
         self.norm = nn.LayerNorm(config.width)
+
+    familiar: Tensor
+
+    @property
+    def _more(self) -> list[int]:
+        """Widths of coordinates and covariates, where used."""
+        return [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
 
     @property
     def feature_widths(self) -> list[int]:
         """Width of each part of :meth:`features`."""
-        return [*self.config.projected_dims] + [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
+        return [*self.config.projected_dims] * len(self.config.statistics) + self._more
 
-    familiar: Tensor
-    own_statistics: Tensor
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """Columns of :meth:`features` that members of the prior take, equally many each, in the order to take them.
+
+        Of three neighbourhoods or more a view has the smallest and one of the others. Each of these is seen by the
+        first of ``config.statistics``, the widest by the second, too.
+        """
+        config = self.config
+        starts = torch.tensor([0, *self.feature_widths]).cumsum(0).tolist()
+        columns = [torch.arange(a, b) for a, b in pairwise(starts)]
+        n_sources, step = len(config.projected_dims), 1 + len(config.n_neighbors)
+        wide = range(2, step) if step > 3 else [0]
+
+        def view(statistics: int, neighborhood: int) -> Tensor:
+            first = statistics * n_sources
+            left_out = {*wide} - {neighborhood} if neighborhood else set()
+            n_niche = len(config.embedding_dims) * step
+            own = [i for i in range(n_sources) if i >= n_niche or i % step not in left_out]
+            return torch.cat([columns[first + i] for i in own] + columns[n_sources * len(config.statistics) :])
+
+        found = [view(0, neighborhood) for neighborhood in wide]
+        by_training = [view(1, wide[-1])] * (len(config.statistics) - 1)
+        return [*found[:1], *by_training, *found[1:]]
 
     @torch.no_grad()
-    def fit(
-        self,
-        histology: Histology,
-        sections: Tensor,
-        own_statistics: bool = True,
-        moments: Mapping[int, Moments] | None = None,
-    ) -> None:
+    def fit(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments] | None = None) -> None:
         """Take means, standard deviations within sections and principal components from the training spots.
 
-        Features of every source are standardised within their section, projected onto their leading principal
-        components and divided by the projection's root mean square, so that the components keep their relative sizes.
+        Standardised sources are projected onto their leading principal components and divided by the projection's root
+        mean square, so that the components keep their relative sizes.
 
         Parameters
         ----------
@@ -157,14 +182,11 @@ class ConditionProcessor(nn.Module):
             Inputs of the training spots, or of a sample of them.
         sections
             (n_spots,) number of each spot's section.
-        own_statistics
-            Standardise sections by their own mean and standard deviation, not by those of training.
         moments
             Those of each section, where the spots are but a sample.
         """
         if self.config.condition == "mlp":
             return
-        self.own_statistics.fill_(own_statistics)
         moments = moments or Moments.by_section(histology, sections)
         shares = torch.tensor([float(own.n) for own in moments.values()])
         shares = (shares / shares.sum())[:, None]
@@ -178,12 +200,13 @@ class ConditionProcessor(nn.Module):
             getattr(self, f"spread_{i}").copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
         shifts = torch.stack([self._shift(own.means[0]) for own in moments.values()])
         self.familiar.copy_((2 * shifts.mean()).clamp(min=FAMILIAR))
-        for i, source in enumerate(self._standardized(histology, sections, moments).sources):
-            projection = torch.zeros_like(getattr(self, f"projection_{i}"))
-            axes = torch.linalg.svd(source, full_matrices=False).Vh[: projection.shape[1]].T
-            scale = (source @ axes).square().mean().sqrt().clamp(min=1e-8)
-            projection[:, : axes.shape[1]] = axes / scale
-            getattr(self, f"projection_{i}").copy_(projection)
+        for k, statistics in enumerate(self.config.statistics):
+            for i, source in enumerate(self._standardized(histology, sections, moments, statistics)):
+                projection = getattr(self, f"projection_{i}")[k]
+                projection.zero_()
+                axes = torch.linalg.svd(source, full_matrices=False).Vh[: projection.shape[1]].T
+                scale = (source @ axes).square().mean().sqrt().clamp(min=1e-8)
+                projection[:, : axes.shape[1]] = axes / scale
 
     def _shift(self, mean: Tensor) -> Tensor:
         """Mean squared shift of a section's mean embedding from that of training."""
@@ -193,9 +216,8 @@ class ConditionProcessor(nn.Module):
     def align(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments] | None = None) -> Histology:
         """Standardise every source and project it onto its components; set the novelty of every section.
 
-        With own statistics a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)`` of means and
-        of variances, so that a section of few spots falls back on what training had. Without, a section is so only as
-        far as it is novel (unless ``standardize="training"`` rules that out).
+        By its own statistics a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)`` of means
+        and of variances, so that a section of few spots falls back on what training had.
 
         Parameters
         ----------
@@ -209,37 +231,43 @@ class ConditionProcessor(nn.Module):
         Returns
         -------
         Histology
-            With sources of ``config.projected_dims``, as :meth:`features` and :meth:`forward` take them; unchanged
-            where ``condition="mlp"``.
+            With sources of ``config.projected_dims`` for each of ``config.statistics``, as :meth:`features` and
+            :meth:`forward` take them; unchanged where ``condition="mlp"``.
         """
         if self.config.condition == "mlp":
             return histology
-        aligned = self._standardized(histology, sections, moments or Moments.by_section(histology, sections))
-        projected = [source @ getattr(self, f"projection_{i}") for i, source in enumerate(aligned.sources)]
-        return aligned._replace(sources=tuple(projected))
+        moments = moments or Moments.by_section(histology, sections)
+        projected = [
+            source @ getattr(self, f"projection_{i}")[k]
+            for k, statistics in enumerate(self.config.statistics)
+            for i, source in enumerate(self._standardized(histology, sections, moments, statistics))
+        ]
+        return histology._replace(sources=tuple(projected), novelty=self._novelty(histology, sections, moments))
 
-    def _standardized(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments]) -> Histology:
-        """Sources standardised section by section, and each section's novelty."""
+    def _standardized(
+        self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments], statistics: str
+    ) -> list[Tensor]:
+        """Sources standardised section by section."""
         aligned = [torch.empty_like(source) for source in histology.sources]
-        novelty = torch.zeros_like(histology.novelty)
         for section in sections.unique():
             rows = torch.nonzero(sections == section)[:, 0]
             own = moments[int(section)]
-            few = SHRINKAGE / (own.n + SHRINKAGE)
-            shift = self._shift(own.means[0]) * (1 - few)
-            novel = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
-            novelty[rows] = novel
-            if self.config.standardize == "training":
-                own_share = torch.zeros_like(novel)
-            else:
-                own_share = torch.where(self.own_statistics, torch.ones_like(novel), novel)
-            weight = 1 - own_share * (1 - few)
+            weight = SHRINKAGE / (own.n + SHRINKAGE) if statistics == "section" else 1.0
             for i, source in enumerate(histology.sources):
                 centre, spread = getattr(self, f"centre_{i}"), getattr(self, f"spread_{i}")
                 mean = torch.lerp(own.means[i], centre, weight)
                 variance = torch.lerp(own.variances[i], spread.square(), weight)
                 aligned[i][rows] = (source[rows] - mean) / variance.sqrt()
-        return histology._replace(sources=tuple(aligned), novelty=novelty)
+        return aligned
+
+    def _novelty(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments]) -> Tensor:
+        """Novelty of each spot's section."""
+        novelty = torch.zeros_like(histology.novelty)
+        for section in sections.unique():
+            own = moments[int(section)]
+            shift = self._shift(own.means[0]) * own.n / (own.n + SHRINKAGE)
+            novelty[sections == section] = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
+        return novelty
 
     def _parts(self, histology: Histology) -> list[Tensor]:
         parts = list(histology.sources)
@@ -248,11 +276,6 @@ class ConditionProcessor(nn.Module):
         if self.config.n_covariates:
             parts.append(histology.covariates)
         return parts
-
-    @property
-    def uses_own_statistics(self) -> bool:
-        """Whether sections are standardised by their own mean and standard deviation."""
-        return self.config.condition == "pca" and bool(self.own_statistics)
 
     @property
     def n_features(self) -> int:
@@ -285,6 +308,8 @@ class ConditionProcessor(nn.Module):
                 parts.append(self.place(place) + waves)
             return torch.cat(parts, 1)[:, None]
         parts = self._parts(histology)
+        n_sources = len(self.config.projected_dims)
+        parts = parts[:n_sources] + parts[len(histology.sources) :]
         memory = torch.stack([layer(part) for layer, part in zip(self.inputs, parts, strict=True)], 1)
         normed: Tensor = self.norm(memory)
         return normed

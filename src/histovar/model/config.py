@@ -62,8 +62,7 @@ class ModelConfig:
     standardize
         Of ``condition="pca"``: ``"section"`` standardises by the section's own mean and standard deviation, which takes
         stain and scanner out; ``"training"`` by those of training, which keeps what sets a section's tissue apart;
-        ``"auto"`` takes what predicts training sections better from each other, and the section's own where a section
-        is unlike those of training.
+        ``"auto"`` does not bet on either: two thirds of the prior's members take the section's own, a third training's.
     n_pcs
         Principal components kept of each source.
     width, n_layers, n_heads, feedforward, dropout
@@ -104,7 +103,7 @@ class ModelConfig:
     vq_weight: float = 0.25
     commitment_weight: float = 0.25
     embedding_dims: tuple[int, ...] = ()
-    n_neighbors: tuple[int, ...] = (8, 48)
+    n_neighbors: tuple[int, ...] = (8, 24, 48)
     outline: bool = True
     coordinates: bool = False
     n_covariates: int = 0
@@ -216,6 +215,11 @@ class ModelConfig:
         return self.outline and bool(self.n_neighbors)
 
     @property
+    def statistics(self) -> tuple[str, ...]:
+        """By whose means and standard deviations sources are standardised, once by each: section's, training's."""
+        return ("section", "training") if self.standardize == "auto" else (self.standardize,)
+
+    @property
     def source_dims(self) -> tuple[int, ...]:
         """Width of every source of the condition: each embedding and its mean over each neighbourhood; the outline."""
         embeddings = [dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors))]
@@ -223,7 +227,7 @@ class ModelConfig:
 
     @property
     def projected_dims(self) -> tuple[int, ...]:
-        """Width of every source once it is aligned."""
+        """Width of every source once it is aligned, by one of :attr:`statistics`."""
         n_embeddings = len(self.embedding_dims) * (1 + len(self.n_neighbors))
         return (*[self.n_pcs] * n_embeddings, *self._outline_dims)
 

@@ -16,7 +16,8 @@ from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
 from .decoding import Decoding, Generation, generate, pieces_of_spots
 from .head import TokenHead
-from .prior import ConditionalMeanPrior
+from .observation import Composition, Observation
+from .prior import ConditionalMeanPrior, disagreement
 from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
@@ -28,7 +29,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class VARStage(nn.Module):
-    """Stage 2: condition, transformer, token head, prior and calibration.
+    """Stage 2: condition, transformer, token head, prior, observation model and calibration.
 
     Parameters
     ----------
@@ -42,7 +43,9 @@ class VARStage(nn.Module):
         self.transformer = GeneVARTransformer(config)
         self.head = TokenHead(config)
         has_prior = config.n_members > 0
-        self.prior = ConditionalMeanPrior(config, self.condition.n_features) if has_prior else None
+        condition = self.condition
+        self.prior = ConditionalMeanPrior(config, condition.views, condition.n_features) if has_prior else None
+        self.observation = Observation(config.n_genes)
         self.calibration = Calibration(config.n_genes)
 
 
@@ -304,10 +307,12 @@ class TwoStageVARST(nn.Module):
     def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
         if self.var_stage.prior is None:
             return None
-        return self.prior_mean(self.prior_members(histology).mean(0) if prior is None else prior)
+        return self.prior_mean(self.conditional_mean(histology) if prior is None else prior)
 
     def prior_members(self, histology: Histology, *, cross_fitted: bool = False) -> Tensor:
-        """Standardised expression that members of the prior expect: (n_members, n_spots, n_genes).
+        """What members of the prior expect: (n_members, n_spots, n_genes).
+
+        Relative rates where the model learnt from counts (:attr:`Observation.of_counts`), else standardised expression.
 
         Parameters
         ----------
@@ -321,12 +326,52 @@ class TwoStageVARST(nn.Module):
         ValueError
             If the model has no prior.
         """
-        stage2 = self.var_stage
-        if stage2.prior is None:
-            raise ValueError("the model has no prior (n_members=0)")
-        features = stage2.condition.features(histology)
-        members: Tensor = stage2.prior(features, histology.novelty, cross_fitted=cross_fitted)
+        members: Tensor = self._prior(self.var_stage.condition.features(histology), cross_fitted=cross_fitted)
         return members
+
+    @property
+    def _prior(self) -> ConditionalMeanPrior:
+        if self.var_stage.prior is None:
+            raise ValueError("the model has no prior (n_members=0)")
+        return self.var_stage.prior
+
+    def lognorm(self, counts: Tensor, totals: Tensor) -> Tensor:
+        """Counts (n_spots, n_genes), of total counts (n_spots, 1), in the units of training."""
+        return (counts * (self.var_stage.observation.target_sum / totals)).log1p()
+
+    def standardized_means(self, expected: Tensor, log_depth: Tensor) -> Tensor:
+        """What the prior expects, (..., n_spots, n_genes), as standardised expression at the expected depth."""
+        observation = self.var_stage.observation
+        if not observation.of_counts:
+            return expected
+        rates = (observation.base * expected).flatten(0, -2)
+        log_depth = log_depth.expand(expected.shape[:-1]).flatten()
+        return self.stage1.scales.standardize(observation.mean(rates, log_depth)).view_as(expected)
+
+    def conditional_mean(self, histology: Histology) -> Tensor:
+        """Standardised expression that the prior expects, (n_spots, n_genes)."""
+        features = self.var_stage.condition.features(histology)
+        return self.standardized_means(self._prior(features).mean(0), self._prior.log_depth(features))
+
+    @torch.no_grad()
+    def composition(self, histology: Histology, members: Tensor, unseen: Tensor | None = None) -> Composition:
+        """What the prior says of rates and depth, of a model that learnt from counts.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots, aligned.
+        members
+            (n, n_spots, n_genes): of :meth:`prior_members`.
+        unseen
+            (n_members,) which cross-fitted members these are; None for those that saw all training spots.
+        """
+        observation = self.var_stage.observation
+        log_depth = self._prior.log_depth(self.var_stage.condition.features(histology), unseen)
+        excess = log_depth.new_zeros(len(log_depth))
+        if len(members) > 1:
+            excess = (disagreement(members) - observation.usual_disagreement).clamp(min=0)
+        return Composition(observation.base * members.mean(0), log_depth, excess)
 
     @torch.no_grad()
     def predict(
@@ -336,10 +381,11 @@ class TwoStageVARST(nn.Module):
         *,
         n_samples: int = 1,
         members: Tensor | None = None,
+        means: Tensor | None = None,
         generator: torch.Generator | None = None,
         keep_logits: bool = False,
     ) -> Generation:
-        """Generate expression from histology.
+        """Generate expression from histology, in the units of training.
 
         Expected decoding takes the mean of the prior's members, and adds the variance between them to that of the token
         distributions. Each draw takes one member at random.
@@ -353,7 +399,9 @@ class TwoStageVARST(nn.Module):
         n_samples
             Draws for each spot; the rows of the result are the draws of the first spot, then of the second.
         members
-            (n, n_spots, n_genes): standardised conditional means in place of :meth:`prior_members`.
+            (n, n_spots, n_genes) in place of :meth:`prior_members`.
+        means
+            (n_spots, n_genes): standardised conditional means in place of those of `members`.
         generator
             Source of randomness for sampling.
         keep_logits
@@ -370,14 +418,21 @@ class TwoStageVARST(nn.Module):
             memory = memory.repeat_interleave(n_samples, 0)
         shifts = None
         if stage2.prior is not None:
-            members = self.prior_members(histology) if members is None else members
-            if decoding.mode == "sample":
-                n_spots = members.shape[1]
-                drawn = torch.randint(len(members), (n_spots, n_samples), generator=generator, device=members.device)
-                spots = torch.arange(n_spots, device=members.device)
-                shifts = self.prior_mean(members[drawn, spots[:, None]].flatten(0, 1))
-            else:
-                shifts = self.prior_mean(members.mean(0).repeat_interleave(n_samples, 0))
+            if members is None and means is None:
+                members = self.prior_members(histology)
+            if means is None:
+                assert members is not None
+                log_depth = stage2.prior.log_depth(stage2.condition.features(histology))
+                if decoding.mode == "sample":
+                    each = self.standardized_means(members, log_depth)
+                    n_spots = each.shape[1]
+                    drawn = torch.randint(len(each), (n_spots, n_samples), generator=generator, device=each.device)
+                    spots = torch.arange(n_spots, device=each.device)
+                    shifts = self.prior_mean(each[drawn, spots[:, None]].flatten(0, 1))
+                else:
+                    means = self.standardized_means(members.mean(0), log_depth)
+            if means is not None:
+                shifts = self.prior_mean(means.repeat_interleave(n_samples, 0))
         made = generate(
             self.stage1,
             stage2.transformer,
@@ -388,7 +443,8 @@ class TwoStageVARST(nn.Module):
             generator=generator,
             keep_logits=keep_logits,
         )
-        if decoding.mode == "expected" and members is not None and len(members) > 1:
+        of_values = not stage2.observation.of_counts
+        if decoding.mode == "expected" and members is not None and len(members) > 1 and of_values:
             # Many times faster than var, which goes through members spot by spot.
             variance = (members - members.mean(0)).square().sum(0) / (len(members) - 1)
             disagreement = (variance * self.stage1.scales.std.square()).repeat_interleave(n_samples, 0)

@@ -26,6 +26,8 @@ DTYPES = {"F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
 # A module with its buffers, over its file: tables that are not saved, and tensors that earlier formats lacked.
 MOST_MEMORY, SPARE_BYTES = 4, 2**26
 HASHED_AT_ONCE = 2**20
+# In models of formats up to 6: whether sections are standardised by their own statistics.
+OWN_STATISTICS = "condition.own_statistics"
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -203,7 +205,7 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
 
     In format 1 there was no spread, no depth among the prior's outputs and no calibration. Up to format 3 the
     cross-fitted members of the prior predicted new spots, too, and had no linear part. Up to format 4 targets were
-    softened.
+    softened. Up to format 6 sources were standardised by one of two statistics, and depth was an output of the members.
     """
     if stage == 1:
         return state
@@ -217,7 +219,28 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
         state |= {name: t for name, t in implied.items() if name.startswith("prior.linear.")}
     if version <= 4:
         state = {name: t for name, t in state.items() if not name.startswith("head.softened_")}
+    if version <= 6:
+        state = {name: t for name, t in state.items() if name != OWN_STATISTICS}
+        for name, tensor in state.items():
+            if name.startswith("condition.projection_"):
+                state[name] = tensor[None]
+            elif name.startswith(("prior.output.", "prior.linear.")) and name != "prior.linear.share":
+                state[name] = tensor[..., :-1].contiguous()
+        new = ("observation.", "prior.depth.", "prior.of_rates", "prior.n_folds")
+        state |= {name: tensor for name, tensor in implied.items() if name.startswith(new)}
     return state
+
+
+def with_statistics(config: ModelConfig, file: Path, version: int) -> ModelConfig:
+    """The configuration of a stage 2 that, up to format 6, chose by which statistics to standardise when trained."""
+    if version > 6 or config.standardize != "auto" or config.condition != "pca" or not file.is_file():
+        return config
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            own = OWN_STATISTICS not in tensors.keys() or bool(tensors.get_tensor(OWN_STATISTICS).all())
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"path: {str(file)!r} is truncated or damaged ({error}); save the model again") from None
+    return config.replace(standardize="section" if own else "training")
 
 
 def _check_indices(state: Mapping[str, Tensor], stage: int, config: ModelConfig, where: str) -> None:

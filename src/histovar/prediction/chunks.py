@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from anndata import AnnData
+from torch import Tensor
 
 from histovar.anndata_io.lazy import ChunkedHistology
 from histovar.anndata_io.prediction import Prediction
@@ -19,7 +20,13 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def predict_lazily(
-    adata: AnnData, model: TwoStageVARST, predictor: Predictor, random_state: int, **condition: Any
+    adata: AnnData,
+    model: TwoStageVARST,
+    predictor: Predictor,
+    random_state: int,
+    *,
+    depth: Tensor | None = None,
+    **condition: Any,
 ) -> Prediction:
     """A :class:`Prediction` of dask arrays, chunked as the embeddings are, each computed when it is asked for.
 
@@ -33,6 +40,8 @@ def predict_lazily(
         What to predict.
     random_state
         Seed of the draws; each chunk's own comes from it.
+    depth
+        As in :class:`Predictor`.
     **condition
         As :class:`ChunkedHistology` takes it.
     """
@@ -43,8 +52,10 @@ def predict_lazily(
     shared = delayed(model, traverse=False)
     seeds = np.random.SeedSequence(random_state).generate_state(len(inputs.chunks))
     made = [
-        delayed(_predict)(predictor, shared, histology, int(seed))
-        for histology, seed in zip(inputs.aligned(shared), seeds, strict=True)
+        delayed(_predict)(
+            predictor, shared, histology, int(seed), None if depth is None else depth[chunk.start : chunk.stop]
+        )
+        for chunk, histology, seed in zip(inputs.chunks, inputs.aligned(shared), seeds, strict=True)
     ]
     config = model.config
     empty = Prediction.empty(0, config.n_genes, config.n_tokens, predictor.n_samples, len(predictor.quantiles))
@@ -65,6 +76,8 @@ def predict_lazily(
     return Prediction(*(whole(i, like) for i, like in enumerate(empty)))
 
 
-def _predict(predictor: Predictor, model: TwoStageVARST, inputs: Histology, random_state: int) -> Prediction:
+def _predict(
+    predictor: Predictor, model: TwoStageVARST, inputs: Histology, random_state: int, depth: Tensor | None
+) -> Prediction:
     with _ONE_AT_A_TIME:
-        return predictor(model, inputs, random_state)
+        return predictor(model, inputs, random_state, depth=depth)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from histovar._memory import keep_freed_memory
 from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.model.observation import Units
 from histovar.model.two_stage import Precision
 
 from .device import on_device
@@ -25,12 +27,13 @@ class Predictor:
         How tokens are chosen.
     chance
         How they are drawn.
-    n_samples, quantiles, batch_size, device, precision
+    units, n_samples, quantiles, batch_size, device, precision
         As in :func:`histovar.tl.predict`.
     """
 
     rule: Decoding
     chance: Decoding
+    units: Units
     n_samples: int
     quantiles: tuple[float, ...]
     batch_size: int
@@ -39,10 +42,17 @@ class Predictor:
 
     def is_calibrated(self, model: TwoStageVARST) -> bool:
         """Whether the model's calibration applies."""
-        return model.var_stage.calibration.fitted and self.rule.mode == "expected"
+        stage2 = model.var_stage
+        return self.rule.mode == "expected" and (stage2.calibration.fitted or bool(stage2.observation.calibrated))
 
     def __call__(
-        self, model: TwoStageVARST, inputs: Histology, random_state: int, *, show_progress_bar: bool = False
+        self,
+        model: TwoStageVARST,
+        inputs: Histology,
+        random_state: int,
+        *,
+        depth: Tensor | None = None,
+        show_progress_bar: bool = False,
     ) -> Prediction:
         """Predict.
 
@@ -54,36 +64,77 @@ class Predictor:
             Of the spots, aligned.
         random_state
             Seed of the draws.
+        depth
+            (n_spots,) total count of each spot; None predicts it.
         show_progress_bar
             Show progress.
         """
         keep_freed_memory()
         model = model.in_precision(self.precision)
-        calibration = model.var_stage.calibration
         n_spots, config = len(inputs.novelty), model.config
         made = Prediction.empty(n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
+        predict = self._of_counts if model.var_stage.observation.of_counts else self._of_values
         with on_device(model, self.device) as where:
             generator = torch.Generator(where).manual_seed(random_state)
-            levels, fitted = torch.tensor(self.quantiles, device=where), calibration.fitted
             batches = torch.arange(n_spots).split(self.batch_size)
             for rows in track(batches, "predicting", disable=not show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
-                generated = model.predict(batch, self.rule, generator=generator)
-                mean, std = generated.expression, generated.std
-                draws = cube = mean.new_empty(*mean.shape, 0)
-                if self.n_samples:
-                    drawn = model.predict(batch, self.chance, n_samples=self.n_samples, generator=generator).expression
-                    draws = drawn.view(len(rows), self.n_samples, -1).transpose(1, 2)
-                if self.rule.mode != "expected":
-                    std = draws.clamp(min=0).std(2, correction=0) if self.n_samples else std
-                elif fitted:
-                    draws = calibration.draws(draws, mean, std) if self.n_samples else draws
-                    cube = calibration.quantiles(mean, std, levels)
-                    std = std * calibration.spread
-                if len(levels) and not cube.shape[2]:
-                    cube = torch.quantile(draws, levels, 2).movedim(0, 2)
-                parts = (mean.clamp(min=0), std, generated.tokens, draws.clamp(min=0), cube.clamp(min=0))
+                parts = predict(model, batch, None if depth is None else depth[rows].to(where), generator)
                 for whole, part in zip(made, parts, strict=True):
                     if whole is not None:
                         whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
         return made
+
+    def _of_values(
+        self, model: TwoStageVARST, batch: Histology, depth: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """Mean, standard deviation, tokens, draws and quantiles of a model that learnt from a layer of values."""
+        calibration = model.var_stage.calibration
+        generated = model.predict(batch, self.rule, generator=generator)
+        mean, std = generated.expression, generated.std
+        draws = self._draws(model, batch, generator)
+        cube = mean.new_empty(*mean.shape, 0)
+        if self.rule.mode != "expected":
+            std = draws.clamp(min=0).std(2, correction=0) if self.n_samples else std
+        elif calibration.fitted:
+            draws = calibration.draws(draws, mean, std) if self.n_samples else draws
+            cube = calibration.quantiles(mean, std, self.quantiles)
+            std = std * calibration.spread
+        if len(self.quantiles) and not cube.shape[2]:
+            cube = torch.quantile(draws, torch.tensor(self.quantiles, device=draws.device), 2).movedim(0, 2)
+        return mean.clamp(min=0), std, generated.tokens, draws.clamp(min=0), cube.clamp(min=0)
+
+    def _of_counts(
+        self, model: TwoStageVARST, batch: Histology, depth: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """The same of a model that learnt from counts.
+
+        Mean, standard deviation and quantiles are the observation model's. Draws take their values from it, gene by
+        gene, and their ranks, and with them co-expression, from the tokens (Schefzik et al. 2013).
+        """
+        if self.rule.mode != "expected":
+            return self._of_values(model, batch, depth, generator)
+        observation = model.var_stage.observation
+        members = model.prior_members(batch)
+        generated = model.predict(batch, self.rule, members=members, generator=generator)
+        composition = model.composition(batch, members)
+        if model.var_stage.head.gate.any():
+            composition = observation.shifted(composition, generated.expression)
+        mean, std = observation.moments(composition, self.units, depth)
+        draws = cube = mean.new_empty(*mean.shape, 0)
+        if self.n_samples or len(self.quantiles):
+            values = observation.draws(composition, self.units, depth, generator=generator)
+            cube = observation.at_levels(values, self.quantiles)
+        if self.n_samples:
+            ranks = self._draws(model, batch, generator).argsort(2).argsort(2)
+            levels = (torch.arange(self.n_samples, device=mean.device) + 0.5) / self.n_samples
+            draws = observation.at_levels(values, levels).gather(2, ranks)
+        return mean, std, generated.tokens, draws, cube
+
+    def _draws(self, model: TwoStageVARST, batch: Histology, generator: torch.Generator) -> Tensor:
+        """Joint draws of the tokens, decoded: (n_spots, n_genes, n_samples)."""
+        n_spots = len(batch.novelty)
+        if not self.n_samples:
+            return batch.novelty.new_empty(n_spots, model.config.n_genes, 0)
+        drawn = model.predict(batch, self.chance, n_samples=self.n_samples, generator=generator).expression
+        return drawn.view(n_spots, self.n_samples, -1).transpose(1, 2)

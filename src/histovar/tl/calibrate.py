@@ -13,11 +13,12 @@ from rich.progress import track
 from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
+from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import Histology, TwoStageVARST
+from histovar.model.observation import Composition
 from histovar.prediction import on_device
 from histovar.training import cross_fit_folds, gathered_rows
 
@@ -42,9 +43,11 @@ def calibrate(
     show_progress_bar: bool = False,
     table_name: str | None = None,
 ) -> None:
-    """Calibrate a model's uncertainty, gene by gene, on spots that its prediction has not seen.
+    """Calibrate a model's uncertainty on spots that its prediction has not seen.
 
-    Split conformal prediction with normalised residuals; see :class:`histovar.model.Calibration`. Afterwards
+    Of a model that learnt from counts, each gene's dispersion, the error of the depth and the levels of quantiles
+    (:class:`histovar.model.Observation`); else split conformal prediction with normalised residuals, gene by gene
+    (:class:`histovar.model.Calibration`). Afterwards
     quantiles, draws and standard deviations of :func:`predict` are calibrated, and ``uns[key_added]["calibrated"]``
     says so. :func:`train` calls it on its training sections; call it again with sections that were held out, which are
     the better judges: of another individual, if that is what the model is for.
@@ -95,7 +98,9 @@ def calibrate(
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     home = model.device
 
-    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor]:
+    observation = stage2.observation
+
+    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = histology(
             section.adata,
             config,
@@ -116,9 +121,19 @@ def calibrate(
             sections=None if names is None else names[section.rows],
             trained=trained,
         )
-        return inputs.map(lambda t: t[rows]), torch.from_numpy(measured), torch.from_numpy(unseen[section.rows[rows]])
+        totals = np.zeros(len(rows), np.float32)
+        if observation.of_counts:
+            counts = counts_of_values(section.adata, columns, measured, float(observation.target_sum), rows)
+            if counts is None:
+                raise ValueError(
+                    "adata: X must hold the counts of which the log-normalised values are, as in training: the model "
+                    "learnt from them"
+                )
+            measured, totals = counts.panel, counts.totals.astype(np.float32)
+        read, total, members = (torch.from_numpy(part) for part in (measured, totals, unseen[section.rows[rows]]))
+        return inputs.map(lambda t: t[rows]), read, total, members
 
-    inputs, measured, members_unseen = gathered_rows(sections.map(aligned), len(chosen))
+    inputs, measured, totals, members_unseen = gathered_rows(sections.map(aligned), len(chosen))
     if layer == LOGNORM:
         add_lognorm(adata)
     unseen = members_unseen.numpy()
@@ -132,26 +147,28 @@ def calibrate(
         ]
         for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
-            some = None
-            if members.any():
-                some = model.prior_members(batch, cross_fitted=True)[torch.from_numpy(members)]
-            made = model.predict(batch, members=some)
-            results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
-    truth, mean, std = (torch.cat(part) for part in zip(*results, strict=True))
-    before = _coverage(truth, mean, std)
-    stage2.calibration.fit(truth, mean, std)
+            some, which = None, torch.from_numpy(members) if members.any() else None
+            if which is not None or observation.of_counts:
+                some = model.prior_members(batch, cross_fitted=which is not None)
+                some = some if which is None else some[which]
+            if observation.of_counts:
+                assert some is not None
+                results.append((measured[rows], *(t.cpu() for t in model.composition(batch, some, which))))
+            else:
+                made = model.predict(batch, members=some)
+                results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
+        order = torch.cat([rows for _, rows in batches])
+    truth, *predicted = (torch.cat(part) for part in zip(*results, strict=True))
+    if observation.of_counts:
+        composition = Composition(*predicted)
+        generator = torch.Generator().manual_seed(random_state)
+        known = totals[order].clamp(min=1)
+        observation.fit(truth, known, composition, generator)
+    else:
+        stage2.calibration.fit(truth, *predicted)
     labels = [] if names is None else np.unique(names).tolist()
     registry["calibration"] = {"sections": labels, "n_spots": len(truth)}
-    logger.info(
-        "calibrated on %d spots of %s: normal intervals of 90 %% had covered %.1f %%",
-        len(truth),
-        labels or "one section",
-        100 * before,
-    )
-
-
-def _coverage(truth: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> float:
-    return float(((truth - mean).abs() <= 1.645 * std).float().mean())
+    logger.info("calibrated on %d spots of %s", len(truth), labels or "one section")
 
 
 def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 
-from histovar._keys import DEFAULT_KEY
+from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
@@ -20,10 +20,13 @@ from histovar.anndata_io.lazy import is_lazy
 from histovar.anndata_io.prediction import prediction_slots, write_prediction
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.decoding import Mode
+from histovar.model.observation import Units
 from histovar.model.two_stage import Precision
 from histovar.prediction import Predictor, predict_lazily
 
 logger = logging.getLogger(__name__)
+
+IN_WORDS = {"log_counts": "log1p(counts)", "counts": "counts", "rates": "counts per 10,000, without counting noise"}
 
 
 @in_float32
@@ -34,6 +37,8 @@ def predict(
     use_rep: str | Sequence[str] | None = None,
     library_key: str | None = None,
     spatial_key: str | None = None,
+    units: Units | None = None,
+    depth: str | float | None = None,
     decoding: Mode = "expected",
     n_samples: int = 0,
     quantiles: Sequence[float] = (),
@@ -61,6 +66,15 @@ def predict(
         A model with both stages trained.
     use_rep, library_key, spatial_key
         As in :func:`train_stage2`; what the model was trained with by default.
+    units
+        What to predict: None, the values of training; or, of a model that learnt from counts, ``"lognorm"``, log1p of
+        counts per as many as in training; ``"log_counts"``, log1p of counts; ``"counts"``; ``"rates"``, counts per
+        10,000 with the noise of counting taken out.
+    depth
+        Total count of each spot, as which counts and their logarithms are predicted: a column of ``obs`` (of total
+        counts over all genes that were measured in training: each spot's own, to check the prediction against what was
+        measured); a number, as if all spots were sequenced to it, so that maps of sections compare; None predicts it
+        from histology, and takes its uncertainty into account.
     decoding
         ``"expected"`` (best for maps), ``"greedy"`` or ``"sample"``, a single draw.
     n_samples
@@ -123,7 +137,8 @@ def predict(
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
     if n_samples < 0:
         raise ValueError(f"n_samples must not be negative, got {n_samples}")
-    predictor = Predictor(rule, chance, n_samples, tuple(quantiles), batch_size, device, precision)
+    totals = _depth(adata, model, units, depth, decoding)
+    predictor = Predictor(rule, chance, units or "lognorm", n_samples, tuple(quantiles), batch_size, device, precision)
     calibrated = predictor.is_calibrated(model)
     if len(quantiles) and n_samples < 2 and not calibrated:
         raise ValueError(
@@ -143,12 +158,12 @@ def predict(
     condition = {**where_from, "encoders": registry["covariates"]}
     lazy = is_lazy(adata, reps)
     if lazy:
-        made = predict_lazily(adata, model, predictor, random_state, **condition)
+        made = predict_lazily(adata, model, predictor, random_state, depth=totals, **condition)
     else:
         inputs = histology(adata, config, **condition, key=key_added)
         numbers = torch.from_numpy(section_numbers(gate.sections(adata, where_from["library_key"]), adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
-        made = predictor(model, inputs, random_state, show_progress_bar=show_progress_bar)
+        made = predictor(model, inputs, random_state, depth=totals, show_progress_bar=show_progress_bar)
 
     if copy:
         adata = gate.copied(adata)
@@ -159,9 +174,7 @@ def predict(
         genes,
         made,
         {
-            "units": registry["units"],
-            "layer": registry["layer"],
-            "normalization": registry.get("normalization", {}),
+            **_described(registry, units, depth),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
@@ -171,6 +184,7 @@ def predict(
                 "library_key": where_from["library_key"] or "",
                 "covariates": np.array(list(registry["covariates"]), dtype=str),
                 "decoding": decoding,
+                "depth": "" if depth is None else str(depth),
                 "n_samples": n_samples,
                 "temperature": temperature,
                 "top_k": top_k,
@@ -184,10 +198,37 @@ def predict(
         "planned, to be computed when asked for:" if lazy else "predicted",
         len(genes),
         adata.n_obs,
-        registry["units"],
+        _described(registry, units, depth)["units"],
         "calibrated" if calibrated else "not calibrated",
     )
     return adata if copy else None
+
+
+def _depth(
+    adata: AnnData, model: TwoStageVARST, units: Units | None, depth: str | float | None, decoding: Mode
+) -> torch.Tensor | None:
+    """Total count of every spot, as which to predict; None where it is to be predicted."""
+    if units is None and depth is None:
+        return None
+    if not model.var_stage.observation.of_counts:
+        raise ValueError(
+            f"units, depth: the model learnt from values of {model.registry['layer']!r}, of which it is not known how "
+            "they depend on depth; train with counts in X and without layer="
+        )
+    if decoding != "expected":
+        raise ValueError(f"units, depth: only with decoding='expected', got {decoding!r}; n_samples= adds draws")
+    return None if depth is None else torch.from_numpy(gate.depth(adata, depth)).clamp(min=1)
+
+
+def _described(registry: dict[str, Any], units: Units | None, depth: str | float | None) -> dict[str, Any]:
+    """What the prediction is to equal, for ``uns``."""
+    at = ""
+    if depth is not None:
+        at = " at the depth of " + (f"obs[{depth!r}]" if isinstance(depth, str) else f"{depth:,.0f} counts")
+    if units in (None, LOGNORM):
+        normalization = registry.get("normalization", {})
+        return {"units": registry["units"] + at, "layer": registry["layer"], "normalization": normalization}
+    return {"units": IN_WORDS[units] + at, "layer": units, "normalization": {}}
 
 
 def _known_section(adata: AnnData, library_key: str | None) -> str | None:

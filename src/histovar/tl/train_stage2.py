@@ -12,7 +12,7 @@ import torch
 from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression, total_counts
+from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
 from histovar.anndata_io.images import scale_factors
@@ -96,6 +96,7 @@ def train_stage2(
     reps = gate.key_list(use_rep)
     layer = model.registry["layer"]
     trained = Normalization.stored(model.registry.get("normalization"))
+    target_sum = 0.0 if trained is None else trained.target_sum
     place = gate.coordinates(adata, spatial_key)
     obsm = [*reps, spatial_key, keys.niche, keys.niche_source]
     sections = Sections(adata, library_key, layer, obsm, spatial_key)
@@ -119,15 +120,18 @@ def train_stage2(
         names = None if sections.names is None else sections.names[section.rows]
         values = read_expression(section.adata, layer, columns, sections=names, trained=trained)
         # Of other layers nothing is known of how depth enters them.
-        totals = total_counts(section.adata) if layer == LOGNORM else None
+        counts = counts_of_values(section.adata, columns, values, target_sum) if layer == LOGNORM else None
+        panel, totals = (None, None) if counts is None else (torch.from_numpy(counts.panel), counts.totals)
         rows = section.rows
-        return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], totals)
+        return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], panel, totals)
 
     trainee = _with_own_weights(model)
     with checkpoint_directory(checked), sections.scratch() as scratch:
         found = sections.map(measured)
         with seeded(random_state):
             trainee.add_stage2(wanted)
+        if target_sum:
+            trainee.var_stage.observation.target_sum.fill_(target_sum)
         if layer == LOGNORM:
             add_lognorm(adata)
         trainee.registry.pop("calibration", None)

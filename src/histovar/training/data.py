@@ -47,6 +47,10 @@ class Spots(Dataset[tuple[Item, ...]]):
         """Some of the spots."""
         return Spots(*self[rows])
 
+    def fill_last(self, rows: NDArray[np.integer], values: Tensor) -> None:
+        """Set the last item of some spots, which are consecutive."""
+        self.items[-1][torch.from_numpy(rows)] = values  # type: ignore[index]
+
     def shuffled(self, seed: int, world_size: int, rank: int) -> DistributedSampler[Any]:
         """Rows in random order, each process's share of them."""
         return DistributedSampler(self, world_size, rank, shuffle=True, seed=seed)
@@ -112,6 +116,11 @@ class StoredSpots(Spots):
                 del self._chunks[next(iter(self._chunks))]
             self._chunks[number] = self.store[number * CHUNK_SPOTS : (number + 1) * CHUNK_SPOTS]
         return self._chunks[number]
+
+    def fill_last(self, rows: NDArray[np.integer], values: Tensor) -> None:
+        """Set the last item of some spots, which are consecutive."""
+        self.store[rows[0] : rows[-1] + 1, -values[0].numel() :] = values.reshape(len(values), -1).numpy()
+        self._chunks.clear()
 
     def take(self, rows: NDArray[np.integer]) -> Self:
         """Some of the spots, in the same store."""

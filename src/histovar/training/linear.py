@@ -8,14 +8,13 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from torch import Tensor
 
+from histovar.model.linear import LinearPart
 from histovar.model.prior import ConditionalMeanPrior
 
-from .standardization import PENALTIES
+PENALTIES = np.logspace(1, 6, 11)
 
 
-def fit_linear(
-    prior: ConditionalMeanPrior, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor, n_folds: int
-) -> None:
+def fit_linear(prior: ConditionalMeanPrior, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor) -> None:
     """Fit the linear part of a prior whose members are trained, and decide how much of it to take.
 
     Parameters
@@ -25,30 +24,61 @@ def fit_linear(
     features
         (n_spots, n_features) of training spots.
     targets
-        (n_spots, n_genes + 1): standardised genes, then depth.
+        (n_spots, n_genes): what the members predict.
     weights
         (n_spots,) weight of each spot.
     folds
         (n_spots,) fold of each spot.
-    n_folds
-        Number of folds; the linear part of cross-fitted member ``m`` leaves out fold ``m % n_folds``.
     """
-    linear = prior.linear
-    linear.share.fill_(0)
+    prior.linear.share.fill_(0)
+    scale = targets.std(0).clamp(min=1e-6)
+    unseen = _fit_ridge(prior, prior.linear, features, targets / scale, weights, folds)
+    if unseen is None:
+        return
+    prior.linear.weight.mul_(scale)
+    prior.linear.bias.mul_(scale)
+    members = prior.out_of_fold(features, folds).mean
+    prior.linear.set_share(targets / scale, members / scale, unseen, weights)
+
+
+def fit_depth(prior: ConditionalMeanPrior, features: Tensor, log_totals: Tensor, folds: Tensor) -> None:
+    """Fit what a prior tells of depth.
+
+    Parameters
+    ----------
+    prior
+        It is set in place.
+    features, folds
+        As in :func:`fit_linear`.
+    log_totals
+        (n_spots, 1) log total counts.
+    """
+    centre = log_totals.mean()
+    prior.depth.weight.zero_()
+    _fit_ridge(prior, prior.depth, features, log_totals - centre, torch.ones(len(features)), folds)
+    prior.depth.bias.add_(centre)
+
+
+def _fit_ridge(
+    prior: ConditionalMeanPrior, part: LinearPart, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor
+) -> Tensor | None:
+    """Ridge regressions of a linear part, and what they predict of spots that they have not seen; None of one fold.
+
+    The linear part of cross-fitted member ``m`` leaves out fold ``m % n_folds``.
+    """
     x, y, w, fold = (t.numpy() for t in (features, targets, weights, folds))
     split = PredefinedSplit(fold)
     if split.get_n_splits() < 2:
-        return
+        return None
     search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=split, refit=False)
     penalty = search.fit(x, y, sample_weight=w).best_params_["alpha"]
+    n_folds = int(prior.n_folds)
     seen = [fold != k for k in range(n_folds)] + [np.ones(len(fold), bool)]
     fitted = [Ridge(penalty).fit(x[rows], y[rows], sample_weight=w[rows]) for rows in seen]
     of_member = [fitted[m % n_folds] for m in range(prior.config.n_members)] + fitted[-1:]
-    linear.weight.copy_(torch.from_numpy(np.stack([ridge.coef_.T for ridge in of_member])))
-    linear.bias.copy_(torch.from_numpy(np.stack([ridge.intercept_[None] for ridge in of_member])))
+    part.weight.copy_(torch.from_numpy(np.stack([np.atleast_2d(ridge.coef_).T for ridge in of_member])))
+    part.bias.copy_(torch.from_numpy(np.stack([np.atleast_1d(ridge.intercept_)[None] for ridge in of_member])))
     unseen = np.empty_like(y)
     for k in np.unique(fold):
-        unseen[fold == k] = fitted[k].predict(x[fold == k])
-    n_genes = prior.config.n_genes
-    members = prior.out_of_fold(features, folds, n_folds)
-    linear.set_share(targets[:, :n_genes], members, torch.from_numpy(unseen)[:, :n_genes], weights)
+        unseen[fold == k] = fitted[k].predict(x[fold == k]).reshape(-1, y.shape[1])
+    return torch.from_numpy(unseen)

@@ -14,26 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histovar._spots import sampled_spots
-from histovar.anndata_io.neighbors import Neighborhoods
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
-from histovar.model.prior import EnsembleLinear
+from histovar.model.observation import Composition, negative_log_likelihood
 from histovar.model.weights import fingerprint
 
 from .callbacks import diverged
-from .data import Spots, collected, cross_fit_folds, held_out_spots
+from .data import CHUNK_SPOTS, Spots, collected, cross_fit_folds, held_out_spots
 from .isolation import seeded
-from .linear import fit_linear
+from .linear import fit_depth, fit_linear
 from .options import TrainingOptions
 from .resume import DIGEST, Digests, StageRun, identity
-from .standardization import fit_condition
 from .survey import Measured, surveyed
-from .trainer import StageModule, evenly_spaced, fit
+from .trainer import StageModule, fit
 
 logger = logging.getLogger(__name__)
 
-# Inputs, tokens, expression, fold, weight, depth and surroundings of some spots.
+# Inputs, tokens, counts (expression where there are none), fold, weight, total count and what the prior expects.
 Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The prior's recipe: one-cycle AdamW, few epochs, strong decay.
@@ -44,9 +42,11 @@ PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
 # Small data need small batches, for there to be steps enough: a sixteenth of the spots, within these.
 PRIOR_BATCH = (16, 256)
+# The genes' dispersions are learnt so much faster than weights, and do not decay.
+DISPERSION_SPEED = 5.0
 # A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
 HALF_WEIGHT = 0.3
-# Of a wide finest scale, tokens that are learnt in one step; the next step draws others. And genes of the surroundings.
+# Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
 GENES_AT_ONCE = 1024
 # Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
 EXPECTED_TEACHER = 0.5
@@ -61,15 +61,12 @@ class _Stage2Module(StageModule):
         The model.
     options
         How to train.
-    n_folds
-        Number of folds of the training spots.
     """
 
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
         super().__init__(options)
         # Not a submodule: averaging, checkpoints and optimiser must not touch the frozen stage 1, not by a bit.
         object.__setattr__(self, "model", model)
-        self.n_folds = n_folds
 
     model: TwoStageVARST
 
@@ -81,67 +78,57 @@ class _Stage2Module(StageModule):
 class PriorModule(_Stage2Module):
     """Lightning module of the conditional-mean prior, which it trains.
 
-    Its members learn, too, what a spot's neighbours express on average: the same tissue, measured with less noise. The
-    layer that says so is not kept.
-
-    Parameters
-    ----------
-    model, options, n_folds
-        As of its base.
-    n_around
-        Number of genes of the surroundings.
+    By the likelihood of counts, whose dispersions are learnt along, where there are counts; else by the squared error
+    of standardised expression.
     """
 
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int, n_around: int) -> None:
-        super().__init__(model, options, n_folds)
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
+        super().__init__(model, options)
         self.prior = model.var_stage.prior
-        config = model.config
-        self.around = EnsembleLinear(2 * config.n_members, config.prior_hidden, n_around) if n_around else None
+        self.log_dispersion = torch.nn.Parameter(torch.zeros(model.config.n_genes))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        histology, _, expression, folds, weights, depth, around = batch
+        histology, _, measured, folds, weights, totals, _ = batch
         assert self.prior is not None
-        features = self.model.var_stage.condition.features(histology)
-        targets = torch.cat([prior_targets(self.model, expression, depth), around], 1)
-        loss = self.prior.loss(features, targets, weights, folds, self.n_folds, self.around)
+        stage2 = self.model.var_stage
+
+        def of_rates(rates: Tensor) -> Tensor:
+            expected = stage2.observation.base.to(rates.device) * totals * rates
+            return negative_log_likelihood(measured, expected, self.log_dispersion.exp()).mean(2)
+
+        def of_values(values: Tensor) -> Tensor:
+            return (values - self.model.stage1.scales.standardize(measured)).square().mean(2) * weights
+
+        score = of_rates if stage2.observation.of_counts else of_values
+        features = stage2.condition.features(histology)
+        loss = self.prior.loss(features, score, folds)
         self.watch("prior", len(features), loss=loss / (2 * self.prior.config.n_members))
         return loss
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
+        of_network = [p for name, p in self.named_parameters() if name != "log_dispersion"]
+        rates = [PRIOR_LEARNING_RATE, DISPERSION_SPEED * PRIOR_LEARNING_RATE]
+        groups: list[dict[str, Any]] = [{"params": of_network}, {"params": [self.log_dispersion], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRIOR_LEARNING_RATE, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def prior_targets(model: TwoStageVARST, expression: Tensor, depth: Tensor) -> Tensor:
-    """What the prior is to predict: standardised genes, then depth, (n_spots, n_genes + 1)."""
-    return torch.cat([model.stage1.scales.standardize(expression), depth[:, None]], 1)
-
-
-def unseen_prior(model: TwoStageVARST, histology: Histology, folds: Tensor, n_folds: int) -> Tensor:
-    """What the prior says of training spots by its members that have not seen them: (n_spots, n_genes)."""
-    stage2 = model.var_stage
-    if stage2.prior is None:
-        return histology.novelty.new_zeros(len(folds), 0)
-    return stage2.prior.out_of_fold(stage2.condition.features(histology), folds, n_folds)
 
 
 class Stage2Module(_Stage2Module):
     """Lightning module of the token model: trains condition, transformer and head; parameters as of its base."""
 
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions, n_folds: int) -> None:
-        super().__init__(model, options, n_folds)
+    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
+        super().__init__(model, options)
         self.stage2 = model.var_stage
         self._batches: list[Batch] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        histology, tokens, _, folds, *_ = batch
+        histology, tokens, *_, prior = batch
         model = self.model
-        prior = unseen_prior(model, histology, folds, self.n_folds)
         teacher = model.token_embeddings(tokens)
         if model.config.style == "modern":
             expected = model.expected_teacher(histology, prior)
@@ -168,8 +155,7 @@ class Stage2Module(_Stage2Module):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Lightning's hook."""
-        histology, tokens, _, folds, *_ = batch
-        prior = unseen_prior(self.model, histology, folds, self.n_folds)
+        histology, tokens, *_, prior = batch
         genes = self._some_genes(random=False)
         losses, rank = self.model.token_loss_and_rank(histology, tokens, prior, genes)
         loss = self._mean(losses)
@@ -185,7 +171,7 @@ class Stage2Module(_Stage2Module):
 
     def on_validation_epoch_end(self) -> None:
         """Log the correlation of free-running expected decoding over all held-out spots, with the best gate."""
-        self.watch("val", 1, pcc=free_run(self.model, self._batches, self.n_folds).pcc)
+        self.watch("val", 1, pcc=free_run(self.model, self._batches).pcc)
         self._batches.clear()
 
 
@@ -197,7 +183,7 @@ class FreeRun(NamedTuple):
     gate: list[float]
 
 
-def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> FreeRun:
+def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
     """Expected decoding of spots not trained on, without their tokens, gated as suits them best.
 
     Parameters
@@ -206,8 +192,6 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> Fr
         The model, its gate open.
     batches
         The spots.
-    n_folds
-        Number of folds of the training spots.
 
     Returns
     -------
@@ -221,13 +205,12 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch], n_folds: int) -> Fr
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
     measured = []
     has_prior = model.var_stage.prior is not None
-    for histology, tokens, expression, folds, *_ in batches:
-        prior = unseen_prior(model, histology, folds, n_folds)
-        expected = model.predict(histology, members=prior[None]).values
+    for histology, tokens, found, _, _, totals, prior in batches:
+        expected = model.predict(histology, means=prior).values
         means = model.prior_mean(prior) if has_prior else expected
         for k, ids in enumerate(tokens.split(model.config.scales, 1)):
             rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
-        measured.append(expression)
+        measured.append(model.lognorm(found, totals) if model.var_stage.observation.of_counts else found)
     gates, gated, alone = [], [], []
     for parts in rows:
         true_values, mean, value = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -299,13 +282,14 @@ class Stage2Trainer:
         stage2.head.set_codes(model.stage1)
         stage2.head.gate.fill_(1)
         with seeded(options.random_state):
-            spots, sections, n_folds, run = self._prepare(parts, n_spots, scratch)
+            spots, sections, run = self._prepare(parts, n_spots, scratch)
             seen, watched = held_out_spots(sections, n_spots, options.random_state)
-            module = Stage2Module(model, options, n_folds)
+            module = Stage2Module(model, options)
             if run.state is None:
-                self._fit_prior(spots, n_folds, run)
+                self._fit_prior(spots, run)
             else:
                 module.load_state_dict(run.state)
+            self._expect(spots)
             run.save_start(module)
             model.set_training_stage(2)
             if stage2.prior is not None:
@@ -322,47 +306,55 @@ class Stage2Trainer:
             )
         model.cpu().eval().requires_grad_(False)
         rows = torch.arange(len(validation)).split(options.batch_size)
-        decoded = free_run(model, [validation[chunk.numpy()] for chunk in rows], n_folds)  # type: ignore[misc]
+        decoded = free_run(model, [validation[chunk.numpy()] for chunk in rows])  # type: ignore[misc]
         stage2.head.gate.copy_(torch.tensor(decoded.gate))
         model.history["stage2"] = history
         logger.info(
-            "stage 2: %d epochs, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s, "
-            "%s statistics",
+            "stage 2: %d epochs on %s, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s",
             len(history),
+            "counts" if stage2.observation.of_counts else "values",
             decoded.pcc,
             decoded.prior_pcc,
             0 if stage2.prior is None else 100 * float(stage2.prior.linear.share),
             [round(g, 2) for g in decoded.gate],
-            "each section's own" if stage2.condition.uses_own_statistics else "training's",
         )
 
     def _prepare(
         self, parts: Iterable[Measured], n_spots: int, scratch: Path | None
-    ) -> tuple[Spots, NDArray[np.int64], int, StageRun]:
-        """Fit the condition, and put together what is learnt from, sections, the number of folds and checkpoints."""
+    ) -> tuple[Spots, NDArray[np.int64], StageRun]:
+        """Fit the condition, and put together what is learnt from, sections and checkpoints."""
         model, seed = self.model, self.options.random_state
-        condition = model.var_stage.condition
+        stage2 = model.var_stage
         digests = Digests()
         survey = surveyed(self._digested(parts, digests), n_spots, seed)
         run = StageRun(self.options, self._identity(digests), self._epochs(survey.all_sections))
-        standardized = model.stage1.scales.standardize(survey.expression)
-        fit_condition(condition, survey.histology, survey.sections, survey.moments, standardized, seed)
+        stage2.condition.fit(survey.histology, survey.sections, survey.moments)
         sections, moments = survey.all_sections, survey.moments
         folds = torch.from_numpy(cross_fit_folds(sections, survey.coordinates, model.config.n_members))
-        weights, depth = _weights_and_depth(survey.total_counts, n_spots)
-        del survey, standardized  # which would be in memory while spots are read again
+        totals = survey.total_counts
+        if stage2.prior is not None:
+            stage2.prior.n_folds.fill_(int(folds.max()) + 1)
+            if survey.counts is not None and totals is not None:
+                stage2.prior.of_rates.fill_(True)
+                # Half a count more, for genes that were not measured.
+                stage2.observation.base.copy_((survey.counts + 0.5) / totals.sum())
+        of_counts = stage2.observation.of_counts
+        weights = _weights(totals, n_spots)
+        depths = torch.ones(n_spots, 1) if totals is None else torch.from_numpy(totals).float().clamp(min=1)[:, None]
+        del survey  # which would be in memory while spots are read again
 
         def made() -> Iterator[Batch]:
             start = 0
             for part in parts:
                 rows = slice(start, start := start + len(part.sections))
-                histology = condition.align(part.histology, torch.from_numpy(part.sections), moments)
+                histology = stage2.condition.align(part.histology, torch.from_numpy(part.sections), moments)
                 histology = histology._replace(novelty=torch.zeros_like(histology.novelty))
                 tokens = model.tokenize(part.expression)
-                around = surroundings(model, part, folds[rows].numpy())
-                yield histology, tokens, part.expression, folds[rows], weights[rows], depth[rows], around
+                measured = part.counts if of_counts and part.counts is not None else part.expression
+                room = measured.new_zeros(measured.shape if model.config.n_members else (len(measured), 0))
+                yield histology, tokens, measured, folds[rows], weights[rows], depths[rows], room
 
-        return collected(made(), n_spots, scratch), sections, int(folds.max()) + 1, run
+        return collected(made(), n_spots, scratch), sections, run
 
     def _epochs(self, sections: NDArray[np.int64]) -> int:
         """Most epochs of the token model."""
@@ -394,10 +386,10 @@ class Stage2Trainer:
         data = {**digests.result(), "stage 1": DIGEST + fingerprint(self.model.stage1.state_dict())}
         return identity(2, self.options, self.model.config, data)
 
-    def _fit_prior(self, spots: Spots, n_folds: int, run: StageRun) -> None:
+    def _fit_prior(self, spots: Spots, run: StageRun) -> None:
         """Train the prior, perceptrons and then the linear part, and measure how far from it the tokens lie."""
-        model = self.model
-        prior = model.var_stage.prior
+        model, stage2 = self.model, self.model.var_stage
+        prior = stage2.prior
         if prior is None:
             return
         prior.requires_grad_(True).train()
@@ -405,40 +397,51 @@ class Stage2Trainer:
         batch_size = max(1, max(least, min(most, len(spots) // 16)) // self.options.world_size)
         options = replace(self.options, batch_size=batch_size, limit_train_batches=PRIOR_STEPS)
         epochs = max(1, min(PRIOR_EPOCHS, PRIOR_STEPS // options.batches(len(spots))))
-        module = PriorModule(model, options, n_folds, spots.items[-1].shape[1])  # type: ignore[union-attr]
+        module = PriorModule(model, options)
         fit(module, spots, None, options, step="stage 2: prior", max_epochs=epochs, run=run, averaging=False)
         model.cpu()
         prior.eval()
         batch: Any = spots[sampled_spots(len(spots), options.random_state)]
-        histology, tokens, expression, folds, weights, depth, _ = batch
-        features = model.var_stage.condition.features(histology)
-        fit_linear(prior, features, prior_targets(model, expression, depth), weights, folds, n_folds)
-        unseen = prior.out_of_fold(features, folds, n_folds)
-        pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(unseen), strict=True)
+        histology, tokens, measured, folds, weights, totals, _ = batch
+        features = stage2.condition.features(histology)
+        observation = stage2.observation
+        if observation.of_counts:
+            fit_linear(prior, features, measured / (observation.base * totals), weights, folds)
+            fit_depth(prior, features, totals.log(), folds)
+            unseen = prior.out_of_fold(features, folds)
+            observation.usual_disagreement.copy_(unseen.disagreement.mean())
+            composition = Composition(observation.base * unseen.mean, unseen.log_depth, torch.zeros(len(features)))
+            observation.fit(measured, totals[:, 0], composition)
+            observation.calibrated.fill_(False)
+        else:
+            fit_linear(prior, features, model.stage1.scales.standardize(measured), weights, folds)
+        means = unseen_means(model, histology, folds)
+        pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(means), strict=True)
         values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(pairs)]
-        model.var_stage.head.set_spread(values)
+        stage2.head.set_spread(values)
+
+    def _expect(self, spots: Spots) -> None:
+        """Note of each training spot what the prior's members that have not seen it expect."""
+        if self.model.var_stage.prior is None:
+            return
+        for rows in np.array_split(np.arange(len(spots)), max(1, len(spots) // CHUNK_SPOTS)):
+            batch: Any = spots[rows]
+            spots.fill_last(rows, unseen_means(self.model, batch[0], batch[3]))
 
 
-def surroundings(model: TwoStageVARST, part: Measured, folds: NDArray[np.int64]) -> Tensor:
-    """Mean standardised expression of each spot's nearest neighbours of its section and fold.
-
-    As many neighbours as the smallest neighbourhood of the niche has; at most 1,024 genes, evenly spaced, and none
-    without a niche or a prior.
-    """
-    config = model.config
-    sizes = config.n_neighbors[:1] if config.n_members else ()
-    labels = part.sections * (folds.max() + 1) + folds
-    some = evenly_spaced(config.n_genes, GENES_AT_ONCE)
-    standardized = model.stage1.scales.standardize(part.expression)[:, some].numpy()
-    around = [graph @ standardized for graph in Neighborhoods.of(part.coordinates, labels, sizes).graphs]
-    return torch.from_numpy(np.concatenate([standardized[:, :0], *around], 1))
+@torch.no_grad()
+def unseen_means(model: TwoStageVARST, histology: Histology, folds: Tensor) -> Tensor:
+    """Standardised expression that members of the prior that have not seen the spots expect, (n_spots, n_genes)."""
+    stage2 = model.var_stage
+    assert stage2.prior is not None
+    unseen = stage2.prior.out_of_fold(stage2.condition.features(histology), folds)
+    return model.standardized_means(unseen.mean, unseen.log_depth)
 
 
-def _weights_and_depth(total_counts: NDArray[np.floating] | None, n_spots: int) -> tuple[Tensor, Tensor]:
-    """Weight of every spot, 1 on average, and its standardised log total count; ones and zeros where not known."""
+def _weights(total_counts: NDArray[np.floating] | None, n_spots: int) -> Tensor:
+    """Weight of every spot, 1 on average; ones where total counts are not known."""
     if total_counts is None or not total_counts.any():
-        return torch.ones(n_spots), torch.zeros(n_spots)
+        return torch.ones(n_spots)
     totals = torch.from_numpy(total_counts.astype(np.float32))
     weights = totals / (totals + HALF_WEIGHT * totals.median().clamp(min=1))
-    depth = totals.log1p()
-    return weights / weights.mean(), (depth - depth.mean()) / depth.std(correction=0).clamp(min=1e-6)
+    return weights / weights.mean()

@@ -30,14 +30,17 @@ class Measured(NamedTuple):
         (n_spots,) number of each spot's section.
     coordinates
         (n_spots, 2), for folds within sections.
+    counts
+        (n_spots, n_genes), where `expression` is log-normalised counts.
     total_counts
-        (n_spots,) total count of every spot, where known: what weighs the spots of the prior, and its depth.
+        (n_spots,) total count of every spot, where known.
     """
 
     histology: Histology
     expression: Tensor
     sections: NDArray[np.int64]
     coordinates: NDArray[np.floating]
+    counts: Tensor | None
     total_counts: NDArray[np.floating] | None
 
 
@@ -48,16 +51,18 @@ class Survey(NamedTuple):
     ----------
     moments
         Of each section, by its number.
-    histology, expression, sections
+    histology, sections
         Of a random sample of the spots, in their order.
+    counts
+        (n_genes,) sums over all spots, where there are counts.
     all_sections, coordinates, total_counts
         Of all spots.
     """
 
     moments: dict[int, Moments]
     histology: Histology
-    expression: Tensor
     sections: Tensor
+    counts: Tensor | None
     all_sections: NDArray[np.int64]
     coordinates: NDArray[np.floating]
     total_counts: NDArray[np.floating] | None
@@ -79,25 +84,29 @@ def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Surv
     moments: dict[int, Moments] = {}
     light: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
 
-    def chosen() -> Iterator[tuple[Histology, Tensor]]:
+    sums: list[Tensor | None] = []
+
+    def chosen() -> Iterator[tuple[Histology]]:
         start = 0
         for part in parts:
             moments.update(Moments.by_section(part.histology, torch.from_numpy(part.sections)))
+            sums.append(None if part.counts is None else part.counts.double().sum(0))
             light.append((part.sections, part.coordinates, part.total_counts))
             stop = start + len(part.sections)
             rows = sample[(sample >= start) & (sample < stop)] - start
-            yield part.histology.map(lambda t: t[rows]), part.expression[rows]  # noqa: B023
+            yield (part.histology.map(lambda t: t[rows]),)  # noqa: B023
             start = stop
 
-    histology, expression = gathered_rows(chosen(), len(sample))
+    (histology,) = gathered_rows(chosen(), len(sample))
     sections, coordinates, totals = zip(*light, strict=True)
     all_sections = np.concatenate(sections)
     known = [total for total in totals if total is not None]
+    counted = [of_part for of_part in sums if of_part is not None]
     return Survey(
         moments,
         histology,
-        expression,
         torch.from_numpy(all_sections[sample]),
+        torch.stack(counted).sum(0) if len(counted) == len(sums) else None,
         all_sections,
         np.concatenate(coordinates),
         np.concatenate(known) if len(known) == len(totals) else None,

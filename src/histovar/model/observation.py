@@ -1,0 +1,297 @@
+"""What would be measured of a spot: negative binomial counts, given what it is made of and how deep it is sequenced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Units = Literal["lognorm", "log_counts", "counts", "rates"]
+
+# Counts per spot that rates are given for.
+RATE_TOTAL = 1e4
+# Nodes of the trapezoidal rule on the logarithm of Frullani's variable; below the first, integrands are linear in it.
+STEP = 0.7
+NODES = torch.arange(-18.0, 4.0, STEP, dtype=torch.float64).exp()
+FIRST = float(NODES[0]) * math.exp(-STEP / 2)
+EULER = 0.5772156649015329
+# Nodes of the Gauss-Hermite rule over the depth that is not known.
+DEPTH_NODES = 3
+# Largest change of a log rate that tokens may make.
+LARGEST_SHIFT = 1.0
+# Draws whose order statistics are the quantiles.
+DRAWS = 400
+# Draws that are held at once.
+DRAWS_AT_ONCE = 2**24
+# Levels at which it is kept how often measured values lie below.
+LEVELS = 199
+# Bounds of a gene's dispersion.
+SMALLEST_DISPERSION, LARGEST_DISPERSION = 1e-4, 100.0
+
+
+class Composition(NamedTuple):
+    """What is predicted of spots, whatever depth they are sequenced to.
+
+    Parameters
+    ----------
+    rates
+        (n_spots, n_genes): share of a spot's total count that each gene is expected to have.
+    log_depth
+        (n_spots,): expected logarithm of the total count.
+    excess
+        (n_spots,): relative variance of the rates beyond the genes' dispersion, where the members of the model
+        disagree more than they did on training spots.
+    """
+
+    rates: Tensor
+    log_depth: Tensor
+    excess: Tensor
+
+
+class Observation(nn.Module):
+    r"""Counts of a spot: negative binomial about total count times rate, with a dispersion for each gene.
+
+    The variance of a count of mean :math:`\mu` is :math:`\mu + (\alpha + e) \mu^2`, with the gene's dispersion
+    :math:`\alpha`, which holds what histology does not tell of the rate, and the spot's excess :math:`e`. Where the
+    total count is not known, its logarithm is normal about what histology tells of it.
+
+    Moments of log-normalised counts are exact. By Frullani's integral
+    :math:`\log(1 + x) = \int_0^\infty (1 - e^{-s x}) e^{-s} / s \, ds` and, as the inverse Laplace transform of
+    :math:`\log(p) / p` is :math:`-(\gamma + \log s)`, :math:`\log^2(1 + x) = -2 \int_0^\infty (1 - e^{-s x})
+    (\gamma + \log s) e^{-s} / s \, ds`, so that their expectations only need the negative binomial's Laplace transform
+    :math:`(1 + \alpha \mu (1 - e^{-s}))^{-1/\alpha}`.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    """
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        self.register_buffer("base", torch.zeros(n_genes))
+        self.register_buffer("dispersion", torch.ones(n_genes))
+        self.register_buffer("target_sum", torch.tensor(RATE_TOTAL))
+        self.register_buffer("depth_error", torch.zeros(()))
+        self.register_buffer("usual_disagreement", torch.zeros(()))
+        self.register_buffer("levels", torch.arange(1, LEVELS + 1) / (LEVELS + 1))
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    base: Tensor
+    dispersion: Tensor
+    target_sum: Tensor
+    depth_error: Tensor
+    usual_disagreement: Tensor
+    levels: Tensor
+    calibrated: Tensor
+
+    @property
+    def of_counts(self) -> bool:
+        """Whether the model learnt from counts; if not, there is nothing to tell of depth."""
+        return bool(self.base.any())
+
+    def _depths(self, composition: Composition, depth: Tensor | None) -> list[tuple[float, Tensor]]:
+        """Total counts (n_spots, 1) and their weights: the one that is known, or nodes of what may be."""
+        if depth is not None:
+            return [(1.0, depth.to(composition.rates)[:, None])]
+        if not self.depth_error > 0:
+            return [(1.0, composition.log_depth.exp()[:, None])]
+        places, weights = np.polynomial.hermite_e.hermegauss(DEPTH_NODES)
+        return [
+            (float(w), (composition.log_depth + self.depth_error * float(x)).exp()[:, None])
+            for x, w in zip(places, weights / weights.sum(), strict=True)
+        ]
+
+    def moments(self, composition: Composition, units: Units, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of what would be measured.
+
+        Parameters
+        ----------
+        composition
+            Of some spots.
+        units
+            ``"lognorm"``: log1p of counts per target sum; ``"log_counts"``: log1p of counts; ``"counts"``;
+            ``"rates"``: what counts per 10,000 would be of a spot that is sequenced to no end.
+        depth
+            (n_spots,) total count of every spot; None integrates over what histology tells of it.
+
+        Returns
+        -------
+        mean, std
+            (n_spots, n_genes).
+        """
+        rates = composition.rates
+        relative = self.dispersion + composition.excess[:, None]
+        if units == "rates":
+            return RATE_TOTAL * rates, RATE_TOTAL * rates * relative.sqrt()
+        first, second = torch.zeros_like(rates), torch.zeros_like(rates)
+        for weight, total in self._depths(composition, depth):
+            mean = rates * total
+            if units == "counts":
+                one, two = mean, mean + (1 + relative) * mean.square()
+            else:
+                scale = self.target_sum / total if units == "lognorm" else torch.ones_like(total)
+                one, two = log_moments(mean, relative, scale)
+            first += weight * one
+            second += weight * two
+        return first, (second - first.square()).clamp(min=0).sqrt()
+
+    def mean(self, rates: Tensor, log_depth: Tensor) -> Tensor:
+        """Expected log-normalised value at the expected depth, (n_spots, n_genes)."""
+        total = log_depth.exp()[:, None]
+        return log_moments(rates * total, self.dispersion.expand_as(rates), self.target_sum / total, second=False)[0]
+
+    def shifted(self, composition: Composition, expected: Tensor) -> Composition:
+        """Rates by which the expected log-normalised value is another one, (n_spots, n_genes): one Newton step."""
+        rates, step = composition.rates, 0.1
+        now = self.mean(rates, composition.log_depth)
+        slope = (self.mean(rates * math.exp(step), composition.log_depth) - now) / step
+        change = ((expected - now) / slope.clamp(min=1e-3)).clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
+        return composition._replace(rates=rates * change.exp())
+
+    def draws(
+        self,
+        composition: Composition,
+        units: Units,
+        depth: Tensor | None = None,
+        *,
+        n: int = DRAWS,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sorted draws of each gene by itself, (n_spots, n_genes, n); arguments as in :meth:`moments`."""
+        device, rates = composition.rates.device, composition.rates
+        shape = 1 / (self.dispersion + composition.excess[:, None])
+        if depth is None:
+            normal = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
+            normal = normal[torch.randperm(n, generator=generator, device=device)]
+            totals = (composition.log_depth[:, None] + self.depth_error * normal).exp()
+        else:
+            totals = depth.to(rates)[:, None].expand(-1, n)
+        drawn = torch.empty(*rates.shape, n, device=device)
+        at_once = max(1, DRAWS_AT_ONCE // (n * len(rates)))
+        for start in range(0, rates.shape[1], at_once):
+            genes = slice(start, start + at_once)
+            concentration = shape[:, genes, None].expand(-1, -1, n).contiguous()
+            relative = torch._standard_gamma(concentration, generator=generator) / concentration
+            values = rates[:, genes, None] * relative
+            if units == "rates":
+                values = RATE_TOTAL * values
+            else:
+                values = torch.poisson(values * totals[:, None], generator=generator)
+                if units == "lognorm":
+                    values = (values * (self.target_sum / totals)[:, None]).log1p()
+                elif units == "log_counts":
+                    values = values.log1p()
+            drawn[:, genes] = values.sort(2).values
+        return drawn
+
+    def at_levels(self, sorted_draws: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+        """Calibrated quantiles from sorted draws: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
+        n = sorted_draws.shape[2]
+        place = torch.as_tensor(levels, dtype=torch.float32, device=sorted_draws.device) * (LEVELS + 1) - 1
+        low = place.floor().clamp(0, LEVELS - 1).long()
+        high = (low + 1).clamp(max=LEVELS - 1)
+        nominal = torch.lerp(self.levels[low], self.levels[high], (place - low).clamp(0, 1))
+        return sorted_draws[..., (nominal * n - 0.5).round().clamp(0, n - 1).long()]
+
+    @torch.no_grad()
+    def fit(
+        self, counts: Tensor, totals: Tensor, composition: Composition, generator: torch.Generator | None = None
+    ) -> None:
+        """Learn dispersion, error of the depth and calibration from spots that the prediction has not seen.
+
+        Parameters
+        ----------
+        counts
+            (n_spots, n_genes).
+        totals
+            (n_spots,) total count of each spot.
+        composition
+            What is predicted of them.
+        generator
+            Source of randomness.
+        """
+        self.dispersion.copy_(fitted_dispersion(counts, composition.rates * totals[:, None]))
+        self.depth_error.copy_((totals.clamp(min=1).log() - composition.log_depth).square().mean().sqrt())
+        drawn = self.draws(composition, "counts", totals, generator=generator)
+        places = randomised_levels(drawn, counts, generator)
+        even = torch.arange(1, LEVELS + 1, dtype=torch.double, device=places.device) / (LEVELS + 1)
+        some = places.flatten().double()
+        some = some[:: max(1, len(some) // 2**22)]
+        self.levels.copy_(torch.quantile(some, even))
+        self.calibrated.fill_(True)
+
+
+def randomised_levels(sorted_draws: Tensor, measured: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Level of each measured value among draws, at random between those of its neighbours and equals.
+
+    Uniform where the distribution is right, also of counts (Czado, Gneiting & Held 2009).
+
+    Parameters
+    ----------
+    sorted_draws
+        (n_spots, n_genes, n).
+    measured
+        (n_spots, n_genes).
+    generator
+        Source of randomness.
+    """
+    n = sorted_draws.shape[2]
+    value = measured[..., None].contiguous()
+    below = torch.searchsorted(sorted_draws.contiguous(), value)[..., 0]
+    not_above = torch.searchsorted(sorted_draws.contiguous(), value, right=True)[..., 0]
+    height = torch.rand(below.shape, generator=generator, device=below.device)
+    return (below + height * (not_above - below + 1)) / (n + 1)
+
+
+def log_moments(mean: Tensor, dispersion: Tensor, scale: Tensor, *, second: bool = True) -> tuple[Tensor, Tensor]:
+    """First and second moment of log1p(scale x count) of negative binomial counts; see :class:`Observation`.
+
+    Parameters
+    ----------
+    mean, dispersion
+        (n_spots, n_genes).
+    scale
+        (n_spots, 1).
+    second
+        Whether the second is needed, too; zeros otherwise.
+    """
+    first = FIRST * scale * mean
+    square = -2 * (EULER + math.log(FIRST) - 1) * first
+    relative = mean * dispersion
+    for node in NODES.tolist():
+        absent = torch.log1p(relative * -torch.expm1(-node * scale)).div_(-dispersion)
+        present = -torch.expm1(absent)
+        weight = STEP * math.exp(-node)
+        first.add_(present, alpha=weight)
+        if second:
+            square.add_(present, alpha=-2 * weight * (EULER + math.log(node)))
+    return first, square
+
+
+def negative_log_likelihood(counts: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
+    """Of negative binomial counts, up to what does not depend on mean and dispersion; shapes are broadcast."""
+    shape = 1 / dispersion
+    constant = torch.lgamma(counts + shape) - torch.lgamma(shape)
+    return torch.xlogy(counts + shape, 1 + mean * dispersion) - torch.xlogy(counts, mean * dispersion) - constant
+
+
+@torch.enable_grad()
+def fitted_dispersion(counts: Tensor, mean: Tensor) -> Tensor:
+    """Dispersion of each gene, by maximum likelihood given the means: (n_spots, n_genes) to (n_genes,)."""
+    log_dispersion = torch.zeros(counts.shape[1], requires_grad=True, device=counts.device)
+    optimizer = torch.optim.LBFGS([log_dispersion], max_iter=100, line_search_fn="strong_wolfe")
+    bounds = math.log(SMALLEST_DISPERSION), math.log(LARGEST_DISPERSION)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = negative_log_likelihood(counts, mean, log_dispersion.clamp(*bounds).exp()).mean()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    return log_dispersion.detach().clamp(*bounds).exp()

@@ -76,6 +76,16 @@ class Keys:
         """``obsm``: quantiles."""
         return f"{self.prefix}_quantiles"
 
+    @property
+    def rates(self) -> str:
+        """``obsm``: composition, in counts per 10,000."""
+        return f"{self.prefix}_rates"
+
+    @property
+    def spots(self) -> str:
+        """``obsm``: total count, disagreement and novelty of each spot."""
+        return f"{self.prefix}_spots"
+
     def score(self, name: str) -> str:
         """``var``: a score of each gene."""
         return f"{self.prefix}_{name}"

@@ -6,17 +6,27 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar import metrics
 from histovar._keys import LOGNORM, Keys
+from histovar.model.observation import Composition
 
 from . import expression, gate, slots
-from .prediction import predicted_genes, predicted_normalization, predicted_sections, read_prediction
+from .prediction import (
+    Composed,
+    predicted_genes,
+    predicted_normalization,
+    predicted_sections,
+    read_composed,
+    read_prediction,
+)
 
-# Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a normal distribution.
-LEAST_DRAWS, ENDS, NORMAL_LEVELS = 20, (0.025, 0.975), 100
+# Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a distribution.
+LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
+SPOTS_AT_ONCE = 256
 
 
 class Comparison(NamedTuple):
@@ -61,6 +71,8 @@ def read_measured(
         As :func:`read_comparison`.
     """
     columns = gate.gene_columns(adata, genes)
+    if layer in ("counts", "log_counts", "rates") and layer not in adata.layers:
+        return expression.from_counts(adata, layer, columns)
     trained = predicted_normalization(adata, keys)
     if len(genes) == len(predicted_genes(adata, keys)):
         return expression.read_expression(adata, layer, columns, sections=sections, trained=trained)
@@ -90,12 +102,15 @@ def read_distribution(
     Returns
     -------
     kind
-        ``"draws"``, ``"quantiles"`` or ``"normal"``.
+        ``"negative binomial"``, ``"draws"``, ``"quantiles"`` or ``"normal"``.
     quantiles
         (n_obs, n_genes, n_levels), increasing.
     levels
         (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
     """
+    composed = read_composed(adata, keys)
+    if composed is not None:
+        return "negative binomial", *count_quantiles(composed)
     if keys.samples in adata.obsm and np.shape(adata.obsm[keys.samples])[2] >= LEAST_DRAWS:
         return "draws", *metrics.sample_quantiles(np.asarray(adata.obsm[keys.samples]))
     if keys.quantiles in adata.obsm:
@@ -103,5 +118,62 @@ def read_distribution(
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
             return "quantiles", np.asarray(adata.obsm[keys.quantiles])[:, :, order], levels[order]
-    levels = (np.arange(NORMAL_LEVELS) + 0.5) / NORMAL_LEVELS
+    levels = (np.arange(LEVELS) + 0.5) / LEVELS
     return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels
+
+
+def count_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Quantiles of a prediction from counts, (n_obs, n_genes, n_levels), and their levels.
+
+    Parameters
+    ----------
+    composed
+        Of :func:`read_composed`.
+    """
+    observation, composition, units, depth = composed
+    levels = (np.arange(LEVELS) + 0.5) / LEVELS
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for rows in torch.arange(len(composition.rates)).split(SPOTS_AT_ONCE):
+        some = Composition(*(part[rows] for part in composition))
+        drawn = observation.draws(some, units, None if depth is None else depth[rows], generator=generator)
+        found.append(observation.at_levels(drawn, torch.from_numpy(levels)).numpy())
+    return np.concatenate(found), levels
+
+
+class GivenDepth(NamedTuple):
+    """What a prediction from counts says of spots whose total count is known.
+
+    Parameters
+    ----------
+    mean
+        (n_obs, n_genes).
+    quantiles
+        (n_obs, n_genes, n_levels).
+    levels
+        (n_levels,).
+    """
+
+    mean: NDArray[Any]
+    quantiles: NDArray[Any]
+    levels: NDArray[Any]
+
+
+def read_given_depth(adata: AnnData, keys: Keys, totals: NDArray[Any] | None) -> GivenDepth | None:
+    """A prediction at the measured total counts; None where it was made at given ones, or either is not there.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    keys
+        Slot names.
+    totals
+        (n_obs,) total count of each spot, where known.
+    """
+    composed = read_composed(adata, keys)
+    if composed is None or composed.depth is not None or totals is None or composed.units == "rates":
+        return None
+    known = composed._replace(depth=torch.from_numpy(totals).float().clamp(min=1))
+    mean, _ = known.observation.moments(known.composition, known.units, known.depth)
+    return GivenDepth(mean.numpy(), *count_quantiles(known))

@@ -349,6 +349,24 @@ def panel_counts(
     return Counts(np.concatenate(parts), np.concatenate(totals))
 
 
+def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Counts of some genes in X: themselves, their ``"log_counts"`` or ``"rates"`` (counts per 10,000).
+
+    Raises
+    ------
+    ValueError
+        If X holds no counts.
+    """
+    counts = panel_counts(adata, columns)
+    if counts is None:
+        raise ValueError(f"adata: X must hold counts, for {units} to be compared with what was measured")
+    if units == "log_counts":
+        return np.log1p(counts.panel)
+    if units == "rates":
+        return (counts.panel * (TARGET_SUM / counts.totals.clip(min=1))[:, None]).astype(np.float32)
+    return counts.panel
+
+
 def counts_of_values(
     adata: AnnData,
     columns: NDArray[np.integer],

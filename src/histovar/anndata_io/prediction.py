@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from numpy.typing import NDArray
+from torch import Tensor
 
 from histovar._keys import Keys
+from histovar.model.observation import RATE_TOTAL, Composition, Observation, Units
 
 from . import fingerprint, gate, slots
 from .expression import Normalization
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # Entries of `uns` and columns of `var` that `tl.evaluate` writes.
 EVALUATION = ("evaluation", "evaluated_distribution")
+# What is predicted of spots as such: total count, how much more than usual the members of the model disagree on rates
+# (relative variance), and how unlike those of training the section is (0 to 1).
+SPOT_COLUMNS = ("total_count", "disagreement", "novelty")
 SCORES = ("pearson", "spearman", "mse", "mae", "crps", "coverage", "constant", "partial_pearson")
 
 
@@ -38,6 +44,10 @@ class Prediction(NamedTuple):
         (n_obs, n_genes, n_samples), or None.
     quantiles
         (n_obs, n_genes, n_quantiles), or None.
+    rates
+        (n_obs, n_genes): composition in counts per 10,000, of a model that learnt from counts; or None.
+    spots
+        (n_obs, 3): :data:`SPOT_COLUMNS`, of the same; or None.
     """
 
     mean: Any
@@ -45,22 +55,30 @@ class Prediction(NamedTuple):
     tokens: Any
     samples: Any
     quantiles: Any
+    rates: Any = None
+    spots: Any = None
 
     @classmethod
-    def empty(cls, n_obs: int, n_genes: int, n_tokens: int, n_samples: int, n_quantiles: int) -> Prediction:
+    def empty(
+        cls, n_obs: int, n_genes: int, n_tokens: int, n_samples: int, n_quantiles: int, *, rates: bool
+    ) -> Prediction:
         """Room for a prediction; None for what was not asked for."""
 
         def room(n: int) -> NDArray[np.float32] | None:
             return np.empty((n_obs, n_genes, n), np.float32) if n else None
 
         mean, std = np.empty((2, n_obs, n_genes), np.float32)
-        return cls(mean, std, np.empty((n_obs, n_tokens), np.int32), room(n_samples), room(n_quantiles))
+        tokens = np.empty((n_obs, n_tokens), np.int32)
+        composition = np.empty((n_obs, n_genes), np.float32) if rates else None
+        spots = np.empty((n_obs, len(SPOT_COLUMNS)), np.float32) if rates else None
+        return cls(mean, std, tokens, room(n_samples), room(n_quantiles), composition, spots)
 
 
 def prediction_slots(keys: Keys) -> list[slots.Slot]:
     """All slots that a prediction may take."""
     matrices = [(store, key) for store in ("layers", "obsm") for key in (keys.mean, keys.std)]
-    cubes = [("obsm", key) for key in (keys.tokens, keys.samples, keys.quantiles, keys.source)]
+    more = (keys.tokens, keys.samples, keys.quantiles, keys.rates, keys.spots, keys.source)
+    cubes = [("obsm", key) for key in more]
     return [*matrices, *cubes, ("var", keys.gene)]
 
 
@@ -105,9 +123,8 @@ def write_prediction(
         found["var", keys.gene] = adata.var_names.to_numpy().astype(object)
     else:
         found |= {("obsm", keys.mean): made.mean, ("obsm", keys.std): made.std}
-    for key, cube in ((keys.tokens, made.tokens), (keys.samples, made.samples), (keys.quantiles, made.quantiles)):
-        if cube is not None:
-            found["obsm", key] = cube
+    more = ("tokens", "samples", "quantiles", "rates", "spots")
+    found |= {("obsm", getattr(keys, name)): getattr(made, name) for name in more if getattr(made, name) is not None}
     identity = _identity(genes, entries)
     source = _source(adata, entries["params"], identity)
     if source is not None:
@@ -176,6 +193,36 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
         f"key: neither layers nor obsm has {keys.mean!r}; predict first with histovar.tl.predict(adata, model, "
         f"key_added={keys.prefix!r})"
     )
+
+
+class Composed(NamedTuple):
+    """What the predictive distribution is made of, where the model learnt from counts."""
+
+    observation: Observation
+    composition: Composition
+    units: Units
+    depth: Tensor | None
+
+
+def read_composed(adata: AnnData, keys: Keys) -> Composed | None:
+    """The composition that was predicted, and how counts come from it; None of other predictions.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If a column of total counts is gone.
+    """
+    stored = slots.record(adata, keys)
+    if "observation" not in stored or keys.rates not in adata.obsm or keys.spots not in adata.obsm:
+        return None
+    rates = torch.from_numpy(np.array(adata.obsm[keys.rates], np.float32)) / RATE_TOTAL
+    spots = torch.from_numpy(np.array(adata.obsm[keys.spots], np.float32))
+    params = stored["params"]
+    depth = params["depth_key"] or (float(params["depth"]) or None)
+    totals = None if depth is None else torch.from_numpy(gate.depth(adata, depth)).clamp(min=1)
+    units = params["units"]
+    composition = Composition(rates, spots[:, 0].log(), spots[:, 1])
+    return Composed(Observation.from_plain(stored["observation"]), composition, units, totals)
 
 
 def _check_there(names: pd.Index, genes: Sequence[str], keys: Keys, where: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ STEP = 0.7
 NODES = torch.arange(-18.0, 4.0, STEP, dtype=torch.float64).exp()
 FIRST = float(NODES[0]) * math.exp(-STEP / 2)
 EULER = 0.5772156649015329
-# Nodes of the Gauss-Hermite rule over the depth that is not known.
-DEPTH_NODES = 3
+# Quantiles of the depth's error that are kept, and groups of them over which moments are taken.
+DEPTH_LEVELS, DEPTH_NODES = 100, 5
 # Largest change of a log rate that tokens may make.
 LARGEST_SHIFT = 1.0
 # Draws whose order statistics are the quantiles.
@@ -57,7 +57,7 @@ class Observation(nn.Module):
 
     The variance of a count of mean :math:`\mu` is :math:`\mu + (\alpha + e) \mu^2`, with the gene's dispersion
     :math:`\alpha`, which holds what histology does not tell of the rate, and the spot's excess :math:`e`. Where the
-    total count is not known, its logarithm is normal about what histology tells of it.
+    total count is not known, its logarithm lies about what histology tells of it as it did on spots not trained on.
 
     Moments of log-normalised counts are exact. By Frullani's integral
     :math:`\log(1 + x) = \int_0^\infty (1 - e^{-s x}) e^{-s} / s \, ds` and, as the inverse Laplace transform of
@@ -76,7 +76,7 @@ class Observation(nn.Module):
         self.register_buffer("base", torch.zeros(n_genes))
         self.register_buffer("dispersion", torch.ones(n_genes))
         self.register_buffer("target_sum", torch.tensor(RATE_TOTAL))
-        self.register_buffer("depth_error", torch.zeros(()))
+        self.register_buffer("depth_errors", torch.zeros(DEPTH_LEVELS))
         self.register_buffer("usual_disagreement", torch.zeros(()))
         self.register_buffer("levels", torch.arange(1, LEVELS + 1) / (LEVELS + 1))
         self.register_buffer("calibrated", torch.tensor(False))
@@ -84,10 +84,23 @@ class Observation(nn.Module):
     base: Tensor
     dispersion: Tensor
     target_sum: Tensor
-    depth_error: Tensor
+    depth_errors: Tensor
     usual_disagreement: Tensor
     levels: Tensor
     calibrated: Tensor
+
+    def plain(self) -> dict[str, Any]:
+        """What predicted distributions are made with, beside the compositions, as numbers and arrays."""
+        names = ("dispersion", "target_sum", "depth_errors", "levels")
+        return {name: self.get_buffer(name).cpu().numpy().copy() for name in names}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
+        """An observation model of what :meth:`plain` gave."""
+        observation = cls(len(values["dispersion"]))
+        for name, value in values.items():
+            observation.get_buffer(name).copy_(torch.as_tensor(np.asarray(value)))
+        return observation
 
     @property
     def of_counts(self) -> bool:
@@ -98,13 +111,8 @@ class Observation(nn.Module):
         """Total counts (n_spots, 1) and their weights: the one that is known, or nodes of what may be."""
         if depth is not None:
             return [(1.0, depth.to(composition.rates)[:, None])]
-        if not self.depth_error > 0:
-            return [(1.0, composition.log_depth.exp()[:, None])]
-        places, weights = np.polynomial.hermite_e.hermegauss(DEPTH_NODES)
-        return [
-            (float(w), (composition.log_depth + self.depth_error * float(x)).exp()[:, None])
-            for x, w in zip(places, weights / weights.sum(), strict=True)
-        ]
+        errors = self.depth_errors.view(DEPTH_NODES, -1).mean(1) if self.depth_errors.any() else [0.0]
+        return [(1 / len(errors), (composition.log_depth + error).exp()[:, None]) for error in errors]
 
     def moments(self, composition: Composition, units: Units, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what would be measured.
@@ -166,9 +174,11 @@ class Observation(nn.Module):
         device, rates = composition.rates.device, composition.rates
         shape = 1 / (self.dispersion + composition.excess[:, None])
         if depth is None:
-            normal = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
-            normal = normal[torch.randperm(n, generator=generator, device=device)]
-            totals = (composition.log_depth[:, None] + self.depth_error * normal).exp()
+            levels = (torch.arange(n, device=device) + 0.5) / n * DEPTH_LEVELS - 0.5
+            below = levels.floor().clamp(0, DEPTH_LEVELS - 2).long()
+            errors = torch.lerp(self.depth_errors[below], self.depth_errors[below + 1], (levels - below).clamp(0, 1))
+            errors = errors[torch.randperm(n, generator=generator, device=device)]
+            totals = (composition.log_depth[:, None] + errors).exp()
         else:
             totals = depth.to(rates)[:, None].expand(-1, n)
         drawn = torch.empty(*rates.shape, n, device=device)
@@ -216,7 +226,9 @@ class Observation(nn.Module):
             Source of randomness.
         """
         self.dispersion.copy_(fitted_dispersion(counts, composition.rates * totals[:, None]))
-        self.depth_error.copy_((totals.clamp(min=1).log() - composition.log_depth).square().mean().sqrt())
+        errors = totals.clamp(min=1).log() - composition.log_depth
+        levels = (torch.arange(DEPTH_LEVELS, device=errors.device) + 0.5) / DEPTH_LEVELS
+        self.depth_errors.copy_(torch.quantile(errors, levels.to(errors)))
         drawn = self.draws(composition, "counts", totals, generator=generator)
         places = randomised_levels(drawn, counts, generator)
         even = torch.arange(1, LEVELS + 1, dtype=torch.double, device=places.device) / (LEVELS + 1)

@@ -19,6 +19,8 @@ from .linear import LinearPart
 LOG_RATE = 0.5
 # Least rate, relative to that of all training spots, which linear regression could take below zero.
 LEAST_RATE = 0.01
+# Hidden width of the perceptrons of depth, and how much of its prediction is ridge regression's.
+DEPTH_HIDDEN, DEPTH_SHARE = 64, 0.5
 # Spots for which what every cross-fitted member predicts is held at once.
 UNSEEN_AT_ONCE = 512
 
@@ -49,19 +51,48 @@ class _EnsembleNorm(nn.Module):
         return torch.addcmul(self.bias[members], F.layer_norm(x, x.shape[-1:]), self.weight[members])
 
 
+class Ensemble(nn.Module):
+    """Multilayer perceptrons side by side: two hidden layers, layer norm, GELU, strong dropout.
+
+    Parameters
+    ----------
+    n
+        Number of members.
+    n_in, hidden, n_out
+        Widths.
+    input_dropout, dropout
+        Dropout rates of the input and of hidden layers.
+    """
+
+    def __init__(self, n: int, n_in: int, hidden: int, n_out: int, input_dropout: float, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([EnsembleLinear(n, n_in, hidden), EnsembleLinear(n, hidden, hidden)])
+        self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
+        self.output = EnsembleLinear(n, hidden, n_out)
+        self.input_dropout, self.dropout = input_dropout, dropout
+
+    def forward(self, x: Tensor, members: slice) -> Tensor:
+        """Of some members: (number of them, n_spots, n_in) to (number of them, n_spots, n_out)."""
+        x = dropout(x, self.input_dropout, self.training)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = dropout(F.gelu(norm(layer(x, members), members)), self.dropout, self.training)
+        outputs: Tensor = self.output(x, members)
+        return outputs
+
+
 class ConditionalMeanPrior(nn.Module):
-    """Expected expression given the condition's features, by an ensemble.
+    """Expected expression given the condition's features, by an ensemble of perceptrons.
 
     Where the model learns from counts, that is every gene's rate, its share of a spot's total count, relative to that
-    of all training spots; else standardised expression. Depth, the log total count, is predicted apart, by ridge
-    regression: perceptrons fit it no better, and of tissue unlike that of training a line goes on where they level off.
+    of all training spots; else standardised expression. Depth, the log total count, has perceptrons of its own, which
+    would otherwise learn little else, and the prediction is their mean with that of ridge regression: of tissue unlike
+    that of training a line goes on where perceptrons level off.
 
-    Each member is a multilayer perceptron (two hidden layers, layer norm, GELU, strong dropout), and sees one of the
-    condition's views. The first ``config.n_members`` are cross-fitted: each never sees one fold of the training spots.
-    So a training spot can be given the prediction of members that did not see it, which is as wrong as the prediction
-    of a new spot, and the token model and the calibration that build on it learn from honest errors. As many again see
-    every training spot; a new spot gets their mean. Where ridge regression predicts training spots better than
-    perceptrons do, as of few spots it may, each has some of it (:class:`LinearPart`).
+    Each member sees one of the condition's views. The first ``config.n_members`` are cross-fitted: each never sees one
+    fold of the training spots. So a training spot can be given the prediction of members that did not see it, which is
+    as wrong as the prediction of a new spot, and the token model and the calibration that build on it learn from honest
+    errors. As many again see every training spot; a new spot gets their mean. Where ridge regression predicts training
+    spots better than perceptrons do, as of few spots it may, each has some of it (:class:`LinearPart`).
 
     Parameters
     ----------
@@ -76,33 +107,33 @@ class ConditionalMeanPrior(nn.Module):
     def __init__(self, config: ModelConfig, views: Sequence[Tensor], n_features: int) -> None:
         super().__init__()
         self.config, self.views = config, list(views)
-        n, hidden = 2 * config.n_members, config.prior_hidden
-        self.layers = nn.ModuleList([EnsembleLinear(n, len(views[0]), hidden), EnsembleLinear(n, hidden, hidden)])
-        self.norms = nn.ModuleList([_EnsembleNorm(n, hidden), _EnsembleNorm(n, hidden)])
-        self.output = EnsembleLinear(n, hidden, config.n_genes)
-        self.linear = LinearPart(config.n_members, n_features, config.n_genes)
-        self.depth = LinearPart(config.n_members, n_features, 1)
+        n, n_in = config.n_members, len(views[0])
+        rates = config.prior_input_dropout, config.prior_dropout
+        self.genes = Ensemble(2 * n, n_in, config.prior_hidden, config.n_genes, *rates)
+        self.linear = LinearPart(n, n_features, config.n_genes)
+        self.depths = Ensemble(2 * n, n_in, DEPTH_HIDDEN, 1, *rates)
+        self.linear_depth = LinearPart(n, n_features, 1)
+        self.linear_depth.share.fill_(DEPTH_SHARE)
         self.register_buffer("of_rates", torch.tensor(False))
         self.register_buffer("n_folds", torch.tensor(1))
+        self.register_buffer("depth_mean", torch.zeros(()))
+        self.register_buffer("depth_std", torch.ones(()))
 
     of_rates: Tensor
     n_folds: Tensor
+    depth_mean: Tensor
+    depth_std: Tensor
 
-    def _views(self, members: slice) -> list[int]:
-        """Which view each member takes: cross-fitted ones so that each fold is left out by members of several."""
+    def _members(self, cross_fitted: bool) -> slice:
+        n = self.config.n_members
+        return slice(0, n) if cross_fitted else slice(n, 2 * n)
+
+    def _seen(self, features: Tensor, members: slice) -> Tensor:
+        """What each member sees of the features; cross-fitted ones so that each fold is left out by several views."""
         n, n_views = self.config.n_members, len(self.views)
-        cross_fitted = [m // int(self.n_folds) % n_views for m in range(n)]
-        return (cross_fitted + [m % n_views for m in range(n)])[members]
-
-    def _outputs(self, features: Tensor, members: slice) -> Tensor:
-        """Of the last layer of some members: (number of them, n_spots, n_genes)."""
+        views = [m // int(self.n_folds) % n_views for m in range(n)] + [m % n_views for m in range(n)]
         seen = [features[:, columns] for columns in self.views]
-        x = torch.stack([seen[view] for view in self._views(members)])
-        x = dropout(x, self.config.prior_input_dropout, self.training)
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = dropout(F.gelu(norm(layer(x, members), members)), self.config.prior_dropout, self.training)
-        outputs: Tensor = self.output(x, members)
-        return outputs
+        return torch.stack([seen[view] for view in views[members]])
 
     def _relative(self, outputs: Tensor) -> Tensor:
         return (LOG_RATE * outputs).exp() if self.of_rates else outputs
@@ -122,17 +153,20 @@ class ConditionalMeanPrior(nn.Module):
         Tensor
             (n_members, n_spots, n_genes): relative rates, or standardised expression.
         """
-        n = self.config.n_members
-        members = slice(0, n) if cross_fitted else slice(n, 2 * n)
-        outputs = self.linear(self._relative(self._outputs(features, members)), features, cross_fitted=cross_fitted)
+        members = self._members(cross_fitted)
+        outputs = self._relative(self.genes(self._seen(features, members), members))
+        outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
         return outputs.clamp(min=LEAST_RATE) if self.of_rates else outputs
 
-    def log_depth(self, features: Tensor, members: Tensor | None = None) -> Tensor:
-        """Expected log total count, (n_spots,), of what saw all training spots or of some cross-fitted members."""
-        found = self.depth.predict(features, cross_fitted=members is not None)[..., 0]
-        return (found if members is None else found[members]).mean(0)
+    def log_depth(self, features: Tensor, *, cross_fitted: bool = False) -> Tensor:
+        """Log total count that every member expects, (n_members, n_spots); arguments as in :meth:`forward`."""
+        members = self._members(cross_fitted)
+        outputs = self.depth_mean + self.depth_std * self.depths(self._seen(features, members), members)
+        return self.linear_depth(outputs, features, cross_fitted=cross_fitted)[..., 0]
 
-    def loss(self, features: Tensor, score: Callable[[Tensor], Tensor], folds: Tensor) -> Tensor:
+    def loss(
+        self, features: Tensor, score: Callable[[Tensor], Tensor], folds: Tensor, log_totals: Tensor | None = None
+    ) -> Tensor:
         """Sum over all members of the mean loss on the spots that the member may see.
 
         Parameters
@@ -143,8 +177,15 @@ class ConditionalMeanPrior(nn.Module):
             Loss of predictions, (n_members, n_spots, n_genes) to (n_members, n_spots).
         folds
             (n_spots,) fold of each spot.
+        log_totals
+            (n_spots, 1) log total counts, where depth is to be learnt, too.
         """
-        errors = score(self._relative(self._outputs(features, slice(None))))
+        every = slice(None)
+        x = self._seen(features, every)
+        errors = score(self._relative(self.genes(x, every)))
+        if log_totals is not None:
+            depth = (log_totals - self.depth_mean) / self.depth_std
+            errors = errors + (self.depths(x, every) - depth).square()[..., 0]
         seen = (~self._unseen(folds)).to(errors.dtype)
         seen = torch.cat([seen, torch.ones_like(seen)])
         return ((errors * seen).sum(1) / mean_of_processes(seen.sum(1)).clamp(min=1)).sum()
@@ -157,7 +198,7 @@ class ConditionalMeanPrior(nn.Module):
             unseen = self._unseen(fold).to(features.dtype)
             members, n = self(some, cross_fitted=True), unseen.sum(0)[:, None]
             mean = torch.einsum("mng,mn->ng", members, unseen) / n
-            log_depth = (self.depth.predict(some, cross_fitted=True)[..., 0] * unseen).sum(0) / n[:, 0]
+            log_depth = (self.log_depth(some, cross_fitted=True) * unseen).sum(0) / n[:, 0]
             apart = disagreement(members, unseen) if self.of_rates else torch.zeros_like(log_depth)
             found.append(OutOfFold(mean, log_depth, apart))
         return OutOfFold(*(torch.cat(parts) for parts in zip(*found, strict=True)))

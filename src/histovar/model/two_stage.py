@@ -351,7 +351,7 @@ class TwoStageVARST(nn.Module):
     def conditional_mean(self, histology: Histology) -> Tensor:
         """Standardised expression that the prior expects, (n_spots, n_genes)."""
         features = self.var_stage.condition.features(histology)
-        return self.standardized_means(self._prior(features).mean(0), self._prior.log_depth(features))
+        return self.standardized_means(self._prior(features).mean(0), self._prior.log_depth(features).mean(0))
 
     @torch.no_grad()
     def composition(self, histology: Histology, members: Tensor, unseen: Tensor | None = None) -> Composition:
@@ -367,7 +367,8 @@ class TwoStageVARST(nn.Module):
             (n_members,) which cross-fitted members these are; None for those that saw all training spots.
         """
         observation = self.var_stage.observation
-        log_depth = self._prior.log_depth(self.var_stage.condition.features(histology), unseen)
+        each = self._prior.log_depth(self.var_stage.condition.features(histology), cross_fitted=unseen is not None)
+        log_depth = (each if unseen is None else each[unseen]).mean(0)
         excess = log_depth.new_zeros(len(log_depth))
         if len(members) > 1:
             excess = (disagreement(members) - observation.usual_disagreement).clamp(min=0)
@@ -422,7 +423,7 @@ class TwoStageVARST(nn.Module):
                 members = self.prior_members(histology)
             if means is None:
                 assert members is not None
-                log_depth = stage2.prior.log_depth(stage2.condition.features(histology))
+                log_depth = stage2.prior.log_depth(stage2.condition.features(histology)).mean(0)
                 if decoding.mode == "sample":
                     each = self.standardized_means(members, log_depth)
                     n_spots = each.shape[1]

@@ -226,7 +226,9 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
                 state[name] = tensor[None]
             elif name.startswith(("prior.output.", "prior.linear.")) and name != "prior.linear.share":
                 state[name] = tensor[..., :-1].contiguous()
-        new = ("observation.", "prior.depth.", "prior.of_rates", "prior.n_folds")
+        for part in ("layers", "norms", "output"):
+            state = {name.replace(f"prior.{part}.", f"prior.genes.{part}."): t for name, t in state.items()}
+        new = ("observation.", "prior.depth", "prior.linear_depth.", "prior.of_rates", "prior.n_folds")
         state |= {name: tensor for name, tensor in implied.items() if name.startswith(new)}
     return state
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from histovar._memory import keep_freed_memory
 from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
-from histovar.model.observation import Units
+from histovar.model.observation import RATE_TOTAL, Units
 from histovar.model.two_stage import Precision
 
 from .device import on_device
@@ -45,6 +45,10 @@ class Predictor:
         stage2 = model.var_stage
         return self.rule.mode == "expected" and (stage2.calibration.fitted or bool(stage2.observation.calibrated))
 
+    def is_of_counts(self, model: TwoStageVARST) -> bool:
+        """Whether the observation model makes the prediction."""
+        return self.rule.mode == "expected" and model.var_stage.observation.of_counts
+
     def __call__(
         self,
         model: TwoStageVARST,
@@ -72,15 +76,17 @@ class Predictor:
         keep_freed_memory()
         model = model.in_precision(self.precision)
         n_spots, config = len(inputs.novelty), model.config
-        made = Prediction.empty(n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
-        predict = self._of_counts if model.var_stage.observation.of_counts else self._of_values
+        of_counts = self.is_of_counts(model)
+        sizes = (n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
+        made = Prediction.empty(*sizes, rates=of_counts)
+        predict = self._of_counts if of_counts else self._of_values
         with on_device(model, self.device) as where:
             generator = torch.Generator(where).manual_seed(random_state)
             batches = torch.arange(n_spots).split(self.batch_size)
             for rows in track(batches, "predicting", disable=not show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
                 parts = predict(model, batch, None if depth is None else depth[rows].to(where), generator)
-                for whole, part in zip(made, parts, strict=True):
+                for whole, part in zip(made, parts, strict=False):
                     if whole is not None:
                         whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
         return made
@@ -107,13 +113,11 @@ class Predictor:
     def _of_counts(
         self, model: TwoStageVARST, batch: Histology, depth: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
-        """The same of a model that learnt from counts.
+        """The same of a model that learnt from counts, and composition and spots.
 
         Mean, standard deviation and quantiles are the observation model's. Draws take their values from it, gene by
         gene, and their ranks, and with them co-expression, from the tokens (Schefzik et al. 2013).
         """
-        if self.rule.mode != "expected":
-            return self._of_values(model, batch, depth, generator)
         observation = model.var_stage.observation
         members = model.prior_members(batch)
         generated = model.predict(batch, self.rule, members=members, generator=generator)
@@ -129,7 +133,8 @@ class Predictor:
             ranks = self._draws(model, batch, generator).argsort(2).argsort(2)
             levels = (torch.arange(self.n_samples, device=mean.device) + 0.5) / self.n_samples
             draws = observation.at_levels(values, levels).gather(2, ranks)
-        return mean, std, generated.tokens, draws, cube
+        spots = torch.stack([composition.log_depth.exp(), composition.excess, batch.novelty], 1)
+        return mean, std, generated.tokens, draws, cube, RATE_TOTAL * composition.rates, spots
 
     def _draws(self, model: TwoStageVARST, batch: Histology, generator: torch.Generator) -> Tensor:
         """Joint draws of the tokens, decoded: (n_spots, n_genes, n_samples)."""

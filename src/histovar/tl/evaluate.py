@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from histovar import metrics
 from histovar._keys import DEFAULT_KEY, LOGNORM
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.comparison import read_comparison, read_distribution
+from histovar.anndata_io.comparison import GivenDepth, read_comparison, read_distribution, read_given_depth
 from histovar.anndata_io.expression import add_lognorm, total_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.prediction import EVALUATION, score_slots
@@ -64,9 +64,12 @@ def evaluate(
         ``correlation error`` of the expected expression, and of the draws, where there are any. Of uncertainty:
         ``CRPS``; ``coverage`` and ``width`` of 50, 80, 90 and 95 % intervals; ``PIT deviation``, the mean distance of
         the PIT's distribution from uniform; ``uncertainty PCC``, the correlation of standard deviation with absolute
-        error over the spots, mean over the genes. They are taken of the draws where there are any, else of the
-        quantiles where they reach from 0.025 to 0.975, else of normal distributions;
-        ``uns[key]["evaluated_distribution"]`` says of which.
+        error over the spots, mean over the genes. They are taken of the predicted counts (negative binomial) where the
+        model learnt from counts, else of the draws where there are any, else of the quantiles where they reach from
+        0.025 to 0.975, else of normal distributions; ``uns[key]["evaluated_distribution"]`` says of which.
+
+        Where the model learnt from counts and X holds counts, scores that end in ``given depth`` are of what it
+        predicts once every spot's total count is known: the predictive check, in which only the composition is judged.
 
     Raises
     ------
@@ -83,6 +86,7 @@ def evaluate(
     counts = total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = adata.obsm.get(keys.samples)
+    given = read_given_depth(adata, keys, counts)
     labels = np.full(adata.n_obs, "all") if names is None else names
     tables, rows, n_spots = {}, {}, {}
     for label in np.unique(labels):
@@ -99,6 +103,7 @@ def evaluate(
             "CRPS": float(table["crps"].mean()),
             **spread,
             "uncertainty PCC": float(table.pop("uncertainty").mean()),
+            **({} if given is None else _given_depth(given, spots, truth, genes)),
         }
         tables[str(label)] = table
         n_spots[str(label)] = len(truth)
@@ -134,6 +139,18 @@ def evaluate(
         int(summary.drop(index="mean")["n_constant"].sum()),
     )
     return scores
+
+
+def _given_depth(
+    given: GivenDepth, spots: NDArray[np.bool_], measured: NDArray[Any], genes: list[str]
+) -> dict[str, float]:
+    """Scores of what is predicted of a section when its spots' total counts are known: the predictive check."""
+    accuracy = metrics.summary(metrics.per_gene(given.mean[spots], measured, genes))
+    spread = _distribution(given.quantiles[spots], given.levels, measured)
+    spread.pop("coverage")
+    found = {"CRPS": float(spread.pop("crps").mean()), **spread}
+    found |= {name: accuracy[name] for name in ("PCC-200", "PCC-all", "MSE") if name in accuracy}
+    return {f"{name} given depth": value for name, value in found.items() if not name.startswith("width")}
 
 
 def _warn_of_undefined(tables: dict[str, pd.DataFrame], n_spots: dict[str, int]) -> None:

@@ -175,6 +175,7 @@ def predict(
         made,
         {
             **_described(registry, units, depth),
+            **({"observation": model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
@@ -184,7 +185,9 @@ def predict(
                 "library_key": where_from["library_key"] or "",
                 "covariates": np.array(list(registry["covariates"]), dtype=str),
                 "decoding": decoding,
-                "depth": "" if depth is None else str(depth),
+                "units": units or "lognorm",
+                "depth": 0.0 if depth is None or isinstance(depth, str) else float(depth),
+                "depth_key": depth if isinstance(depth, str) else "",
                 "n_samples": n_samples,
                 "temperature": temperature,
                 "top_k": top_k,

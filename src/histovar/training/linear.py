@@ -53,10 +53,8 @@ def fit_depth(prior: ConditionalMeanPrior, features: Tensor, log_totals: Tensor,
     log_totals
         (n_spots, 1) log total counts.
     """
-    centre = log_totals.mean()
-    prior.depth.weight.zero_()
-    _fit_ridge(prior, prior.depth, features, log_totals - centre, torch.ones(len(features)), folds)
-    prior.depth.bias.add_(centre)
+    _fit_ridge(prior, prior.linear_depth, features, log_totals - prior.depth_mean, torch.ones(len(features)), folds)
+    prior.linear_depth.bias.add_(prior.depth_mean)
 
 
 def _fit_ridge(

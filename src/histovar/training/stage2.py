@@ -86,6 +86,10 @@ class PriorModule(_Stage2Module):
         super().__init__(model, options)
         self.prior = model.var_stage.prior
         self.log_dispersion = torch.nn.Parameter(torch.zeros(model.config.n_genes))
+        if not model.var_stage.observation.of_counts:
+            self.log_dispersion.requires_grad_(False)
+            assert self.prior is not None
+            self.prior.depths.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook."""
@@ -100,9 +104,11 @@ class PriorModule(_Stage2Module):
         def of_values(values: Tensor) -> Tensor:
             return (values - self.model.stage1.scales.standardize(measured)).square().mean(2) * weights
 
-        score = of_rates if stage2.observation.of_counts else of_values
         features = stage2.condition.features(histology)
-        loss = self.prior.loss(features, score, folds)
+        if stage2.observation.of_counts:
+            loss = self.prior.loss(features, of_rates, folds, totals.log())
+        else:
+            loss = self.prior.loss(features, of_values, folds)
         self.watch("prior", len(features), loss=loss / (2 * self.prior.config.n_members))
         return loss
 
@@ -336,6 +342,9 @@ class Stage2Trainer:
             stage2.prior.n_folds.fill_(int(folds.max()) + 1)
             if survey.counts is not None and totals is not None:
                 stage2.prior.of_rates.fill_(True)
+                log_totals = np.log(totals.clip(1))
+                stage2.prior.depth_mean.fill_(float(log_totals.mean()))
+                stage2.prior.depth_std.fill_(max(float(log_totals.std()), 1e-3))
                 # Half a count more, for genes that were not measured.
                 stage2.observation.base.copy_((survey.counts + 0.5) / totals.sum())
         of_counts = stage2.observation.of_counts

@@ -122,7 +122,7 @@ def trained(config: ModelConfig, n_genes: int) -> TwoStageVARST:
 
 def spots(config: ModelConfig, n: int) -> Histology:
     """Random inputs, aligned."""
-    widths = config.projected_dims if config.condition == "pca" else config.source_dims
+    widths = config.aligned_dims if config.condition == "pca" else config.source_dims
     sources = tuple(torch.randn(n, width) for width in widths)
     place = torch.rand(n, 2 * config.coordinates)
     return Histology(sources, place, torch.zeros(n, 0), torch.zeros(n))

@@ -62,6 +62,22 @@ def model(prepared):
     return hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), **QUICK)
 
 
+@pytest.fixture(scope="session")
+def model_of_values(prepared):
+    """Trained on a layer of values, as if there were no counts; tests must not change it."""
+    adata = prepared.copy()
+    adata.layers["values"] = adata.layers["lognorm"]
+    options = {"use_rep": "X_histology", "library_key": "section", "config": small_config()}
+    return hv.tl.train(adata, layer="values", **options, **QUICK)
+
+
+@pytest.fixture
+def loaded_of_values(model_of_values, tmp_path):
+    """A copy of it that tests may change."""
+    model_of_values.save(tmp_path / "of_values")
+    return hv.TwoStageVARST.load(tmp_path / "of_values")
+
+
 @pytest.fixture
 def loaded(model, tmp_path):
     """A copy of the trained model that tests may change."""

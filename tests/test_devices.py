@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.model.observation import Composition, Observation
 from histovar.training.stage1 import Stage1Module
 from histovar.training.stage2 import PriorModule, Stage2Module
 from histovar.training.trainer import TrainingOptions
@@ -17,18 +18,23 @@ N_SPOTS, N_GENES = 5, 30
 OPTIONS = TrainingOptions(enable_progress_bar=False)
 
 
-@pytest.fixture(params=[{}, {"order": "token"}, {"attention_limit": 1}], ids=["scale", "token", "wide"])
+KINDS = [({}, True), ({}, False), ({"order": "token"}, True), ({"attention_limit": 1}, True)]
+
+
+@pytest.fixture(params=KINDS, ids=["scale", "values", "token", "wide"])
 def model(request):
+    changes, of_rates = request.param
     # Dead codes are revived by vector-quantize-pytorch, which does wait.
-    model = TwoStageVARST(small_config(embedding_dims=(16,), dead_code_threshold=0, **request.param))
+    model = TwoStageVARST(small_config(embedding_dims=(16,), dead_code_threshold=0, **changes))
     model.stage1.start_codebook(torch.rand(200, N_GENES))
     model.stage1.code_counts += 1
     model.stage2.head.set_codes(model.stage1)
+    model.stage2.prior.set_trained(of_rates=of_rates, n_folds=3)
     return model.to("meta")
 
 
 def inputs(config):
-    sources = tuple(torch.empty(N_SPOTS, width, **NOWHERE) for width in config.projected_dims)
+    sources = tuple(torch.empty(N_SPOTS, width, **NOWHERE) for width in config.aligned_dims)
     nothing = torch.empty(N_SPOTS, 0, **NOWHERE)
     return Histology(sources, nothing, nothing, torch.empty(N_SPOTS, **NOWHERE))
 
@@ -59,13 +65,26 @@ def test_calibration_never_waits(model):
         assert calibration.draws(draws, mean, std).shape == draws.shape
 
 
+@pytest.mark.parametrize("units", ["lognorm", "log_counts", "counts", "rates"])
+@pytest.mark.parametrize("known", [True, False])
+def test_observation_never_waits(units, known):
+    observation = Observation(N_GENES).to("meta")
+    number = torch.empty(N_SPOTS, **NOWHERE)
+    composition = Composition(torch.empty(N_SPOTS, N_GENES, **NOWHERE), number, number)
+    depth = number if known else None
+    with NoDoubles():
+        mean, std = observation.moments(composition, units, depth)
+        values = observation.at_levels(observation.draws(composition, units, depth, n=9), (0.05, 0.95))
+    assert mean.shape == std.shape == values.shape[:2] == (N_SPOTS, N_GENES)
+
+
 @pytest.mark.filterwarnings("ignore:.*self.log")
 def test_training_never_waits(model):
     tokens = torch.empty(N_SPOTS, model.config.n_tokens, dtype=torch.long, **NOWHERE)
     genes, folds = torch.empty(N_SPOTS, N_GENES, **NOWHERE), torch.empty(N_SPOTS, dtype=torch.long, **NOWHERE)
     number = torch.empty(N_SPOTS, **NOWHERE)
-    batch = inputs(model.config), tokens, genes, folds, number, number, genes
-    modules = PriorModule(model, OPTIONS, 3, N_GENES), Stage2Module(model, OPTIONS, 3), Stage1Module(model, OPTIONS)
+    batch = inputs(model.config), tokens, genes, folds, number, number[:, None], genes
+    modules = PriorModule(model, OPTIONS), Stage2Module(model, OPTIONS), Stage1Module(model, OPTIONS)
     for module, given in zip(modules, (batch, batch, (genes,)), strict=True):
         with NoDoubles():
             loss = module.to("meta").train().training_step(given, 0)

@@ -14,7 +14,7 @@ from .conftest import small_config
 
 def histology_of(config, n=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    sources = tuple(torch.randn(n, width, generator=generator) for width in config.projected_dims)
+    sources = tuple(torch.randn(n, width, generator=generator) for width in config.aligned_dims)
     place = torch.rand(n, 2 * config.coordinates, generator=generator)
     return Histology(sources, place, torch.randn(n, config.n_covariates, generator=generator), torch.zeros(n))
 
@@ -202,7 +202,7 @@ def test_gate_decides_between_prior_and_token_model(ordered):
     head = ordered.stage2.head
     head.gate.zero_()
     closed = ordered.predict(histology).expression
-    prior = ordered.prior_members(histology).mean(0)
+    prior = ordered.conditional_mean(histology)
     torch.testing.assert_close(closed, ordered.stage1.scales.restore(prior), atol=1e-3, rtol=1e-3)
     head.gate.fill_(1)
     assert (ordered.predict(histology).expression - closed).abs().max() > 1e-3

@@ -4,10 +4,8 @@ import torch
 from lightning.pytorch import Callback
 
 import histovar as hv
-from histovar.model import Histology
-from histovar.training import Measured, TrainingOptions
+from histovar.training import TrainingOptions
 from histovar.training.data import cross_fit_folds, held_out_spots
-from histovar.training.stage2 import surroundings
 
 from .conftest import QUICK, small_config
 
@@ -139,23 +137,6 @@ def test_folds_do_not_tear_neighbours_apart():
     strips = cross_fit_folds(None, place, 6)
     assert sorted(set(strips)) == [0, 1, 2, 3]
     assert max(place[strips == 0, 0]) < min(place[strips == 3, 0])
-
-
-def test_surroundings_are_the_mean_of_neighbours_of_section_and_fold(prepared, model):
-    expression = torch.from_numpy(
-        prepared.layers["lognorm"].toarray()[:, prepared.var_names.get_indexer(model.registry["genes"])]
-    )
-    section = prepared.obs["section"].cat.codes.to_numpy().astype(np.int64)
-    place = np.random.default_rng(0).uniform(size=(len(section), 2))  # not a grid, where neighbours tie
-    folds = (place[:, 0] > np.median(place[:, 0])).astype(np.int64)
-    empty = Histology((), torch.empty(0), torch.empty(0), torch.empty(0))
-    around = surroundings(model, Measured(empty, expression, section, place, None), folds).numpy()
-    values = model.stage1.scales.standardize(expression).numpy()
-    for spot in range(0, len(place), 7):
-        alike = np.flatnonzero((section == section[spot]) & (folds == folds[spot]))
-        distance = np.linalg.norm(place[alike] - place[spot], axis=1)
-        nearest = alike[distance.argsort()[1:5]]
-        np.testing.assert_allclose(around[spot], values[nearest].mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize(

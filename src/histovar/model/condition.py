@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -143,27 +143,27 @@ class ConditionProcessor(nn.Module):
     @property
     def feature_widths(self) -> list[int]:
         """Width of each part of :meth:`features`."""
-        return [*self.config.projected_dims] * len(self.config.statistics) + self._more
+        return [*self.config.aligned_dims, *self._more]
 
     @cached_property
-    def views(self) -> list[Tensor]:
+    def views(self) -> list[list[int]]:
         """Columns of :meth:`features` that members of the prior take, equally many each, in the order to take them.
 
         Of three neighbourhoods or more a view has the smallest and one of the others. Each of these is seen by the
         first of ``config.statistics``, the widest by the second, too.
         """
         config = self.config
-        starts = torch.tensor([0, *self.feature_widths]).cumsum(0).tolist()
-        columns = [torch.arange(a, b) for a, b in pairwise(starts)]
+        columns = [range(a, b) for a, b in pairwise([0, *accumulate(self.feature_widths)])]
         n_sources, step = len(config.projected_dims), 1 + len(config.n_neighbors)
         wide = range(2, step) if step > 3 else [0]
 
-        def view(statistics: int, neighborhood: int) -> Tensor:
+        def view(statistics: int, neighborhood: int) -> list[int]:
             first = statistics * n_sources
             left_out = {*wide} - {neighborhood} if neighborhood else set()
             n_niche = len(config.embedding_dims) * step
             own = [i for i in range(n_sources) if i >= n_niche or i % step not in left_out]
-            return torch.cat([columns[first + i] for i in own] + columns[n_sources * len(config.statistics) :])
+            parts = [columns[first + i] for i in own] + columns[n_sources * len(config.statistics) :]
+            return list(chain.from_iterable(parts))
 
         found = [view(0, neighborhood) for neighborhood in wide]
         by_training = [view(1, wide[-1])] * (len(config.statistics) - 1)
@@ -231,8 +231,8 @@ class ConditionProcessor(nn.Module):
         Returns
         -------
         Histology
-            With sources of ``config.projected_dims`` for each of ``config.statistics``, as :meth:`features` and
-            :meth:`forward` take them; unchanged where ``condition="mlp"``.
+            With sources of ``config.aligned_dims``, as :meth:`features` and :meth:`forward` take them; unchanged
+            where ``condition="mlp"``.
         """
         if self.config.condition == "mlp":
             return histology

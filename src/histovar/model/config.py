@@ -232,6 +232,11 @@ class ModelConfig:
         return (*[self.n_pcs] * n_embeddings, *self._outline_dims)
 
     @property
+    def aligned_dims(self) -> tuple[int, ...]:
+        """Width of every source once it is aligned, by each of :attr:`statistics`."""
+        return self.projected_dims * len(self.statistics)
+
+    @property
     def _outline_dims(self) -> tuple[int, ...]:
         return (N_OUTLINE * len(self.n_neighbors),) if self.has_outline else ()
 

@@ -102,17 +102,12 @@ class Observation(nn.Module):
             observation.get_buffer(name).copy_(torch.as_tensor(np.asarray(value)))
         return observation
 
-    @property
-    def of_counts(self) -> bool:
-        """Whether the model learnt from counts; if not, there is nothing to tell of depth."""
-        return bool(self.base.any())
-
     def _depths(self, composition: Composition, depth: Tensor | None) -> list[tuple[float, Tensor]]:
         """Total counts (n_spots, 1) and their weights: the one that is known, or nodes of what may be."""
         if depth is not None:
             return [(1.0, depth.to(composition.rates)[:, None])]
-        errors = self.depth_errors.view(DEPTH_NODES, -1).mean(1) if self.depth_errors.any() else [0.0]
-        return [(1 / len(errors), (composition.log_depth + error).exp()[:, None]) for error in errors]
+        errors = self.depth_errors.view(DEPTH_NODES, -1).mean(1)
+        return [(1 / DEPTH_NODES, (composition.log_depth + error).exp()[:, None]) for error in errors]
 
     def moments(self, composition: Composition, units: Units, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what would be measured.

@@ -104,7 +104,7 @@ class ConditionalMeanPrior(nn.Module):
         Width of the condition's features.
     """
 
-    def __init__(self, config: ModelConfig, views: Sequence[Tensor], n_features: int) -> None:
+    def __init__(self, config: ModelConfig, views: Sequence[Sequence[int]], n_features: int) -> None:
         super().__init__()
         self.config, self.views = config, list(views)
         n, n_in = config.n_members, len(views[0])
@@ -114,13 +114,27 @@ class ConditionalMeanPrior(nn.Module):
         self.depths = Ensemble(2 * n, n_in, DEPTH_HIDDEN, 1, *rates)
         self.linear_depth = LinearPart(n, n_features, 1)
         self.linear_depth.share.fill_(DEPTH_SHARE)
-        self.register_buffer("of_rates", torch.tensor(False))
-        self.register_buffer("n_folds", torch.tensor(1))
+        # Whether rates are predicted, and the number of folds; as numbers, too, which no device needs to be asked for.
+        self.register_buffer("trained", torch.tensor([0, 1]))
+        self.of_rates, self.n_folds = False, 1
         self.register_buffer("depth_mean", torch.zeros(()))
         self.register_buffer("depth_std", torch.ones(()))
+        self.register_load_state_dict_post_hook(_read_trained)
 
-    of_rates: Tensor
-    n_folds: Tensor
+    def set_trained(self, *, of_rates: bool, n_folds: int) -> None:
+        """Say what the members are trained on.
+
+        Parameters
+        ----------
+        of_rates
+            Whether they predict relative rates, not standardised expression.
+        n_folds
+            Number of folds; cross-fitted member ``m`` leaves out fold ``m % n_folds``.
+        """
+        self.trained.copy_(torch.tensor([of_rates, n_folds]))
+        self.of_rates, self.n_folds = of_rates, n_folds
+
+    trained: Tensor
     depth_mean: Tensor
     depth_std: Tensor
 
@@ -131,8 +145,8 @@ class ConditionalMeanPrior(nn.Module):
     def _seen(self, features: Tensor, members: slice) -> Tensor:
         """What each member sees of the features; cross-fitted ones so that each fold is left out by several views."""
         n, n_views = self.config.n_members, len(self.views)
-        views = [m // int(self.n_folds) % n_views for m in range(n)] + [m % n_views for m in range(n)]
-        seen = [features[:, columns] for columns in self.views]
+        views = [m // self.n_folds % n_views for m in range(n)] + [m % n_views for m in range(n)]
+        seen = [features[:, torch.tensor(columns, device=features.device)] for columns in self.views]
         return torch.stack([seen[view] for view in views[members]])
 
     def _relative(self, outputs: Tensor) -> Tensor:
@@ -206,6 +220,12 @@ class ConditionalMeanPrior(nn.Module):
     def _unseen(self, folds: Tensor) -> Tensor:
         left_out = torch.arange(self.config.n_members, device=folds.device) % self.n_folds
         return left_out[:, None] == folds
+
+
+def _read_trained(prior: ConditionalMeanPrior, _: object) -> None:
+    if not prior.trained.is_meta:
+        of_rates, n_folds = prior.trained.tolist()
+        prior.of_rates, prior.n_folds = bool(of_rates), n_folds
 
 
 class OutOfFold(NamedTuple):

@@ -48,6 +48,11 @@ class VARStage(nn.Module):
         self.observation = Observation(config.n_genes)
         self.calibration = Calibration(config.n_genes)
 
+    @property
+    def of_counts(self) -> bool:
+        """Whether it learnt from counts, so that depth and units can be chosen."""
+        return self.prior is not None and self.prior.of_rates
+
 
 class TwoStageVARST(nn.Module):
     """Two-stage generative model of spatial gene expression given histology.
@@ -312,7 +317,7 @@ class TwoStageVARST(nn.Module):
     def prior_members(self, histology: Histology, *, cross_fitted: bool = False) -> Tensor:
         """What members of the prior expect: (n_members, n_spots, n_genes).
 
-        Relative rates where the model learnt from counts (:attr:`Observation.of_counts`), else standardised expression.
+        Relative rates where the model learnt from counts (:attr:`VARStage.of_counts`), else standardised expression.
 
         Parameters
         ----------
@@ -342,7 +347,7 @@ class TwoStageVARST(nn.Module):
     def standardized_means(self, expected: Tensor, log_depth: Tensor) -> Tensor:
         """What the prior expects, (..., n_spots, n_genes), as standardised expression at the expected depth."""
         observation = self.var_stage.observation
-        if not observation.of_counts:
+        if not self.var_stage.of_counts:
             return expected
         rates = (observation.base * expected).flatten(0, -2)
         log_depth = log_depth.expand(expected.shape[:-1]).flatten()
@@ -444,7 +449,7 @@ class TwoStageVARST(nn.Module):
             generator=generator,
             keep_logits=keep_logits,
         )
-        of_values = not stage2.observation.of_counts
+        of_values = not stage2.of_counts
         if decoding.mode == "expected" and members is not None and len(members) > 1 and of_values:
             # Many times faster than var, which goes through members spot by spot.
             variance = (members - members.mean(0)).square().sum(0) / (len(members) - 1)

@@ -228,7 +228,7 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
                 state[name] = tensor[..., :-1].contiguous()
         for part in ("layers", "norms", "output"):
             state = {name.replace(f"prior.{part}.", f"prior.genes.{part}."): t for name, t in state.items()}
-        new = ("observation.", "prior.depth", "prior.linear_depth.", "prior.of_rates", "prior.n_folds")
+        new = ("observation.", "prior.depth", "prior.linear_depth.", "prior.trained")
         state |= {name: tensor for name, tensor in implied.items() if name.startswith(new)}
     return state
 
@@ -254,5 +254,7 @@ def _check_indices(state: Mapping[str, Tensor], stage: int, config: ModelConfig,
         name, tensor, low = "transformer.parents", state["transformer.parents"], -1
         coarser = tensor.new_tensor([0, *config.scales[:-1]])
         high = coarser.repeat_interleave(tensor.new_tensor(config.scales))
+        if "prior.trained" in state and int(state["prior.trained"][1]) < 1:
+            raise ValueError(f"{where}: prior.trained holds numbers out of range; save the model again")
     if bool(((tensor < low) | (tensor >= high)).any()):
         raise ValueError(f"{where}: {name} holds numbers out of range; save the model again")

@@ -47,7 +47,7 @@ class Predictor:
 
     def is_of_counts(self, model: TwoStageVARST) -> bool:
         """Whether the observation model makes the prediction."""
-        return self.rule.mode == "expected" and model.var_stage.observation.of_counts
+        return self.rule.mode == "expected" and model.var_stage.of_counts
 
     def __call__(
         self,
@@ -122,7 +122,7 @@ class Predictor:
         members = model.prior_members(batch)
         generated = model.predict(batch, self.rule, members=members, generator=generator)
         composition = model.composition(batch, members)
-        if model.var_stage.head.gate.any():
+        if bool(model.var_stage.head.gate.any()):
             composition = observation.shifted(composition, generated.expression)
         mean, std = observation.moments(composition, self.units, depth)
         draws = cube = mean.new_empty(*mean.shape, 0)

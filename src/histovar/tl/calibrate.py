@@ -122,7 +122,7 @@ def calibrate(
             trained=trained,
         )
         totals = np.zeros(len(rows), np.float32)
-        if observation.of_counts:
+        if stage2.of_counts:
             counts = counts_of_values(section.adata, columns, measured, float(observation.target_sum), rows)
             if counts is None:
                 raise ValueError(
@@ -148,10 +148,10 @@ def calibrate(
         for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             some, which = None, torch.from_numpy(members) if members.any() else None
-            if which is not None or observation.of_counts:
+            if which is not None or stage2.of_counts:
                 some = model.prior_members(batch, cross_fitted=which is not None)
                 some = some if which is None else some[which]
-            if observation.of_counts:
+            if stage2.of_counts:
                 assert some is not None
                 results.append((measured[rows], *(t.cpu() for t in model.composition(batch, some, which))))
             else:
@@ -159,7 +159,7 @@ def calibrate(
                 results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
         order = torch.cat([rows for _, rows in batches])
     truth, *predicted = (torch.cat(part) for part in zip(*results, strict=True))
-    if observation.of_counts:
+    if stage2.of_counts:
         composition = Composition(*predicted)
         generator = torch.Generator().manual_seed(random_state)
         known = totals[order].clamp(min=1)

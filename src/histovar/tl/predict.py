@@ -140,7 +140,7 @@ def predict(
     totals = _depth(adata, model, units, depth, decoding)
     predictor = Predictor(rule, chance, units or "lognorm", n_samples, tuple(quantiles), batch_size, device, precision)
     calibrated = predictor.is_calibrated(model)
-    if len(quantiles) and n_samples < 2 and not calibrated:
+    if len(quantiles) and n_samples < 2 and not calibrated and not predictor.is_of_counts(model):
         raise ValueError(
             f"quantiles: without calibration they are taken over draws; pass n_samples, such as 100 (got {n_samples}), "
             "or calibrate the model with histovar.tl.calibrate"
@@ -213,7 +213,7 @@ def _depth(
     """Total count of every spot, as which to predict; None where it is to be predicted."""
     if units is None and depth is None:
         return None
-    if not model.var_stage.observation.of_counts:
+    if not model.var_stage.of_counts:
         raise ValueError(
             f"units, depth: the model learnt from values of {model.registry['layer']!r}, of which it is not known how "
             "they depend on depth; train with counts in X and without layer="

@@ -70,7 +70,7 @@ def _fit_ridge(
         return None
     search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=split, refit=False)
     penalty = search.fit(x, y, sample_weight=w).best_params_["alpha"]
-    n_folds = int(prior.n_folds)
+    n_folds = prior.n_folds
     seen = [fold != k for k in range(n_folds)] + [np.ones(len(fold), bool)]
     fitted = [Ridge(penalty).fit(x[rows], y[rows], sample_weight=w[rows]) for rows in seen]
     of_member = [fitted[m % n_folds] for m in range(prior.config.n_members)] + fitted[-1:]

@@ -211,7 +211,8 @@ class StageRun:
         if own["monitor"] is None:
             self.prior_ckpt_path = file
             return
-        self.state = checkpoint["state_dict"]
+        # As trained, not averaged: averages of weights that are frozen, as the prior's, are off by rounding.
+        self.state = checkpoint.get("current_model_state", checkpoint["state_dict"])
         if checkpoint["epoch"] < 0:
             return
         n_epochs = checkpoint["epoch"] + 1

@@ -86,7 +86,7 @@ class PriorModule(_Stage2Module):
         super().__init__(model, options)
         self.prior = model.var_stage.prior
         self.log_dispersion = torch.nn.Parameter(torch.zeros(model.config.n_genes))
-        if not model.var_stage.observation.of_counts:
+        if not model.var_stage.of_counts:
             self.log_dispersion.requires_grad_(False)
             assert self.prior is not None
             self.prior.depths.requires_grad_(False)
@@ -105,7 +105,7 @@ class PriorModule(_Stage2Module):
             return (values - self.model.stage1.scales.standardize(measured)).square().mean(2) * weights
 
         features = stage2.condition.features(histology)
-        if stage2.observation.of_counts:
+        if stage2.of_counts:
             loss = self.prior.loss(features, of_rates, folds, totals.log())
         else:
             loss = self.prior.loss(features, of_values, folds)
@@ -216,7 +216,7 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
         means = model.prior_mean(prior) if has_prior else expected
         for k, ids in enumerate(tokens.split(model.config.scales, 1)):
             rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
-        measured.append(model.lognorm(found, totals) if model.var_stage.observation.of_counts else found)
+        measured.append(model.lognorm(found, totals) if model.var_stage.of_counts else found)
     gates, gated, alone = [], [], []
     for parts in rows:
         true_values, mean, value = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -318,7 +318,7 @@ class Stage2Trainer:
         logger.info(
             "stage 2: %d epochs on %s, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s",
             len(history),
-            "counts" if stage2.observation.of_counts else "values",
+            "counts" if stage2.of_counts else "values",
             decoded.pcc,
             decoded.prior_pcc,
             0 if stage2.prior is None else 100 * float(stage2.prior.linear.share),
@@ -339,15 +339,15 @@ class Stage2Trainer:
         folds = torch.from_numpy(cross_fit_folds(sections, survey.coordinates, model.config.n_members))
         totals = survey.total_counts
         if stage2.prior is not None:
-            stage2.prior.n_folds.fill_(int(folds.max()) + 1)
+            of_rates = survey.counts is not None and totals is not None
+            stage2.prior.set_trained(of_rates=of_rates, n_folds=int(folds.max()) + 1)
             if survey.counts is not None and totals is not None:
-                stage2.prior.of_rates.fill_(True)
                 log_totals = np.log(totals.clip(1))
                 stage2.prior.depth_mean.fill_(float(log_totals.mean()))
                 stage2.prior.depth_std.fill_(max(float(log_totals.std()), 1e-3))
                 # Half a count more, for genes that were not measured.
                 stage2.observation.base.copy_((survey.counts + 0.5) / totals.sum())
-        of_counts = stage2.observation.of_counts
+        of_counts = stage2.of_counts
         weights = _weights(totals, n_spots)
         depths = torch.ones(n_spots, 1) if totals is None else torch.from_numpy(totals).float().clamp(min=1)[:, None]
         del survey  # which would be in memory while spots are read again
@@ -414,13 +414,14 @@ class Stage2Trainer:
         histology, tokens, measured, folds, weights, totals, _ = batch
         features = stage2.condition.features(histology)
         observation = stage2.observation
-        if observation.of_counts:
+        if stage2.of_counts:
             fit_linear(prior, features, measured / (observation.base * totals), weights, folds)
             fit_depth(prior, features, totals.log(), folds)
             unseen = prior.out_of_fold(features, folds)
             observation.usual_disagreement.copy_(unseen.disagreement.mean())
             composition = Composition(observation.base * unseen.mean, unseen.log_depth, torch.zeros(len(features)))
-            observation.fit(measured, totals[:, 0], composition)
+            own = torch.Generator().manual_seed(self.options.random_state)
+            observation.fit(measured, totals[:, 0], composition, own)
             observation.calibrated.fill_(False)
         else:
             fit_linear(prior, features, model.stage1.scales.standardize(measured), weights, folds)
@@ -433,6 +434,7 @@ class Stage2Trainer:
         """Note of each training spot what the prior's members that have not seen it expect."""
         if self.model.var_stage.prior is None:
             return
+        self.model.var_stage.prior.eval()
         for rows in np.array_split(np.arange(len(spots)), max(1, len(spots) // CHUNK_SPOTS)):
             batch: Any = spots[rows]
             spots.fill_last(rows, unseen_means(self.model, batch[0], batch[3]))

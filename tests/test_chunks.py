@@ -130,7 +130,9 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
     with dask.config.set(scheduler="synchronous"), pytest.raises(OSError, match="worker lost"):
         zarr_store.write_zarr(lazy(True), tmp_path / "out.zarr", {"model": 1})
     assert not (tmp_path / "out.zarr").exists()
-    with pytest.raises(ValueError, match="interrupted run of other input, model or options"):
+    with pytest.raises(
+        ValueError, match=r"out.zarr.part' has \d chunks of an unfinished prediction that differs in model; finish"
+    ):
         zarr_store.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 2})
     before = set(calls)
     calls.clear()

@@ -43,8 +43,8 @@ def predict_lazily(
     shared = delayed(model, traverse=False)
     seeds = np.random.SeedSequence(random_state).generate_state(len(inputs.chunks))
     made = [
-        delayed(_predict)(predictor, shared, histology, int(seed))
-        for histology, seed in zip(inputs.aligned(shared), seeds, strict=True)
+        delayed(_predict)(predictor, shared, histology, int(seed), chunk.start)
+        for histology, seed, chunk in zip(inputs.aligned(shared), seeds, inputs.chunks, strict=True)
     ]
     config = model.config
     empty = Prediction.empty(0, config.n_genes, config.n_tokens, predictor.n_samples, len(predictor.quantiles))
@@ -65,6 +65,8 @@ def predict_lazily(
     return Prediction(*(whole(i, like) for i, like in enumerate(empty)))
 
 
-def _predict(predictor: Predictor, model: TwoStageVARST, inputs: Histology, random_state: int) -> Prediction:
+def _predict(
+    predictor: Predictor, model: TwoStageVARST, inputs: Histology, random_state: int, first_row: int
+) -> Prediction:
     with _ONE_AT_A_TIME:
-        return predictor(model, inputs, random_state)
+        return predictor(model, inputs, random_state, first_row=first_row)

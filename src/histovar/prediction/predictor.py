@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from histovar._memory import keep_freed_memory
@@ -13,6 +15,9 @@ from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.two_stage import Precision
 
 from .device import on_device
+
+# Standardised inputs beyond this are unlike any that a model was trained on.
+FAR = 1e4
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,13 @@ class Predictor:
         return model.var_stage.calibration.fitted and self.rule.mode == "expected"
 
     def __call__(
-        self, model: TwoStageVARST, inputs: Histology, random_state: int, *, show_progress_bar: bool = False
+        self,
+        model: TwoStageVARST,
+        inputs: Histology,
+        random_state: int,
+        *,
+        first_row: int = 0,
+        show_progress_bar: bool = False,
     ) -> Prediction:
         """Predict.
 
@@ -54,8 +65,15 @@ class Predictor:
             Of the spots, aligned.
         random_state
             Seed of the draws.
+        first_row
+            Which of the object's spots the first is, for messages.
         show_progress_bar
             Show progress.
+
+        Raises
+        ------
+        ValueError
+            If the prediction of a spot is not finite.
         """
         keep_freed_memory()
         model = model.in_precision(self.precision)
@@ -66,7 +84,8 @@ class Predictor:
             generator = torch.Generator(where).manual_seed(random_state)
             levels, fitted = torch.tensor(self.quantiles, device=where), calibration.fitted
             batches = torch.arange(n_spots).split(self.batch_size)
-            for rows in track(batches, "predicting", disable=not show_progress_bar):
+            console = Console(stderr=True)
+            for rows in track(batches, "predicting", console=console, disable=not show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
                 generated = model.predict(batch, self.rule, generator=generator)
                 mean, std = generated.expression, generated.std
@@ -86,4 +105,31 @@ class Predictor:
                 for whole, part in zip(made, parts, strict=True):
                     if whole is not None:
                         whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
+        _check_finite(made, inputs, first_row)
         return made
+
+
+def _check_finite(made: Prediction, inputs: Histology, first_row: int) -> None:
+    """Refuse a prediction that is not finite, and say of which spots and why that may be."""
+    n_spots = len(inputs.novelty)
+    bad = np.zeros(n_spots, bool)
+    for values in (made.mean, made.std, made.samples, made.quantiles):
+        if values is not None:
+            bad |= ~np.isfinite(values.reshape(n_spots, -1)).all(1)
+    rows = np.flatnonzero(bad)
+    if not len(rows):
+        return
+    sizes = [
+        source[torch.from_numpy(rows)].abs().max() for source in (*inputs.sources, inputs.covariates) if source.numel()
+    ]
+    largest = float(torch.stack(sizes).max()) if sizes else 0.0
+    if largest < FAR:
+        why = "their histology is nothing unusual, so the model's weights are likely damaged: load or train it again"
+    else:
+        why = (
+            f"their standardised histology or covariates reach {largest:.3g}, where some tens are usual: drop those "
+            "spots, or mend what they were embedded from"
+        )
+    raise ValueError(
+        f"prediction: not finite in {len(rows)} of {n_spots} spots, first at row {first_row + rows[0]}; {why}"
+    )

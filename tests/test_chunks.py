@@ -14,6 +14,7 @@ import pytest
 import zarr
 
 import histovar as hv
+from histovar._atomic import directory_lock
 from histovar.anndata_io import zarr_store
 from histovar.cli import app
 
@@ -217,6 +218,8 @@ def test_what_histovar_did_not_write_is_not_taken_for_unfinished(whole, loaded, 
     with pytest.raises(ValueError, match="was not written by histovar; move it, or give another --out"):
         app(command, standalone_mode=False)
     (part / "notes.txt").unlink()
+    with directory_lock(part, seconds=0), pytest.raises(ValueError, match="is being written by another process; wait"):
+        app(command, standalone_mode=False)
     whole.write_zarr(part / "in.zarr")
     with pytest.raises(ValueError, match="out.zarr.part' contains the input"):
         app(["predict", str(part / "in.zarr"), *command[2:]], standalone_mode=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,9 +138,7 @@ def write_zarr(adata: AnnData, path: Path, identity: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps({"histovar": __version__, **identity, "chunks": bounds.tolist()}))
     if not _can_be_continued(part, wanted):
         _begin(part, adata, lazy, wanted)
-    with directory_lock(part, seconds=0) as locked:
-        if locked is False:
-            raise ValueError(f"{str(part)!r} is being written by another process; wait for it, or give another --out")
+    with _locked(part):
         done = _chunks_done(part, list(lazy))
         blocks = {name: values.to_delayed().reshape(len(bounds) - 1, -1)[:, 0] for name, values in lazy.items()}
         tasks = [
@@ -151,6 +150,14 @@ def write_zarr(adata: AnnData, path: Path, identity: Mapping[str, Any]) -> None:
         _finish(part, path)
 
 
+@contextmanager
+def _locked(part: Path) -> Iterator[None]:
+    with directory_lock(part, seconds=0) as locked:
+        if locked is False:
+            raise ValueError(f"{str(part)!r} is being written by another process; wait for it, or give another --out")
+        yield
+
+
 def _can_be_continued(part: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether there is an unfinished store of this identity; False where there is none, or nothing is done of another.
 
@@ -159,8 +166,12 @@ def _can_be_continued(part: Path, wanted: Mapping[str, Any]) -> bool:
     ValueError
         If the directory is not histovar's, or has chunks of another identity.
     """
-    if not part.exists() or (part.is_dir() and not any(part.iterdir())):
+    if not part.exists():
         return False
+    if part.is_dir():
+        with _locked(part):
+            if not any(part.iterdir()):
+                return False
     try:
         there = json.loads((part / IDENTITY).read_text())
         is_ours = isinstance(there, dict) and "histovar" in there

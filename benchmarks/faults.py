@@ -318,6 +318,13 @@ PARTS: dict[str, Callable[[Setting, float], Iterator[tuple[str, str]]]] = {
 OUTCOMES = ("whole", "refused", "unseen", "wrong")
 
 
+def print_counts(counts: dict[str, Counter[str]]) -> None:
+    for what, count in counts.items():
+        skipped = [kind for kind in count if kind.startswith("skipped")]
+        numbers = "".join(f"{number:8}" for number in (count.total(), *(count[kind] for kind in OUTCOMES)))
+        print(f"{what:46} {skipped[0] if skipped else numbers}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="Parts to run.")
@@ -325,12 +332,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
-    counts: dict[str, Counter[str]] = {}
     wrong: list[str] = []
+    print(f"{'what':46} {'cases':>8}" + "".join(f"{kind:>8}" for kind in OUTCOMES))
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch), np.random.default_rng(options.seed))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for part in options.only:
+            counts: dict[str, Counter[str]] = {}
             for what, outcome in PARTS[part](setting, 0.1 if options.smoke else 1.0):
                 kind = outcome if outcome in OUTCOMES else "wrong"
                 if outcome.startswith("skipped"):
@@ -338,12 +346,8 @@ def main() -> None:
                 elif kind == "wrong":
                     wrong.append(f"{what}: {outcome}")
                 counts.setdefault(what, Counter())[kind] += 1
+            print_counts(counts)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{'what':46} {'cases':>8}" + "".join(f"{kind:>8}" for kind in OUTCOMES))
-    for what, count in counts.items():
-        skipped = [kind for kind in count if kind.startswith("skipped")]
-        numbers = "".join(f"{number:8}" for number in (count.total(), *(count[kind] for kind in OUTCOMES)))
-        print(f"{what:46} {skipped[0] if skipped else numbers}")
     print(f"peak memory grew by {grown:.0f} MB")
     print("\n".join(wrong[:40]))
     sys.exit(bool(wrong))

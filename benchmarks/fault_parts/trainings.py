@@ -79,7 +79,7 @@ def resume(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
         "the seed": (None, {"random_state": 5}),
         "the batch size": (None, {"batch_size": 32}),
         "the learning rate": (None, {"learning_rate": 3e-4}),
-        "the number of epochs": (None, {"max_epochs": 2}),
+        "the weight decay": (None, {"weight_decay": 0.1}),
         "the configuration": (None, {"config": setting.options["config"].replace(dropout=0.2)}),
     }
     chosen = list(changes) if share == 1 else ["nothing", *setting.rng.choice(list(changes)[1:], 2, replace=False)]

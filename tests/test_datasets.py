@@ -88,6 +88,12 @@ def test_her2st_refuses_images_that_would_fill_the_memory(her2st_root):
             lambda content: b"x\ty\n1\t2\n",
             r"lacks numbers in columns \['pixel_x', 'pi",
         ),
+        ("ST-spotfiles/B1_selection.tsv", lambda content: content.splitlines()[0], "no count row of section B1"),
+        (
+            "ST-spotfiles/B1_selection.tsv",
+            lambda content: content.replace(b"200.0", b"1e99"),
+            r"numbers .*\['pixel_x'\]",
+        ),
         ("ST-spotfiles/B1_selection.tsv", lambda content: b"\xff\xfe\0", "B1_selection.tsv' is damaged or not a table"),
     ],
 )

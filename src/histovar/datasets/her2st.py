@@ -85,9 +85,10 @@ def _section(root: Path, name: str) -> AnnData:
     if not file.is_file():
         raise FileNotFoundError(f"path: no {file.name} in {str(file.parent)!r}")
     spots = _table(file)
-    places = spots.reindex(columns=list(SPOT_COLUMNS)).apply(pd.to_numeric, errors="coerce")
-    if not np.isfinite(places).all(axis=None):
-        lacking = places.columns[~np.isfinite(places).all()].tolist()
+    spots = spots.reindex(columns=list(SPOT_COLUMNS)).apply(pd.to_numeric, errors="coerce").astype(float)
+    with np.errstate(over="ignore"):
+        lacking = spots.columns[~np.isfinite(spots.astype(np.float32)).all()].tolist()
+    if lacking:
         raise ValueError(f"path: {str(file)!r} lacks numbers in columns {lacking}")
     # Count rows are named by the rounded array position of the selection.
     column, row = spots["x"].round().astype(int), spots["y"].round().astype(int)
@@ -97,6 +98,8 @@ def _section(root: Path, name: str) -> AnnData:
             repeated = table[table.duplicated()][:3].tolist()
             raise ValueError(f"path: {of_what} of section {name} in {where} share names such as {repeated}")
     shared = counts.index[counts.index.isin(spots.index)]
+    if shared.empty:
+        raise ValueError(f"path: no count row of section {name} in ST-cnts is named as a spot of {str(file)!r}")
     if len(shared) < len(counts):
         logger.info("her2st: %d count rows of %s have no spot in the selection", len(counts) - len(shared), name)
     spots = spots.loc[shared]

@@ -194,13 +194,3 @@ def test_reference_configuration_trains_a_step_and_predicts(simulated):
     out = hv.tl.predict(adata[:4], model, copy=True)
     assert np.isfinite(out.layers["histovar"]).all() and out.layers["histovar"].shape == (4, 40)
     assert torch.equal(before, model.stage1.quantizer.codebook)
-
-
-def test_progress_goes_to_standard_error(prepared, query, capfd):
-    options = {"use_rep": "X_histology", "library_key": "section", "config": small_config(), "max_epochs": 1}
-    model = hv.tl.train(prepared.copy(), **options, enable_progress_bar=True)
-    hv.tl.predict(query, model, show_progress_bar=True)
-    hv.tl.calibrate(prepared.copy(), model, show_progress_bar=True)
-    out, err = capfd.readouterr()
-    assert not out.strip()
-    assert "predicting" in err and "calibrating" in err

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from histovar._memory import keep_freed_memory
@@ -84,8 +83,7 @@ class Predictor:
             generator = torch.Generator(where).manual_seed(random_state)
             levels, fitted = torch.tensor(self.quantiles, device=where), calibration.fitted
             batches = torch.arange(n_spots).split(self.batch_size)
-            console = Console(stderr=True)
-            for rows in track(batches, "predicting", console=console, disable=not show_progress_bar):
+            for rows in track(batches, "predicting", disable=not show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
                 generated = model.predict(batch, self.rule, generator=generator)
                 mean, std = generated.expression, generated.std

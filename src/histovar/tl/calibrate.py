@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
 
 from histovar._keys import DEFAULT_KEY, LOGNORM
@@ -131,7 +130,7 @@ def calibrate(
             for members in groups
             for rows in torch.from_numpy(np.flatnonzero((unseen == members).all(1))).split(batch_size)
         ]
-        for members, rows in track(batches, "calibrating", console=Console(stderr=True), disable=not show_progress_bar):
+        for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             some = None
             if members.any():

@@ -1,12 +1,17 @@
-"""What becomes of saved models under kills, damage, hostile cards, several writers and full disks.
+"""What becomes of models, predictions and trainings under kills, damage, hostile files, rivals and full disks.
 
     python benchmarks/faults.py            # all parts
     python benchmarks/faults.py --smoke    # a tenth of the cases, to see that it runs
     python benchmarks/faults.py --only cards kills
 
-Prints a table: of how many cases the model was whole (it loads as one that was saved, and predicts), was refused (one
-line of ValueError or FileNotFoundError), or went wrong (any other error, a mixture, a failed prediction, more than ten
-seconds, an earlier model that is lost). Ends with status 1 if anything went wrong.
+Prints a table: of how many cases the model, prediction or training was
+
+whole    as without the fault
+refused  one line of ValueError or FileNotFoundError; of commands that were interrupted, exit code 130
+unseen   other than without the fault, but finite, where the format of the file has no checksums
+wrong    any other error, a mixture, numbers that are not finite, more than ten seconds, an earlier model that is lost
+
+Ends with status 1 if anything went wrong. Faults of other things than saved models are in ``fault_parts``.
 """
 
 from __future__ import annotations
@@ -30,15 +35,18 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
+from fault_parts.files import files
+from fault_parts.interrupts import interrupts
+from fault_parts.streams import streams
+from fault_parts.trainings import resume, trainings
 
 import histovar as hv
 from histovar.model.card import content_digest
 from histovar.model.checkpoint import verify
 
-PARTS = ("cards", "kills", "flips", "truncations", "writers", "full-disk")
 MOST_SECONDS = 10
-# A model of format 1, without checksums, where the repository is there.
-OLD_MODEL = Path(__file__).parents[1] / "tests" / "data" / "model-0.1.0"
+# Models of formats 1 to 5, without checksums, where the repository is there.
+OLD_MODELS = sorted((Path(__file__).parents[1] / "tests" / "data").glob("model-*"))
 KEYS = {"use_rep": "X_histology", "spatial_key": "spatial", "library_key": "section"}
 
 DELETED = object()
@@ -77,8 +85,8 @@ class Setting:
         adata = hv.datasets.simulate(4, 60, 40, embedding_dim=16, random_state=1)
         held_out = adata.obs["section"] == "S4"
         self.query: AnnData = adata[held_out].copy()
-        training = adata[~held_out].copy()
-        hv.pp.gene_panel(training, n_genes=30)
+        self.training = adata[~held_out].copy()
+        hv.pp.gene_panel(self.training, n_genes=30)
         config = hv.ModelConfig.default(
             30,
             scales=(1, 4, 10, 30),
@@ -93,8 +101,9 @@ class Setting:
             n_members=3,
             prior_hidden=32,
         )
-        options = {"use_rep": "X_histology", "library_key": "section", "config": config, "max_epochs": 1}
-        self.models = [hv.tl.train(training.copy(), random_state=0, **options, enable_progress_bar=False)]
+        self.options = {"use_rep": "X_histology", "library_key": "section", "config": config, "max_epochs": 1}
+        self.keys = KEYS
+        self.models = [hv.tl.train(self.training.copy(), random_state=0, **self.options, enable_progress_bar=False)]
         self.models[0].save(scratch / "first")
         self.models.append(hv.TwoStageVARST.load(scratch / "first"))
         with torch.no_grad():
@@ -171,21 +180,18 @@ def corrupted(card: Any, path: tuple, value: Any) -> Any:
 
 def cards(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
     """Every field of a card, wrong in every way."""
-    for what, source, sign in (
-        ("cards, edited", setting.scratch / "first", False),
-        ("cards, edited and signed anew", setting.scratch / "first", True),
-        ("cards of format 1", OLD_MODEL, False),
+    for what, source, sign, share_of_source in (
+        ("cards, edited", setting.scratch / "first", False, share),
+        ("cards, edited and signed anew", setting.scratch / "first", True, share),
+        *((f"cards of {path.name}", path, False, share / len(OLD_MODELS)) for path in OLD_MODELS),
     ):
-        if not source.is_dir():
-            yield what, "skipped: not in this installation"
-            continue
         path = setting.scratch / "card"
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(source, path)
         card = json.loads((path / "model.json").read_text())
         for field in fields_of(card):
             for value in CORRUPTIONS.values():
-                if setting.rng.random() < share:
+                if setting.rng.random() < share_of_source:
                     changed = corrupted(card, field, value)
                     if changed == card:
                         continue
@@ -296,33 +302,52 @@ def full_disk(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
             subprocess.run(["umount", str(disk)], check=True)
 
 
+PARTS: dict[str, Callable[[Setting, float], Iterator[tuple[str, str]]]] = {
+    "cards": cards,
+    "kills": kills,
+    "flips": flips,
+    "truncations": truncations,
+    "writers": writers,
+    "full-disk": full_disk,
+    "streams": streams,
+    "files": files,
+    "interrupts": interrupts,
+    "trainings": trainings,
+    "resume": resume,
+}
+OUTCOMES = ("whole", "refused", "unseen", "wrong")
+
+
+def print_counts(counts: dict[str, Counter[str]]) -> None:
+    for what, count in counts.items():
+        skipped = [kind for kind in count if kind.startswith("skipped")]
+        numbers = "".join(f"{number:8}" for number in (count.total(), *(count[kind] for kind in OUTCOMES)))
+        print(f"{what:46} {skipped[0] if skipped else numbers}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="Parts to run.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="Parts to run.")
     parser.add_argument("--smoke", action="store_true", help="A tenth of the cases.")
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
-    functions = dict(zip(PARTS, (cards, kills, flips, truncations, writers, full_disk), strict=True))
-    counts: dict[str, Counter[str]] = {}
     wrong: list[str] = []
+    print(f"{'what':46} {'cases':>8}" + "".join(f"{kind:>8}" for kind in OUTCOMES))
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch), np.random.default_rng(options.seed))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for part in options.only:
-            for what, outcome in functions[part](setting, 0.1 if options.smoke else 1.0):
-                kind = outcome if outcome in ("whole", "refused") else "wrong"
+            counts: dict[str, Counter[str]] = {}
+            for what, outcome in PARTS[part](setting, 0.1 if options.smoke else 1.0):
+                kind = outcome if outcome in OUTCOMES else "wrong"
                 if outcome.startswith("skipped"):
                     kind = outcome
                 elif kind == "wrong":
                     wrong.append(f"{what}: {outcome}")
                 counts.setdefault(what, Counter())[kind] += 1
+            print_counts(counts)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{'what':40} {'cases':>6} {'whole':>6} {'refused':>8} {'wrong':>6}")
-    for what, count in counts.items():
-        skipped = [kind for kind in count if kind.startswith("skipped")]
-        numbers = f"{count.total():6} {count['whole']:6} {count['refused']:8} {count['wrong']:6}"
-        print(f"{what:40} {skipped[0] if skipped else numbers}")
     print(f"peak memory grew by {grown:.0f} MB")
     print("\n".join(wrong[:40]))
     sys.exit(bool(wrong))

@@ -1,5 +1,11 @@
 """Embeddings that are never in memory whole: the same predictions, chunk by chunk, resumed where they stopped."""
 
+import os
+import shutil
+import subprocess
+import sys
+import time
+
 import anndata as ad
 import dask
 import dask.array as da
@@ -8,6 +14,7 @@ import pytest
 import zarr
 
 import histovar as hv
+from histovar._atomic import directory_lock
 from histovar.anndata_io import zarr_store
 from histovar.cli import app
 
@@ -130,7 +137,9 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
     with dask.config.set(scheduler="synchronous"), pytest.raises(OSError, match="worker lost"):
         zarr_store.write_zarr(lazy(True), tmp_path / "out.zarr", {"model": 1})
     assert not (tmp_path / "out.zarr").exists()
-    with pytest.raises(ValueError, match="interrupted run of other input, model or options"):
+    with pytest.raises(
+        ValueError, match=r"out.zarr.part' has \d chunks of an unfinished prediction that differs in model; finish"
+    ):
         zarr_store.write_zarr(lazy(False), tmp_path / "out.zarr", {"model": 2})
     before = set(calls)
     calls.clear()
@@ -139,3 +148,99 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
     assert before | set(calls) == set(range(7))
     made = ad.read_zarr(tmp_path / "out.zarr")
     np.testing.assert_array_equal(made.obsm["made"], whole.obsm[KEY])
+
+
+@pytest.fixture
+def command(loaded, tmp_path):
+    """To stream a store of three chunks; with the model and the input that it names."""
+    hv.datasets.simulate(1, 5000, 40, embedding_dim=16, random_state=1).write_zarr(tmp_path / "in.zarr")
+    loaded.save(tmp_path / "model")
+    return ["predict", str(tmp_path / "in.zarr"), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out.zarr")]
+
+
+def killed(command, moment):
+    """Run a command in a process of its own, and kill it at a moment."""
+    process = subprocess.Popen([sys.executable, "-c", "from histovar.cli import main; main()", *command])
+    while not moment():
+        assert process.poll() is None, "the command ended before that moment"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def test_killed_commands_are_continued(command, tmp_path):
+    out, part = tmp_path / "out.zarr", tmp_path / "out.zarr.part"
+    app([*command[:-1], str(tmp_path / "whole.zarr")], standalone_mode=False)
+    killed(command, lambda: any(name.startswith(".out.zarr.part") for name in os.listdir(tmp_path)))
+    assert not part.exists() and not out.exists()
+    killed(command, lambda: any((part / "done").glob("*")))
+    assert not out.exists()
+    chunks = [file for file in (part / "store.zarr" / "layers" / "histovar").rglob("*0") if file.is_file()]
+    chunks[0].unlink()  # as a crash of the machine may do
+    app(command, standalone_mode=False)
+    made, whole = ad.read_zarr(out), ad.read_zarr(tmp_path / "whole.zarr")
+    for key in ("histovar", "histovar_std"):
+        np.testing.assert_array_equal(made.layers[key], whole.layers[key])
+    assert sorted(os.listdir(tmp_path)) == ["copy", "in.zarr", "model", "out.zarr", "whole.zarr"]
+
+
+def test_unfinished_predictions_of_another_input_are_not_continued(command, loaded, tmp_path):
+    part = tmp_path / "out.zarr.part"
+    killed(command, lambda: any((part / "done").glob("*")))
+    n_done = len(list((part / "done").iterdir()))
+    with pytest.raises(
+        ValueError, match=rf"out.zarr.part' has {n_done} chunks of .* that differs in n_samples; finish"
+    ):
+        app([*command, "--n-samples", "2"], standalone_mode=False)
+    store = zarr.open_group(tmp_path / "in.zarr", mode="r+")
+    before = store[f"obsm/{KEY}"][:]
+    store[f"obsm/{KEY}"][:3] = before[3:6]
+    with pytest.raises(ValueError, match="differs in content of the input; finish it as it was begun, or delete it"):
+        app(command, standalone_mode=False)
+    # Nothing is lost where nothing is done.
+    for mark in (part / "done").iterdir():
+        mark.unlink()
+    app(command, standalone_mode=False)
+    changed = ad.read_zarr(tmp_path / "in.zarr")
+    hv.tl.predict(changed, loaded)
+    made = ad.read_zarr(tmp_path / "out.zarr")
+    np.testing.assert_allclose(made.layers["histovar"], changed.obsm["histovar"], atol=1e-4)
+    assert not part.exists()
+
+
+def test_what_histovar_did_not_write_is_not_taken_for_unfinished(whole, loaded, tmp_path):
+    whole.write_zarr(tmp_path / "in.zarr")
+    loaded.save(tmp_path / "model")
+    command = ["predict", str(tmp_path / "in.zarr"), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out.zarr")]
+    part = tmp_path / "out.zarr.part"
+    part.mkdir()
+    (part / "notes.txt").write_text("of the user")
+    with pytest.raises(ValueError, match="was not written by histovar; move it, or give another --out"):
+        app(command, standalone_mode=False)
+    (part / "notes.txt").unlink()
+    with directory_lock(part, seconds=0), pytest.raises(ValueError, match="is being written by another process; wait"):
+        app(command, standalone_mode=False)
+    whole.write_zarr(part / "in.zarr")
+    with pytest.raises(ValueError, match="out.zarr.part' contains the input"):
+        app(["predict", str(part / "in.zarr"), *command[2:]], standalone_mode=False)
+    assert (part / "in.zarr").exists()
+    shutil.rmtree(part / "in.zarr")
+    app(command, standalone_mode=False)
+    assert ad.read_zarr(tmp_path / "out.zarr").shape == (240, 30)
+
+
+def test_damaged_embeddings_are_named_when_they_are_streamed(whole, loaded, tmp_path):
+    whole.write_zarr(tmp_path / "in.zarr")
+    loaded.save(tmp_path / "model")
+    command = ["predict", str(tmp_path / "in.zarr"), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out.zarr")]
+    chunk = next(file for file in (tmp_path / "in.zarr" / "obsm" / KEY).rglob("*0") if file.is_file())
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"obsm/{KEY} of .*in.zarr' is damaged; copy or write the store again"):
+        app(command, standalone_mode=False)
+    chunk.unlink()
+    with pytest.raises(ValueError, match=rf"obsm/{KEY} of .*in.zarr' lacks 1 of 1 chunk files"):
+        app(command, standalone_mode=False)
+    chunk.write_bytes(content)
+    app(command, standalone_mode=False)
+    assert ad.read_zarr(tmp_path / "out.zarr").shape == (240, 30)

@@ -64,6 +64,47 @@ def test_her2st_matches_counts_and_spots_by_name(her2st_root):
         hv.datasets.her2st(her2st_root / "data" / "ST-imgs")
 
 
+def test_her2st_refuses_images_that_would_fill_the_memory(her2st_root):
+    image = her2st_root / "data" / "ST-imgs" / "B" / "B1" / "x.jpg"
+    content = image.read_bytes()
+    size = content.index(b"\xff\xc0") + 5
+    image.write_bytes(content[:size] + b"\xff\xff\xff\xff" + content[size + 4 :])
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match="x.jpg' cannot be read .*its 65535 x 65535 pixels are more than 400,000,000"):
+        hv.datasets.her2st(her2st_root)
+    assert Image.MAX_IMAGE_PIXELS == limit
+    assert not hv.datasets.her2st(her2st_root, image_width=0).uns
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("ST-imgs/B/B1/x.jpg", lambda content: content[:300], "x.jpg' cannot be read"),
+        ("ST-imgs/B/B1/x.jpg", lambda content: b"GIF89a" + content, "x.jpg' cannot be read"),
+        ("ST-cnts/B1.tsv.gz", lambda content: content[:50], "B1.tsv.gz' is damaged or not a table"),
+        ("ST-cnts/B1.tsv.gz", lambda content: gzip.compress(b"\tA\n10x11\tmany\n11x11\t3\n"), "are not all numbers"),
+        (
+            "ST-spotfiles/B1_selection.tsv",
+            lambda content: b"x\ty\n1\t2\n",
+            r"lacks numbers in columns \['pixel_x', 'pi",
+        ),
+        ("ST-spotfiles/B1_selection.tsv", lambda content: content.splitlines()[0], "no count row of section B1"),
+        (
+            "ST-spotfiles/B1_selection.tsv",
+            lambda content: content.replace(b"200.0", b"1e99"),
+            r"numbers .*\['pixel_x'\]",
+        ),
+        ("ST-spotfiles/B1_selection.tsv", lambda content: b"\xff\xfe\0", "B1_selection.tsv' is damaged or not a table"),
+    ],
+)
+def test_her2st_names_damaged_files(her2st_root, name, damage, message):
+    file = her2st_root / "data" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        hv.datasets.her2st(her2st_root)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.fixture
 def slides(tmp_path):
     """Two slides in HEST's layout, without embeddings."""
@@ -330,6 +371,14 @@ def test_hest_names_damaged_files(grid):
             with pytest.raises(ValueError, match=f"A.{kind} cannot be read"):
                 hv.datasets.hest(grid)
         file.unlink()
+
+
+def test_hest_names_damaged_slides(slides, tmp_path):
+    file = tmp_path / "PRAD" / "st" / "MEND1.h5ad"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"MEND1.h5ad' is truncated; copy or write it again") as caught:
+        hv.datasets.hest(tmp_path, "PRAD", embedding=None)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_hest_refuses_slides_with_embeddings_of_different_widths(grid):

@@ -121,18 +121,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for folder, _, names in os.walk(beside):
-            for name in names:
-                _flush(Path(folder, name))
-            flush_directory(Path(folder))
-        _rename_in(beside, path)
-        flush_directory(path.parent)
+        flush_tree(beside)
+        rename_directory(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
-def directory_lock(path: Path, *, seconds: float, shared: bool = False) -> Iterator[bool]:
+def directory_lock(path: Path, *, seconds: float, shared: bool = False) -> Iterator[bool | None]:
     """Hold the lock of a directory, which ends with the process.
 
     Parameters
@@ -146,11 +142,11 @@ def directory_lock(path: Path, *, seconds: float, shared: bool = False) -> Itera
 
     Yields
     ------
-    bool
-        Whether the lock is held; not so after the time is up, on Windows, and where the file system has no locks.
+    bool or None
+        Whether the lock is held; not so after the time is up. None on Windows, and where the file system has no locks.
     """
     if sys.platform == "win32":
-        yield False
+        yield None
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -178,6 +174,14 @@ def remove_leftovers(path: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def flush_tree(path: Path) -> None:
+    """Write a directory's files, and the names of all that is in it, to the disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _flush(Path(folder, name))
+        flush_directory(Path(folder))
 
 
 def flush_directory(path: Path) -> None:
@@ -225,7 +229,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _try_lock(descriptor: int, kind: int, seconds: float) -> bool:
+def _try_lock(descriptor: int, kind: int, seconds: float) -> bool | None:
     end = time.monotonic() + seconds
     while True:
         try:
@@ -236,11 +240,24 @@ def _try_lock(descriptor: int, kind: int, seconds: float) -> bool:
                 return False
             time.sleep(LOCK_INTERVAL)
         except OSError:
-            return False
+            return None
+
+
+def rename_directory(new: Path, path: Path) -> None:
+    """Give a directory the name of another, which is removed, or of none; as :func:`atomic_directory` does at its end.
+
+    Parameters
+    ----------
+    new
+        On the same file system.
+    path
+        Its new name, not a link.
+    """
+    _rename_in(new, path)
+    flush_directory(path.parent)
 
 
 def _rename_in(new: Path, path: Path) -> None:
-    """Give a directory the name of another, which is removed, or of none."""
     while True:
         if path.exists():
             if _exchange(new, path):

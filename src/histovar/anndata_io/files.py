@@ -16,6 +16,7 @@ from anndata import AnnData
 from histovar._keys import Keys
 
 from . import zarr_store
+from .zarr_check import StoreError, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def read_store(path: str | Path, library_key: str = SECTION, genes: list[str] | 
     (path,) = check_paths([path])
     try:
         adata = zarr_store.read_zarr(path, genes)
-    except MemoryError:
+    except (MemoryError, StoreError):
         raise
     except Exception as error:
         raise ValueError(_unreadable(path, error)) from error
@@ -125,11 +126,11 @@ def read_file(path: Path) -> AnnData:
     Raises
     ------
     ValueError
-        If it is not AnnData, is truncated, or has no spots.
+        If it is not AnnData, is truncated, damaged, pickled or lacks chunk files, or has no spots.
     """
     try:
-        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
-    except MemoryError:
+        adata = ad.read_zarr(open_store(path)) if path.is_dir() else ad.read_h5ad(path)
+    except (MemoryError, StoreError):
         raise
     except Exception as error:  # HDF5, zarr and anndata each have their own for damaged files
         raise ValueError(_unreadable(path, error)) from error
@@ -139,8 +140,8 @@ def read_file(path: Path) -> AnnData:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """One line that names the file and says why it cannot be read."""
-    reason = " ".join(str(error).split())
+    """One line that names the file and says why it cannot be read, and in which slot, where anndata notes that."""
+    reason = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
     if path.is_dir():
         tables = sorted(table.name for table in (path / "tables").glob("*") if table.is_dir())
         if tables:

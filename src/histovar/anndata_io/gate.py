@@ -26,6 +26,9 @@ Data = Union[AnnData, "SpatialData"]
 
 # Names of columns of coordinates, x first, by which a DataFrame is put in order; Visium's files have rows first.
 XY_COLUMNS = (("x", "y"), ("X", "Y"), ("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row"))
+# Largest size of a value in an embedding. The variance of a section is taken in 32-bit floats, where the squares of
+# larger ones, summed over 100 million spots, are infinite. Encoders give values of some tens.
+LARGEST_EMBEDDING = 1e15
 # Share of the spots that lie exactly where another does, above which there may be several slides.
 COINCIDING = 0.01
 
@@ -173,12 +176,29 @@ def embedding_values(values: Any, key: str, first_row: int | None = None) -> NDA
     Raises
     ------
     ValueError
-        If there are NaN or infinite values, or values that are infinite in 32-bit floats.
+        If there are NaN or infinite values, values that are infinite in 32-bit floats, or whose squares would be.
     """
     array = dense_float32(values)
     near = "" if first_row is None else f" near row {first_row}"
-    check_finite(array, f"use_rep: obsm[{key!r}]{near}", "drop those spots or embed them again")
+    check_embedding(array, f"use_rep: obsm[{key!r}]{near}", "drop those spots or embed them again")
     return array
+
+
+def check_embedding(values: NDArray[np.float32], what: str, mend: str) -> None:
+    """Refuse NaN and infinite values, and those too large to be calculated with.
+
+    Raises
+    ------
+    ValueError
+        If there are any.
+    """
+    check_finite(values, what, mend)
+    sizes = np.abs(values).max(1, initial=0)
+    rows = np.flatnonzero(sizes > LARGEST_EMBEDDING)
+    if len(rows):
+        raise ValueError(
+            f"{what} has values of up to {sizes.max():.3g} in {len(rows)} rows, first at row {rows[0]}; {mend}"
+        )
 
 
 def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.float32]:

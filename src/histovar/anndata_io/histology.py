@@ -17,7 +17,7 @@ from histovar.model import Histology, ModelConfig
 from histovar.model.config import N_OUTLINE
 
 from . import fingerprint, gate, slots
-from .matrix import on_disk
+from .matrix import dense_float32, on_disk
 from .neighbors import Neighborhoods, section_coordinates
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def stored_niche(
     Raises
     ------
     ValueError
-        If they are not finite.
+        If they are not finite, or too large.
     """
     made = slots.record(adata, keys).get("niche")
     if not len(n_neighbors) or made is None or keys.niche not in adata.obsm or keys.niche_source not in adata.obsm:
@@ -240,8 +240,8 @@ def stored_niche(
             "obsm[%r] was made of other embeddings, coordinates or sections than there are now: made again", keys.niche
         )
         return None
-    values = np.ascontiguousarray(adata.obsm[keys.niche], np.float32)
-    gate.check_finite(values, f"obsm[{keys.niche!r}]", "call histovar.pp.niche again")
+    values = dense_float32(adata.obsm[keys.niche])
+    gate.check_embedding(values, f"obsm[{keys.niche!r}]", "call histovar.pp.niche again")
     return values
 
 

@@ -18,6 +18,7 @@ from histovar.model.condition import Moments
 
 from . import fingerprint, gate, histology, matrix
 from .neighbors import Neighborhoods, section_coordinates
+from .zarr_check import check_chunks
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -98,6 +99,7 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
 
     values = gate.embedding_matrix(adata, key, width)
     if matrix.library(values) == "zarr":
+        check_chunks(values, f"use_rep: obsm[{key!r}]")
         values = da.from_zarr(values)
     elif matrix.library(values) != "dask":
         values = da.from_array(gate.embedding_values(values, key))

@@ -37,7 +37,13 @@ def check_data(out: Path, inputs: Iterable[Path]) -> None:
     """
     if out.suffix not in DATA_SUFFIXES:
         raise ValueError(f"--out must end in .h5ad or .zarr, got {str(out)!r}")
+    from histovar.anndata_io.zarr_store import unfinished
+
+    inputs = list(inputs)
     _check_place(out, inputs, directory=out.suffix == ".zarr")
+    if out.suffix == ".zarr":
+        for path in inputs:
+            _check_apart(unfinished(out), unfinished(out).resolve(), path)
     if out.exists() and not _holds_prediction(out):
         _refuse_replacing(out, "no prediction of histovar is in it")
 
@@ -142,10 +148,12 @@ def _holds_scores(path: Path) -> bool:
 
 def write_data(adata: AnnData, out: Path) -> None:
     """Write an object as .h5ad or .zarr, as the suffix says; parent directories are made."""
+    from histovar.anndata_io.zarr_store import write_whole
+
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".zarr":
         with atomic_directory(out) as written:
-            adata.write_zarr(written)
+            write_whole(adata, written)
     else:
         with atomic_file(out) as written:
             adata.write_h5ad(written)

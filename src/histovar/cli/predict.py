@@ -173,9 +173,15 @@ def _stream(
     from dask.diagnostics.progress import ProgressBar
 
     from histovar import tl
-    from histovar.anndata_io import files, zarr_store
+    from histovar.anndata_io import files, zarr_check, zarr_store
     from histovar.model.checkpoint import verify
 
+    identity = {
+        "input": str(store.resolve()),
+        "content of the input": zarr_check.content_digest(store),
+        "model": verify(model),
+        **options,
+    }
     adata = files.read_store(store, sections, trained.registry["genes"])
     with ExitStack() as stack:
         if scheduler is None:
@@ -185,7 +191,6 @@ def _stream(
         tl.predict(adata, trained, **options)
         for key in options["use_rep"] or trained.registry["use_rep"]:
             del adata.obsm[key]
-        identity = {"input": str(store.resolve()), "model": verify(model), **options}
         out.parent.mkdir(parents=True, exist_ok=True)
         zarr_store.write_zarr(adata, out, identity)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,16 +148,20 @@ def _read_h5(file: Path, name: str) -> tuple[dict[str, NDArray[Any]], list[str]]
                     or h5py.check_string_dtype(item.dtype) is not None
                 ):
                     arrays[key] = np.asarray(item[()])
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"embedding: {name} cannot be read as HDF5 ({error}); write it again") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files HDF5 has many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"embedding: {name} cannot be read as HDF5 ({reason}); write it again") from error
     return arrays, contents
 
 
 def _load_pt(file: Path, name: str) -> Any:
-    damaged = (pickle.UnpicklingError, struct.error, AssertionError, EOFError, LookupError, OSError, RuntimeError)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (*damaged, TypeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files torch and the unpickler have many kinds
         raise ValueError(
             f"embedding: {name} cannot be read by torch.load(weights_only=True), it is damaged or holds pickled "
             "objects; save a tensor, or a dictionary of tensors and lists of strings"

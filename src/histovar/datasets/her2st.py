@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from scipy import sparse
 
 logger = logging.getLogger(__name__)
 
+# Of the selection: position in the array and in the image.
+SPOT_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 # A spot is 100 um wide; the spots of the array are 200 um apart.
 DIAMETER_OVER_PITCH = 0.5
+# Most pixels of an image: the published ones have some 9,270 x 9,936, and Pillow's own limit, meant for photographs, is
+# 179 million. A progressive JPEG takes 6 bytes a pixel to read, of so many 2.4 GB.
+MOST_PIXELS = 400_000_000
 
 
 def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_width: int = 1000) -> AnnData:
@@ -46,7 +52,8 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_wid
     FileNotFoundError
         If a directory or a section is missing.
     ValueError
-        If count rows or spots of a section cannot be told apart.
+        If count rows or spots of a section cannot be told apart; if a file is damaged, or an image has more than 400
+        million pixels.
     """
     root = Path(path)
     root = root / "data" if (root / "data").is_dir() else root
@@ -73,11 +80,16 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_wid
 
 
 def _section(root: Path, name: str) -> AnnData:
-    counts = pd.read_csv(next((root / "ST-cnts").glob(f"{name}.tsv*")), sep="\t", index_col=0)
+    counts = _table(next((root / "ST-cnts").glob(f"{name}.tsv*")), index_col=0)
     file = root / "ST-spotfiles" / f"{name}_selection.tsv"
     if not file.is_file():
         raise FileNotFoundError(f"path: no {file.name} in {str(file.parent)!r}")
-    spots = pd.read_csv(file, sep="\t")
+    spots = _table(file)
+    spots = spots.reindex(columns=list(SPOT_COLUMNS)).apply(pd.to_numeric, errors="coerce").astype(float)
+    with np.errstate(over="ignore"):
+        lacking = spots.columns[~np.isfinite(spots.astype(np.float32)).all()].tolist()
+    if lacking:
+        raise ValueError(f"path: {str(file)!r} lacks numbers in columns {lacking}")
     # Count rows are named by the rounded array position of the selection.
     column, row = spots["x"].round().astype(int), spots["y"].round().astype(int)
     spots.index = pd.Index(column.astype(str) + "x" + row.astype(str))
@@ -86,6 +98,8 @@ def _section(root: Path, name: str) -> AnnData:
             repeated = table[table.duplicated()][:3].tolist()
             raise ValueError(f"path: {of_what} of section {name} in {where} share names such as {repeated}")
     shared = counts.index[counts.index.isin(spots.index)]
+    if shared.empty:
+        raise ValueError(f"path: no count row of section {name} in ST-cnts is named as a spot of {str(file)!r}")
     if len(shared) < len(counts):
         logger.info("her2st: %d count rows of %s have no spot in the selection", len(counts) - len(shared), name)
     spots = spots.loc[shared]
@@ -99,10 +113,21 @@ def _section(root: Path, name: str) -> AnnData:
         },
         index=[f"{name}_{spot}" for spot in shared],
     )
-    matrix = sparse.csr_matrix(counts.loc[shared].to_numpy(np.float32))
+    try:
+        matrix = sparse.csr_matrix(counts.loc[shared].to_numpy(np.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"path: counts of section {name} in ST-cnts are not all numbers ({error})") from error
     adata = AnnData(matrix, obs=obs, var=pd.DataFrame(index=counts.columns.astype(str)))
     adata.obsm["spatial"] = spots[["pixel_x", "pixel_y"]].to_numpy(np.float32)
     return adata
+
+
+def _table(file: Path, **options: Any) -> pd.DataFrame:
+    try:
+        return pd.read_csv(file, sep="\t", **options)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path: {str(file)!r} is damaged or not a table separated by tabs ({reason})") from error
 
 
 def _image(root: Path, name: str, part: AnnData, width: int) -> dict[str, Any] | None:
@@ -110,15 +135,19 @@ def _image(root: Path, name: str, part: AnnData, width: int) -> dict[str, Any] |
     if not found:
         logger.info("her2st: no image of section %s", name)
         return None
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(found[0]) as picture:
+        # Not Image.open, which takes other formats, too, and has the limit of photographs.
+        with JpegImageFile(found[0]) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(
+                    f"its {picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}; scale it down"
+                )
             scale = width / picture.width
             size = (width, round(picture.height * scale))
             picture.draft("RGB", size)
             small = np.asarray(picture.convert("RGB").resize(size))
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"path: image {str(found[0])!r} cannot be read ({error}); image_width=0 reads none") from error
     factors = {"tissue_hires_scalef": scale, "spot_diameter_fullres": _pitch(part) * DIAMETER_OVER_PITCH}
     return {"images": {"hires": small}, "scalefactors": factors}
 

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from histovar.anndata_io.files import read_file
+
 from ._embedding_files import find_embedding_file, read_embedding_file
 from ._spot_matching import match_spots
 
@@ -119,7 +121,7 @@ def _choose_slides(slides: Sequence[str] | str | None, files: dict[str, Path], r
 
 def _read_slide(file: Path, slide: str) -> AnnData:
     """Expression and positions of a slide with one row for each spot name."""
-    adata = ad.read_h5ad(file)
+    adata = read_file(file)
     adata.var_names_make_unique()
     adata.obs_names = adata.obs_names.astype(str)
     if not adata.obs_names.is_unique:

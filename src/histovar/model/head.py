@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,8 +19,6 @@ NEVER = -1e4
 CODES_AT_ONCE = 64
 # Logits that are held at once: few enough to stay in cache and in reused memory.
 LOGITS_AT_ONCE = 2**20
-# Distances between codes that are held at once.
-DISTANCES_AT_ONCE = 2**22
 # Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
 GATE_ERRORS = 2.0
 
@@ -146,9 +145,9 @@ class TokenHead(nn.Module):
             in_use = log_weight > NEVER
             used, values = torch.nonzero(in_use)[:, 0], codes[:, dim : dim + c]
             stand_in = torch.arange(len(codes), device=codes.device)
-            at_once = max(1, DISTANCES_AT_ONCE // max(1, len(used)))
-            nearest = [torch.cdist(part, values[used]).argmin(1) for part in values[~in_use].split(at_once)]
-            stand_in[~in_use] = used[torch.cat(nearest)]
+            # A tree, as a large codebook has billions of pairs.
+            _, nearest = cKDTree(values[used].cpu().numpy()).query(values[~in_use].cpu().numpy())
+            stand_in[~in_use] = used[torch.from_numpy(nearest).to(used.device)]
             setattr(self, f"stand_in_{k}", stand_in)
             n_filling = -len(used) % CODES_AT_ONCE
             setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))

@@ -203,8 +203,9 @@ def _compare(found: Mapping[str, Tensor], implied: Mapping[str, Tensor], where: 
 def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: int, version: int) -> dict[str, Tensor]:
     """Weights of stage 2 as the present format has them; without values where an earlier one had none.
 
-    In format 1 there was no spread, no depth among the prior's outputs and no calibration. Up to format 3 the
-    cross-fitted members of the prior predicted new spots, too, and had no linear part. Up to format 4 targets were
+    In format 1 there was no spread, no depth among the prior's outputs and no calibration. The first models of format 2
+    always standardised sections by their own statistics, if the configuration says so. Up to format 3 the cross-fitted
+    members of the prior predicted new spots, too, and had no linear part. Up to format 4 targets were
     softened. Up to format 6 sources were standardised by one of two statistics, and depth was an output of the members.
     """
     if stage == 1:
@@ -214,6 +215,8 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
             if name in state:
                 state[name] = pad(state[name], (0, 1))
         state = {name: t for name, t in implied.items() if not name.startswith("prior.")} | state
+    if version <= 2:
+        state = {name: t for name, t in implied.items() if name == "condition.own_statistics"} | state
     if version <= 3:
         state |= {name: torch.cat([t, t]) for name, t in state.items() if name.startswith("prior.")}
         state |= {name: t for name, t in implied.items() if name.startswith("prior.linear.")}

@@ -53,7 +53,12 @@ def predict_lazily(
     seeds = np.random.SeedSequence(random_state).generate_state(len(inputs.chunks))
     made = [
         delayed(_predict)(
-            predictor, shared, histology, int(seed), None if depth is None else depth[chunk.start : chunk.stop]
+            predictor,
+            shared,
+            histology,
+            int(seed),
+            None if depth is None else depth[chunk.start : chunk.stop],
+            chunk.start,
         )
         for chunk, histology, seed in zip(inputs.chunks, inputs.aligned(shared), seeds, strict=True)
     ]
@@ -78,7 +83,12 @@ def predict_lazily(
 
 
 def _predict(
-    predictor: Predictor, model: TwoStageVARST, inputs: Histology, random_state: int, depth: Tensor | None
+    predictor: Predictor,
+    model: TwoStageVARST,
+    inputs: Histology,
+    random_state: int,
+    depth: Tensor | None,
+    first_row: int,
 ) -> Prediction:
     with _ONE_AT_A_TIME:
-        return predictor(model, inputs, random_state, depth=depth)
+        return predictor(model, inputs, random_state, depth=depth, first_row=first_row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -15,6 +16,9 @@ from histovar.model.observation import RATE_TOTAL, Units
 from histovar.model.two_stage import Precision
 
 from .device import on_device
+
+# Standardised inputs beyond this are unlike any that a model was trained on.
+FAR = 1e4
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Predictor:
         random_state: int,
         *,
         depth: Tensor | None = None,
+        first_row: int = 0,
         show_progress_bar: bool = False,
     ) -> Prediction:
         """Predict.
@@ -70,8 +75,15 @@ class Predictor:
             Seed of the draws.
         depth
             (n_spots,) total count of each spot; None predicts it.
+        first_row
+            Which of the object's spots the first is, for messages.
         show_progress_bar
             Show progress.
+
+        Raises
+        ------
+        ValueError
+            If the prediction of a spot is not finite.
         """
         keep_freed_memory()
         model = model.in_precision(self.precision)
@@ -89,6 +101,7 @@ class Predictor:
                 for whole, part in zip(made, parts, strict=False):
                     if whole is not None:
                         whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
+        _check_finite(made, inputs, first_row)
         return made
 
     def _of_values(
@@ -143,3 +156,29 @@ class Predictor:
             return batch.novelty.new_empty(n_spots, model.config.n_genes, 0)
         drawn = model.predict(batch, self.chance, n_samples=self.n_samples, generator=generator).expression
         return drawn.view(n_spots, self.n_samples, -1).transpose(1, 2)
+
+
+def _check_finite(made: Prediction, inputs: Histology, first_row: int) -> None:
+    """Refuse a prediction that is not finite, and say of which spots and why that may be."""
+    n_spots = len(inputs.novelty)
+    bad = np.zeros(n_spots, bool)
+    for values in (made.mean, made.std, made.samples, made.quantiles):
+        if values is not None:
+            bad |= ~np.isfinite(values.reshape(n_spots, -1)).all(1)
+    rows = np.flatnonzero(bad)
+    if not len(rows):
+        return
+    sizes = [
+        source[torch.from_numpy(rows)].abs().max() for source in (*inputs.sources, inputs.covariates) if source.numel()
+    ]
+    largest = float(torch.stack(sizes).max()) if sizes else 0.0
+    if largest < FAR:
+        why = "their histology is nothing unusual, so the model's weights are likely damaged: load or train it again"
+    else:
+        why = (
+            f"their standardised histology or covariates reach {largest:.3g}, where some tens are usual: drop those "
+            "spots, or mend what they were embedded from"
+        )
+    raise ValueError(
+        f"prediction: not finite in {len(rows)} of {n_spots} spots, first at row {first_row + rows[0]}; {why}"
+    )

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/faults.py``, one kind of fault a module."""

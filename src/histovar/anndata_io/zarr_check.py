@@ -1,0 +1,177 @@
+"""Check zarr stores before anything is decoded: no pickles in them, no chunk files missing from them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histovar.model.weights import file_digest
+
+from .slots import RECORDED
+
+if TYPE_CHECKING:
+    import zarr
+
+logger = logging.getLogger(__name__)
+
+# What a prediction reads of a store, or copies.
+READ_BY_PREDICTION = ("obs", "obsm", "uns/spatial")
+
+
+class StoreError(ValueError):
+    """A zarr store that is not to be read, and why, in one line."""
+
+
+def open_store(path: Path) -> zarr.Group:
+    """Open an AnnData in zarr once its metadata and the names of its chunk files are checked; nothing is decoded.
+
+    zarr reads chunks whose files are missing as zeros, and leaves out files of chunks that are zero throughout. So
+    missing files are taken for lost ones where zeros are implausible, and warned of where expression may be zero.
+
+    Parameters
+    ----------
+    path
+        Directory of the store.
+
+    Raises
+    ------
+    StoreError
+        If an array is pickled, or lacks chunk files.
+    """
+    import zarr
+
+    store = zarr.open_group(path, mode="r")
+    for name, array in store.members(max_depth=None):
+        if isinstance(array, zarr.Array):
+            _refuse_pickles(array, f"{name} of {str(path)!r}")
+    written_by_histovar = _recorded_slots(store)
+    for slot, element in _elements(store):
+        what = f"{slot} of {str(path)!r}"
+        if slot in ("obs", "var"):
+            _check_table(element, what)
+        else:
+            may_be_zero = not slot.startswith("obsm/") or slot in written_by_histovar
+            _check_matrix(element, what, may_be_zero=may_be_zero)
+    return store
+
+
+def check_chunks(array: zarr.Array, what: str) -> None:
+    """Refuse an array of embeddings or coordinates that lacks chunk files.
+
+    Raises
+    ------
+    StoreError
+        If so.
+    """
+    missing = missing_chunks(array)
+    if missing.any():
+        _refuse_missing(missing, what)
+
+
+def missing_chunks(array: zarr.Array) -> NDArray[np.bool_]:
+    """Which chunks (shards of a sharded array) have no file, in the shape of the array's grid."""
+    from zarr.core.sync import sync
+
+    async def stored() -> set[str]:
+        return {key async for key in array.store.list_prefix(prefix)}
+
+    prefix = f"{array.path}/" if array.path else ""
+    keys = sync(stored())
+    sizes = array.shards or array.chunks
+    grid = tuple(math.ceil(length / size) for length, size in zip(array.shape, sizes, strict=True))
+    missing = np.zeros(grid, bool)
+    for place in np.ndindex(grid):
+        missing[place] = f"{prefix}{array.metadata.encode_chunk_key(place)}" not in keys
+    return missing
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of all files of a store that a prediction reads, by name and content; a gigabyte takes about a second."""
+    files = [file for file in path.iterdir() if file.is_file()]
+    files += [file for part in READ_BY_PREDICTION for file in (path / part).rglob("*") if file.is_file()]
+    names = sorted(str(file.relative_to(path)) for file in files)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: file_digest(path / name), names)
+        lines = [f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _refuse_pickles(array: zarr.Array, what: str) -> None:
+    metadata: Any = array.metadata
+    codecs = metadata.codecs if metadata.zarr_format == 3 else (metadata.compressor, *(metadata.filters or ()))
+    if any("pickle" in repr(codec).lower() for codec in codecs):
+        raise StoreError(f"{what} is pickled, and unpickling runs code: it is not read; have it written as text")
+
+
+def _recorded_slots(store: zarr.Group) -> set[str]:
+    """Slots that histovar wrote, such as ``"obsm/histovar"``."""
+    import anndata as ad
+
+    uns: Any = store["uns"] if "uns" in store else None
+    entries = [entry for _, entry in uns.members()] if uns is not None else []
+    records = [entry[RECORDED] for entry in entries if hasattr(entry, "members") and RECORDED in entry]
+    return {str(slot) for record in records for slot in np.ravel(ad.io.read_elem(record))}
+
+
+def _elements(store: zarr.Group) -> Iterator[tuple[str, Any]]:
+    """Tables and matrices of an AnnData, by slot."""
+    for name in ("obs", "var", "X"):
+        if name in store:
+            yield name, store[name]
+    for name in ("layers", "obsm"):
+        group: Any = store[name] if name in store else None
+        for key, element in group.members() if group is not None else ():
+            yield f"{name}/{key}", element
+
+
+def _check_table(table: Any, what: str) -> None:
+    """Refuse names, and labels of several categories, that are lost; whether numbers are cannot be known."""
+    index = table.attrs.get("_index")
+    for name, column in table.members():
+        if name == index and hasattr(column, "chunks"):
+            check_chunks(column, f"{name} of {what}")
+        elif column.attrs.get("encoding-type") == "categorical" and column["categories"].shape[0] > 1:
+            missing = missing_chunks(column["codes"])
+            if missing.all():
+                _refuse_missing(missing, f"{name} of {what}")
+            if missing.any():
+                logger.warning("%s", _describe(missing, f"{name} of {what}", "as of the first category"))
+
+
+def _check_matrix(element: Any, what: str, *, may_be_zero: bool) -> None:
+    """Refuse a matrix that lacks chunk files; of one that may be zero, if it lacks those of some spots altogether."""
+    kind = element.attrs.get("encoding-type")
+    if hasattr(element, "chunks"):
+        missing = missing_chunks(element)
+        lost_spots = missing.reshape(len(missing), -1).all(1) if missing.ndim else missing
+        if missing.any() and may_be_zero and (missing.all() or not lost_spots.any()):
+            logger.warning("%s", _describe(missing, what, "as zeros"))
+        elif missing.any():
+            _refuse_missing(missing, what)
+    elif kind in ("csr_matrix", "csc_matrix") and element["data"].shape[0]:
+        # Zeros are not stored, and at most one index of a row or column is 0.
+        for name in ("data", "indices", "indptr") if 1 not in element.attrs["shape"] else ("data",):
+            check_chunks(element[name], f"{name} of {what}")
+    elif kind == "dataframe" and not may_be_zero:
+        for name, column in element.members():
+            if hasattr(column, "chunks"):
+                check_chunks(column, f"{name} of {what}")
+
+
+def _refuse_missing(missing: NDArray[np.bool_], what: str) -> None:
+    raise StoreError(
+        f"{_describe(missing, what, 'as zeros')}; copy or write the store again. If they are zeros, write them: "
+        "zarr.config.set({'array.write_empty_chunks': True})"
+    )
+
+
+def _describe(missing: NDArray[np.bool_], what: str, read_as: str) -> str:
+    return f"{what} lacks {missing.sum()} of {missing.size} chunk files, which would be read {read_as}"

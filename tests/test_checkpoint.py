@@ -110,7 +110,8 @@ def test_models_of_every_format_still_predict(path, query):
         return
     then, now = np.load(path / "prediction.npy"), query.obsm["histovar"]
     if json.loads((path / "model.json").read_text())["format_version"] == 5:
-        np.testing.assert_allclose(now, then, atol=1e-4)
+        # Then, some of the predicted depth was added to a section that was unlike those of training.
+        np.testing.assert_allclose(now, then, atol=0.2)
     # Before, spots as far away as the last of the neighbours were not among them.
     assert np.corrcoef(now.ravel(), then.ravel())[0, 1] > 0.999
 
@@ -163,8 +164,8 @@ def test_interrupted_saves_leave_the_old_or_the_new(has_locks, model, loaded, tm
     if not has_locks:
         monkeypatch.setattr(_atomic, "_try_lock", lambda *_: False)
     with torch.no_grad():
-        loaded.stage2.calibration.spread.mul_(2)
-    spreads = [m.stage2.calibration.spread.clone() for m in (model, loaded)]
+        loaded.stage2.observation.dispersion.mul_(2)
+    spreads = [m.stage2.observation.dispersion.clone() for m in (model, loaded)]
     for name in ("replace", "fsync"):
         real = getattr(os, name)
         for stop in range(8):
@@ -183,7 +184,7 @@ def test_interrupted_saves_leave_the_old_or_the_new(has_locks, model, loaded, tm
                 except KeyboardInterrupt:
                     pass
             again = hv.TwoStageVARST.load(path)
-            assert any(torch.equal(again.stage2.calibration.spread, spread) for spread in spreads)
+            assert any(torch.equal(again.stage2.observation.dispersion, spread) for spread in spreads)
             assert verify(path) == json.loads((path / "model.json").read_text())["sha256"]
     loaded.save(path)
     names = sorted(f.name for f in path.iterdir() if has_locks or not f.name.startswith("."))
@@ -229,7 +230,7 @@ def test_damage_is_seen(model, loaded, tmp_path):
     path, other = tmp_path / "m", tmp_path / "other"
     model.save(path)
     with torch.no_grad():
-        loaded.stage2.calibration.spread.mul_(2)
+        loaded.stage2.observation.dispersion.mul_(2)
     loaded.save(other)
     digest = verify(path)
     rng = np.random.default_rng(0)
@@ -371,7 +372,7 @@ def test_errors_of_a_card_name_the_field(model, tmp_path):
         (("registry", "use_rep"), DELETED, r"registry.use_rep: missing"),
         (("registry",), {}, r"registry.genes: missing"),
         (("weights", "stage1.safetensors"), "0", r"weights.stage1.safetensors: "),
-        (("format_version",), True, r"format_version must be a number from 1 to 6, got True"),
+        (("format_version",), True, r"format_version must be a number from 1 to 7, got True"),
         (("format_version",), 5, r"not in format 5"),
     ):
         changed = corrupted(card, field, value) if value is DELETED else deepcopy(card)

@@ -155,7 +155,7 @@ def test_training_is_that_of_python(training, tmp_path, monkeypatch):
     options = ["--n-genes", 30, "--epochs", 1, "--gpus", 0, "--seed", 3, "--layer", "mine", "--spatial-key", "xy"]
     run_app("train", "in.h5ad", *options, "--covariate", "region", "--key-added", "two", "--out", "new/model")
     ours = hv.TwoStageVARST.load("new/model")
-    assert ours.stage2.calibration.fitted and ours.registry["calibration"]["sections"] == ["S1", "S2", "S3"]
+    assert ours.stage2.is_calibrated and ours.registry["calibration"]["sections"] == ["S1", "S2", "S3"]
     assert ours.registry["layer"] == "mine" and list(ours.registry["covariates"]) == ["region"]
     hv.pp.gene_panel(training, n_genes=30, library_key="section", key_added="two")
     theirs = hv.tl.train(
@@ -193,7 +193,7 @@ def test_stage_2_alone_is_calibrated(training, prepared, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--out: 'one' is the input 'one' itself"):
         run_app(*stage2, "--out", "one")
     run_app(*stage2, "--out", "two")
-    assert hv.TwoStageVARST.load("two").stage2.calibration.fitted
+    assert hv.TwoStageVARST.load("two").stage2.is_calibrated
 
 
 @pytest.fixture
@@ -251,12 +251,12 @@ def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simul
 
 
 def test_calibration_with_held_out_sections(trained, query):
-    before = trained.stage2.calibration.spread.clone()
+    before = trained.stage2.observation.dispersion.clone()
     run_app("calibrate", "query.h5ad", "-m", "model", "-o", "calibrated", "--gpus", 0)
     ours = hv.TwoStageVARST.load("calibrated")
     hv.tl.calibrate(query, trained)
-    torch.testing.assert_close(ours.stage2.calibration.spread, trained.stage2.calibration.spread)
-    assert not torch.equal(before, ours.stage2.calibration.spread)
+    torch.testing.assert_close(ours.stage2.observation.dispersion, trained.stage2.observation.dispersion)
+    assert not torch.equal(before, ours.stage2.observation.dispersion)
     run_app("calibrate", "query.h5ad", "-m", "model", "-o", "model")
     assert hv.TwoStageVARST.load("model").registry["calibration"]["sections"] == ["S4"]
 

@@ -74,7 +74,7 @@ def test_observation_never_waits(units, known):
     depth = number if known else None
     with NoDoubles():
         mean, std = observation.moments(composition, units, depth)
-        values = observation.at_levels(observation.draws(composition, units, depth, n=9), (0.05, 0.95))
+        values = observation.at_levels(observation.points(composition, units, depth), (0.05, 0.95))
     assert mean.shape == std.shape == values.shape[:2] == (N_SPOTS, N_GENES)
 
 

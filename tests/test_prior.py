@@ -10,7 +10,7 @@ from histovar.training.linear import fit_depth, fit_linear
 
 from .conftest import small_config
 
-VIEWS = [range(6), range(2, 8)]
+VIEWS = [[range(2), range(2, 6)], [range(2, 8)]]
 
 
 def make(of_rates=False):

@@ -341,7 +341,7 @@ def test_stages_that_were_not_trained_together_are_refused(prepared, model, tmp_
 def test_calibration_is_forgotten_with_its_stage_2(prepared, loaded):
     assert "calibration" in loaded.registry
     hv.tl.train_stage2(prepared.copy(), loaded, use_rep=KEY, library_key="section", config=loaded.config, **QUICK)
-    assert "calibration" not in loaded.registry and not loaded.stage2.calibration.fitted
+    assert "calibration" not in loaded.registry and not loaded.stage2.is_calibrated
 
 
 def test_fingerprints_of_rows_stay_with_their_rows():

@@ -79,7 +79,7 @@ def test_backed_sections_in_any_order(training, tmp_path):
     model = hv.tl.train(backed, use_rep=KEY, library_key="section", config=small_config(), **QUICK)
     assert backed.isbacked and "lognorm" not in backed.layers
     assert model.registry["sections_stage2"] == ["S1", "S2", "S3"]
-    assert model.stage2.calibration.fitted
+    assert model.stage2.is_calibrated
 
 
 def test_values_that_cannot_be_are_refused_before_training(training, tmp_path):

@@ -185,11 +185,11 @@ def test_shifted_and_scaled_embeddings_of_a_section_change_little(query, model):
 def test_without_a_prior_only_held_out_sections_calibrate(prepared, query):
     config = small_config(n_members=0)
     model = hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=config, **QUICK)
-    assert not model.stage2.calibration.fitted
+    assert not model.stage2.is_calibrated
     with pytest.raises(ValueError, match="no prior.*held-out sections"):
         hv.tl.calibrate(prepared.copy(), model)
     hv.tl.calibrate(query, model)
-    assert model.stage2.calibration.fitted
+    assert model.stage2.is_calibrated
 
 
 def stained(adata, seed):

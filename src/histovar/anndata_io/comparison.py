@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from histovar import metrics
 from histovar._keys import LOGNORM, Keys
-from histovar.model.observation import Composition
+from histovar.model.observation import SPOTS_AT_ONCE, Composition
 
 from . import expression, gate, slots
 from .prediction import (
@@ -26,7 +26,6 @@ from .prediction import (
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a distribution.
 LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
-SPOTS_AT_ONCE = 256
 
 
 class Comparison(NamedTuple):
@@ -132,12 +131,11 @@ def count_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
     """
     observation, composition, units, depth = composed
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
-    generator = torch.Generator().manual_seed(0)
     found = []
     for rows in torch.arange(len(composition.rates)).split(SPOTS_AT_ONCE):
         some = Composition(*(part[rows] for part in composition))
-        drawn = observation.draws(some, units, None if depth is None else depth[rows], generator=generator)
-        found.append(observation.at_levels(drawn, torch.from_numpy(levels)).numpy())
+        points = observation.points(some, units, None if depth is None else depth[rows])
+        found.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
     return np.concatenate(found), levels
 
 

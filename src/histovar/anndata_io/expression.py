@@ -376,6 +376,8 @@ def counts_of_values(
 ) -> Counts | None:
     """The counts of X, if log-normalised values are those of these very counts; else None.
 
+    Total counts are those by which the values were normalised, so that genes may have been dropped since.
+
     Parameters
     ----------
     adata, columns, rows
@@ -388,8 +390,12 @@ def counts_of_values(
     counts = panel_counts(adata, columns, rows) if target_sum else None
     if counts is None:
         return None
-    scale = (target_sum / counts.totals.clip(min=1)).astype(np.float32)
-    return counts if np.allclose(np.log1p(counts.panel * scale[:, None]), values, rtol=0.01, atol=0.01) else None
+    normalized = np.expm1(values.astype(np.float64)).sum(1)
+    measured = counts.panel.sum(1, dtype=np.float64)
+    totals = np.where(normalized > 0, target_sum * measured / np.where(normalized > 0, normalized, 1), counts.totals)
+    expected = np.log1p(counts.panel * (target_sum / totals.clip(min=1))[:, None])
+    # Relative, as half precision would have it.
+    return counts._replace(totals=totals) if np.allclose(expected, values, rtol=0.01, atol=0.01) else None
 
 
 def lognorm_blocks(adata: AnnData) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -146,7 +146,7 @@ class ConditionProcessor(nn.Module):
         return [*self.config.aligned_dims, *self._more]
 
     @cached_property
-    def views(self) -> list[list[int]]:
+    def views(self) -> list[list[range]]:
         """Columns of :meth:`features` that members of the prior take, equally many each, in the order to take them.
 
         Of three neighbourhoods or more a view has the smallest and one of the others. Each of these is seen by the
@@ -157,16 +157,15 @@ class ConditionProcessor(nn.Module):
         n_sources, step = len(config.projected_dims), 1 + len(config.n_neighbors)
         wide = range(2, step) if step > 3 else [0]
 
-        def view(statistics: int, neighborhood: int) -> list[int]:
+        def view(statistics: int, neighborhood: int) -> list[range]:
             first = statistics * n_sources
             left_out = {*wide} - {neighborhood} if neighborhood else set()
             n_niche = len(config.embedding_dims) * step
             own = [i for i in range(n_sources) if i >= n_niche or i % step not in left_out]
-            parts = [columns[first + i] for i in own] + columns[n_sources * len(config.statistics) :]
-            return list(chain.from_iterable(parts))
+            return [columns[first + i] for i in own] + columns[n_sources * len(config.statistics) :]
 
         found = [view(0, neighborhood) for neighborhood in wide]
-        by_training = [view(1, wide[-1])] * (len(config.statistics) - 1)
+        by_training = [view(1, wide[-1])] if len(config.statistics) > 1 else []
         return [*found[:1], *by_training, *found[1:]]
 
     @torch.no_grad()

@@ -23,10 +23,15 @@ EULER = 0.5772156649015329
 DEPTH_LEVELS, DEPTH_NODES = 100, 5
 # Largest change of a log rate that tokens may make.
 LARGEST_SHIFT = 1.0
-# Draws whose order statistics are the quantiles.
-DRAWS = 400
-# Draws that are held at once.
-DRAWS_AT_ONCE = 2**24
+# Points that stand for a distribution, evenly spaced in probability.
+POINTS = 200
+# Counts up to which distributions are summed; where they reach further, or zero is less likely than that, they are
+# smooth enough for a gamma distribution.
+SUMMED, LEAST_ZERO = 128, math.exp(-60)
+# Probabilities of counts that are held at once.
+AT_ONCE = 2**24
+# Spots whose distributions are held at once.
+SPOTS_AT_ONCE = 256
 # Levels at which it is kept how often measured values lie below.
 LEVELS = 199
 # Bounds of a gene's dispersion.
@@ -156,52 +161,39 @@ class Observation(nn.Module):
         change = ((expected - now) / slope.clamp(min=1e-3)).clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
         return composition._replace(rates=rates * change.exp())
 
-    def draws(
-        self,
-        composition: Composition,
-        units: Units,
-        depth: Tensor | None = None,
-        *,
-        n: int = DRAWS,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Sorted draws of each gene by itself, (n_spots, n_genes, n); arguments as in :meth:`moments`."""
-        device, rates = composition.rates.device, composition.rates
-        shape = 1 / (self.dispersion + composition.excess[:, None])
-        if depth is None:
-            levels = (torch.arange(n, device=device) + 0.5) / n * DEPTH_LEVELS - 0.5
-            below = levels.floor().clamp(0, DEPTH_LEVELS - 2).long()
-            errors = torch.lerp(self.depth_errors[below], self.depth_errors[below + 1], (levels - below).clamp(0, 1))
-            errors = errors[torch.randperm(n, generator=generator, device=device)]
-            totals = (composition.log_depth[:, None] + errors).exp()
-        else:
-            totals = depth.to(rates)[:, None].expand(-1, n)
-        drawn = torch.empty(*rates.shape, n, device=device)
-        at_once = max(1, DRAWS_AT_ONCE // (n * len(rates)))
+    def points(self, composition: Composition, units: Units, depth: Tensor | None = None) -> Tensor:
+        """What may be measured: sorted values of equal probability, (n_spots, n_genes, 200).
+
+        Arguments are as in :meth:`moments`. Quantiles of counts are exact, those of large ones a gamma distribution's.
+        """
+        rates, relative = composition.rates, self.dispersion + composition.excess[:, None]
+        if units == "rates":
+            return RATE_TOTAL * rates[..., None] * gamma_quantiles(1 / relative, _levels(POINTS, rates))
+        totals = [total for _, total in self._depths(composition, depth)]
+        levels = _levels(POINTS // len(totals), rates)
+        found = rates.new_empty(*rates.shape, POINTS)
+        at_once = max(1, AT_ONCE // (SUMMED * max(1, len(rates))))
         for start in range(0, rates.shape[1], at_once):
             genes = slice(start, start + at_once)
-            concentration = shape[:, genes, None].expand(-1, -1, n).contiguous()
-            relative = torch._standard_gamma(concentration, generator=generator) / concentration
-            values = rates[:, genes, None] * relative
-            if units == "rates":
-                values = RATE_TOTAL * values
-            else:
-                values = torch.poisson(values * totals[:, None], generator=generator)
-                if units == "lognorm":
-                    values = (values * (self.target_sum / totals)[:, None]).log1p()
-                elif units == "log_counts":
-                    values = values.log1p()
-            drawn[:, genes] = values.sort(2).values
-        return drawn
+            values = [count_quantiles(rates[:, genes] * total, relative[:, genes], levels) for total in totals]
+            if units == "lognorm":
+                values = [
+                    (value * (self.target_sum / total)[..., None]).log1p()
+                    for value, total in zip(values, totals, strict=True)
+                ]
+            elif units == "log_counts":
+                values = [value.log1p() for value in values]
+            found[:, genes] = torch.cat(values, 2).sort(2).values
+        return found
 
-    def at_levels(self, sorted_draws: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
-        """Calibrated quantiles from sorted draws: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
-        n = sorted_draws.shape[2]
-        place = torch.as_tensor(levels, dtype=torch.float32, device=sorted_draws.device) * (LEVELS + 1) - 1
+    def at_levels(self, points: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+        """Calibrated quantiles, from :meth:`points`: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
+        n = points.shape[2]
+        place = torch.as_tensor(levels, dtype=torch.float32, device=points.device) * (LEVELS + 1) - 1
         low = place.floor().clamp(0, LEVELS - 1).long()
         high = (low + 1).clamp(max=LEVELS - 1)
         nominal = torch.lerp(self.levels[low], self.levels[high], (place - low).clamp(0, 1))
-        return sorted_draws[..., (nominal * n - 0.5).round().clamp(0, n - 1).long()]
+        return points[..., (nominal * n - 0.5).round().clamp(0, n - 1).long()]
 
     @torch.no_grad()
     def fit(
@@ -224,8 +216,16 @@ class Observation(nn.Module):
         errors = totals.clamp(min=1).log() - composition.log_depth
         levels = (torch.arange(DEPTH_LEVELS, device=errors.device) + 0.5) / DEPTH_LEVELS
         self.depth_errors.copy_(torch.quantile(errors, levels.to(errors)))
-        drawn = self.draws(composition, "counts", totals, generator=generator)
-        places = randomised_levels(drawn, counts, generator)
+        places = torch.cat(
+            [
+                randomised_levels(
+                    self.points(Composition(*(part[rows] for part in composition)), "counts", totals[rows]),
+                    counts[rows],
+                    generator,
+                )
+                for rows in torch.arange(len(totals)).split(SPOTS_AT_ONCE)
+            ]
+        )
         even = torch.arange(1, LEVELS + 1, dtype=torch.double, device=places.device) / (LEVELS + 1)
         some = places.flatten().double()
         some = some[:: max(1, len(some) // 2**22)]
@@ -233,24 +233,59 @@ class Observation(nn.Module):
         self.calibrated.fill_(True)
 
 
-def randomised_levels(sorted_draws: Tensor, measured: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Level of each measured value among draws, at random between those of its neighbours and equals.
+def _levels(n: int, like: Tensor) -> Tensor:
+    """Probabilities in the middle of n equal parts."""
+    return (torch.arange(n, device=like.device) + 0.5) / n
+
+
+def gamma_quantiles(shape: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles of gamma distributions of mean 1, (...) to (..., n_levels), by cube roots (Wilson & Hilferty 1931)."""
+    variance = 1 / (9 * shape[..., None])
+    cube_root = 1 - variance + variance.sqrt() * torch.special.ndtri(levels)
+    return cube_root.clamp(min=0).pow(3)
+
+
+def count_quantiles(mean: Tensor, dispersion: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles of negative binomial counts, (n_spots, n_genes) to (n_spots, n_genes, n_levels).
+
+    Parameters
+    ----------
+    mean, dispersion
+        (n_spots, n_genes).
+    levels
+        (n_levels,), increasing.
+    """
+    shape = 1 / dispersion
+    odds = mean * dispersion
+    k = torch.arange(SUMMED - 1, device=mean.device)
+    log_zero = -shape * odds.log1p()
+    ratios = (shape[..., None] + k) / (k + 1) * (odds / (1 + odds))[..., None]
+    probabilities = torch.cat([log_zero.exp()[..., None], ratios], -1).cumprod(-1)
+    cumulative = probabilities.cumsum(-1)
+    exact = torch.searchsorted(cumulative, levels.expand(*mean.shape, -1).contiguous()).to(mean.dtype)
+    smooth = mean[..., None] * gamma_quantiles(mean / (1 + odds), levels)
+    summed = (cumulative[..., -1:] > levels[-1]) & (log_zero.exp() > LEAST_ZERO)[..., None]
+    return torch.where(summed, exact, smooth)
+
+
+def randomised_levels(points: Tensor, measured: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Level of each measured value in a distribution, at random between those of its neighbours and equals.
 
     Uniform where the distribution is right, also of counts (Czado, Gneiting & Held 2009).
 
     Parameters
     ----------
-    sorted_draws
-        (n_spots, n_genes, n).
+    points
+        (n_spots, n_genes, n): sorted values of equal probability.
     measured
         (n_spots, n_genes).
     generator
         Source of randomness.
     """
-    n = sorted_draws.shape[2]
+    n = points.shape[2]
     value = measured[..., None].contiguous()
-    below = torch.searchsorted(sorted_draws.contiguous(), value)[..., 0]
-    not_above = torch.searchsorted(sorted_draws.contiguous(), value, right=True)[..., 0]
+    below = torch.searchsorted(points.contiguous(), value)[..., 0]
+    not_above = torch.searchsorted(points.contiguous(), value, right=True)[..., 0]
     height = torch.rand(below.shape, generator=generator, device=below.device)
     return (below + height * (not_above - below + 1)) / (n + 1)
 

@@ -104,10 +104,10 @@ class ConditionalMeanPrior(nn.Module):
         Width of the condition's features.
     """
 
-    def __init__(self, config: ModelConfig, views: Sequence[Sequence[int]], n_features: int) -> None:
+    def __init__(self, config: ModelConfig, views: Sequence[Sequence[range]], n_features: int) -> None:
         super().__init__()
         self.config, self.views = config, list(views)
-        n, n_in = config.n_members, len(views[0])
+        n, n_in = config.n_members, sum(map(len, views[0]))
         rates = config.prior_input_dropout, config.prior_dropout
         self.genes = Ensemble(2 * n, n_in, config.prior_hidden, config.n_genes, *rates)
         self.linear = LinearPart(n, n_features, config.n_genes)
@@ -146,7 +146,7 @@ class ConditionalMeanPrior(nn.Module):
         """What each member sees of the features; cross-fitted ones so that each fold is left out by several views."""
         n, n_views = self.config.n_members, len(self.views)
         views = [m // self.n_folds % n_views for m in range(n)] + [m % n_views for m in range(n)]
-        seen = [features[:, torch.tensor(columns, device=features.device)] for columns in self.views]
+        seen = [torch.cat([features[:, part.start : part.stop] for part in view], 1) for view in self.views]
         return torch.stack([seen[view] for view in views[members]])
 
     def _relative(self, outputs: Tensor) -> Tensor:

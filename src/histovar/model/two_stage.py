@@ -53,6 +53,11 @@ class VARStage(nn.Module):
         """Whether it learnt from counts, so that depth and units can be chosen."""
         return self.prior is not None and self.prior.of_rates
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its uncertainty was compared with spots that the prediction had not seen."""
+        return bool(self.observation.calibrated) if self.of_counts else self.calibration.fitted
+
 
 class TwoStageVARST(nn.Module):
     """Two-stage generative model of spatial gene expression given histology.

@@ -219,7 +219,6 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
         state = {name: t for name, t in implied.items() if name == "condition.own_statistics"} | state
     if version <= 3:
         state |= {name: torch.cat([t, t]) for name, t in state.items() if name.startswith("prior.")}
-        state |= {name: t for name, t in implied.items() if name.startswith("prior.linear.")}
     if version <= 4:
         state = {name: t for name, t in state.items() if not name.startswith("head.softened_")}
     if version <= 6:
@@ -232,6 +231,7 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
         for part in ("layers", "norms", "output"):
             state = {name.replace(f"prior.{part}.", f"prior.genes.{part}."): t for name, t in state.items()}
         new = ("observation.", "prior.depth", "prior.linear_depth.", "prior.trained")
+        new += ("prior.linear.",) if version <= 3 else ()
         state |= {name: tensor for name, tensor in implied.items() if name.startswith(new)}
     return state
 

@@ -46,8 +46,7 @@ class Predictor:
 
     def is_calibrated(self, model: TwoStageVARST) -> bool:
         """Whether the model's calibration applies."""
-        stage2 = model.var_stage
-        return self.rule.mode == "expected" and (stage2.calibration.fitted or bool(stage2.observation.calibrated))
+        return self.rule.mode == "expected" and model.var_stage.is_calibrated
 
     def is_of_counts(self, model: TwoStageVARST) -> bool:
         """Whether the observation model makes the prediction."""
@@ -140,12 +139,12 @@ class Predictor:
         mean, std = observation.moments(composition, self.units, depth)
         draws = cube = mean.new_empty(*mean.shape, 0)
         if self.n_samples or len(self.quantiles):
-            values = observation.draws(composition, self.units, depth, generator=generator)
-            cube = observation.at_levels(values, self.quantiles)
+            points = observation.points(composition, self.units, depth)
+            cube = observation.at_levels(points, self.quantiles)
         if self.n_samples:
             ranks = self._draws(model, batch, generator).argsort(2).argsort(2)
             levels = (torch.arange(self.n_samples, device=mean.device) + 0.5) / self.n_samples
-            draws = observation.at_levels(values, levels).gather(2, ranks)
+            draws = observation.at_levels(points, levels).gather(2, ranks)
         spots = torch.stack([composition.log_depth.exp(), composition.excess, batch.novelty], 1)
         return mean, std, generated.tokens, draws, cube, RATE_TOTAL * composition.rates, spots
 

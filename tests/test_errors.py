@@ -116,7 +116,10 @@ def test_niche_refuses(query):
     refuse(query, lambda a: hv.pp.niche(a, use_rep=[]), ValueError, "use_rep: expected at least one key")
     refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(60,)), ValueError, "has 60 spots")
     refuse(
-        query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)), ValueError, "n_neighbors must be"
+        query,
+        lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)),
+        ValueError,
+        "n_neighbors: expected numbers that",
     )
     refuse(
         query, lambda a: hv.pp.niche(a, use_rep="X_histology", library_key="slide"), KeyError, "library_key: no 'slide'"
@@ -135,9 +138,19 @@ def test_prediction_refuses_another_width_and_number(query, model):
 
 
 def test_prediction_refuses_impossible_requests(query, model):
-    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=-1), ValueError, "n_samples must not be negative")
-    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=9, quantiles=(5,)), ValueError, "quantiles must lie")
-    refuse(query, lambda a: hv.tl.predict(a, model, decoding="best"), ValueError, "decoding must be one of")
+    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=-1), ValueError, "n_samples: expected at least 0, got -1")
+    refuse(
+        query,
+        lambda a: hv.tl.predict(a, model, n_samples=9, quantiles=(5,)),
+        ValueError,
+        "quantiles: expected at most 1",
+    )
+    refuse(
+        query,
+        lambda a: hv.tl.predict(a, model, decoding="best"),
+        ValueError,
+        "decoding: expected 'expected', ",
+    )
     refuse(query, lambda a: hv.tl.predict(a, model, device="cuda:9"), ValueError, "device: 'cuda:9' is not available")
 
 
@@ -175,10 +188,20 @@ def test_expression_is_checked(training, model):
 
 def test_panel_and_scales_are_checked(training):
     refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes asked for, but only")
-    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"), ValueError, "flavor must be")
+    refuse(
+        training,
+        lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"),
+        ValueError,
+        "flavor: expected 'variance', ",
+    )
     refuse(training, hv.pp.gene_scales, KeyError, "choose genes first with histovar.pp.gene_panel")
     hv.pp.gene_panel(training, n_genes=30)
-    refuse(training, lambda a: hv.pp.gene_scales(a, scales=(8, 1)), ValueError, "scales must be positive and increase")
+    refuse(
+        training,
+        lambda a: hv.pp.gene_scales(a, scales=(8, 1)),
+        ValueError,
+        "scales: expected numbers that increase",
+    )
     refuse(training, lambda a: hv.pp.gene_scales(a, gene_sets={"a": ["TP53"]}), ValueError, "none of their genes")
     refuse(
         training,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 from anndata import AnnData
 
-from ._keys import DEFAULT_KEY
+from ._arguments import Key, check_arguments
+from ._keys import DEFAULT_KEY, Keys, Prefix
 from .anndata_io import gate, slots
 from .anndata_io.gate import Data
 from .anndata_io.prediction import predicted_genes, read_prediction
 
 
-def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = None) -> AnnData:
+@check_arguments
+def prediction(data: Data, key: Prefix = DEFAULT_KEY, *, table_name: Key | None = None) -> AnnData:
     """A prediction as an AnnData of its own.
 
     Parameters
@@ -36,7 +38,7 @@ def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = N
         If there is no prediction under `key`.
     """
     adata = gate.table(data, table_name, writes=False)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     genes = predicted_genes(adata, keys)
     mean, std = read_prediction(adata, keys, genes)
     result = AnnData(np.array(mean, dtype=np.float32), obs=adata.obs.copy())

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from histovar._keys import Keys
+
 from .matrix import dense, dense_float32
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+else:
+    SpatialData = Any  # its import takes seconds; see table()
 
 logger = logging.getLogger(__name__)
 
-Data = Union[AnnData, "SpatialData"]
+Data: TypeAlias = AnnData | SpatialData
 
 # Names of columns of coordinates, x first, by which a DataFrame is put in order; Visium's files have rows first.
 XY_COLUMNS = (("x", "y"), ("X", "Y"), ("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row"))
@@ -51,9 +55,11 @@ def table(data: Data, table_name: str | None = None, *, genes: bool = False, wri
     KeyError
         If there is no such table.
     ValueError
-        If it is empty, has tables that are not in memory or duplicated names, or is to be written to and is a view of a
-        backed file.
+        If `table_name` is given for AnnData; if the table is empty, has tables that are not in memory or duplicated
+        names, or is to be written to and is a view of a backed file.
     """
+    if isinstance(data, AnnData) and table_name is not None:
+        raise ValueError(f"table_name: is for SpatialData, and data is AnnData; leave it out, got {table_name!r}")
     adata = data if isinstance(data, AnnData) else _table_of(data, table_name)
     for name, frame in (("obs", adata.obs), ("var", adata.var)):
         if not isinstance(frame, pd.DataFrame):
@@ -97,24 +103,6 @@ def _table_of(data: Any, table_name: str | None) -> AnnData:
 def copied(adata: AnnData) -> AnnData:
     """A copy in memory, also of a backed object."""
     return adata.to_memory() if adata.isbacked else adata.copy()
-
-
-def key_list(value: str | Sequence[str], name: str = "use_rep") -> list[str]:
-    """One key or several as a list.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a string nor a sequence of strings.
-    ValueError
-        If there is none, or one twice.
-    """
-    keys = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(k, str) for k in keys):
-        raise TypeError(f"{name}: expected a key or a list of keys, got {value!r}")
-    if not keys or len(set(keys)) != len(keys):
-        raise ValueError(f"{name}: expected at least one key, each once, got {keys}")
-    return keys
 
 
 def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
@@ -394,6 +382,30 @@ def check_nonnegative(values: NDArray[Any], what: str) -> None:
             f"{what} has negative values (least {values.min():.3g}); pass log-normalised expression, "
             "not scaled or centred"
         )
+
+
+def panel(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
+    """Which genes are in the panel, (n_vars,).
+
+    Raises
+    ------
+    KeyError
+        If there is no panel.
+    ValueError
+        If it is not a column of True and False, or has no gene.
+    """
+    if keys.panel not in adata.var:
+        raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata)")
+    column = adata.var[keys.panel]
+    if not pd.api.types.is_bool_dtype(column) or column.isna().any():
+        raise ValueError(
+            f"adata: var[{keys.panel!r}] has data type {column.dtype}, expected True or False of every gene; call "
+            "histovar.pp.gene_panel(adata), or mend it with .astype(bool)"
+        )
+    chosen = column.to_numpy(dtype=bool)
+    if not chosen.any():
+        raise ValueError(f"adata: var[{keys.panel!r}] chooses no gene; call histovar.pp.gene_panel(adata)")
+    return chosen
 
 
 def gene_columns(adata: AnnData, genes: Sequence[str], argument: str = "adata") -> NDArray[np.int64]:

@@ -10,7 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Key, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_comparison, read_distribution
 from histovar.anndata_io.expression import add_lognorm, total_counts
@@ -23,13 +24,14 @@ logger = logging.getLogger(__name__)
 SECTIONS_NAMED = 3
 
 
+@check_arguments
 def evaluate(
     data: Data,
     *,
-    key: str = DEFAULT_KEY,
-    layer: str | None = None,
-    library_key: str | None = None,
-    table_name: str | None = None,
+    key: Prefix = DEFAULT_KEY,
+    layer: Key | None = None,
+    library_key: Key | None = None,
+    table_name: Key | None = None,
 ) -> pd.DataFrame:
     """Score a prediction where expression was measured.
 
@@ -76,7 +78,7 @@ def evaluate(
         If measured expression is negative or not finite, or in other units than the prediction.
     """
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     slots.check_free(adata, keys, score_slots(keys))
     genes, layer, predicted, std, measured, names = read_comparison(adata, keys, layer, library_key)
     stored = slots.record(adata, keys)

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
+from ._limits import MOST_RANDOM_STATE
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-# scikit-learn takes no larger seeds.
-MOST_RANDOM_STATE = 2**32 - 1
 MOST_WHOLE = 2**31 - 1
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
@@ -118,7 +118,7 @@ def _collection(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Set) else list_of(value)
 
 
-def _increasing(values: Sequence[int]) -> Sequence[int]:
+def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
     if any(a >= b for a, b in pairwise(values)):
         refuse_value("numbers that increase")
     return values
@@ -143,6 +143,8 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Probability = Annotated[Real, Field(ge=0, le=1)]
+# A probability of something.
+Share = Annotated[Probability, Field(gt=0)]
 # A share that is not all.
 Rate = Annotated[Real, Field(ge=0, lt=1)]
 Key = Annotated[str, Field(min_length=1)]
@@ -153,7 +155,7 @@ TupleOf = Annotated[tuple[T, ...], BeforeValidator(_tuple_of)]
 # Of which the order does not matter.
 CollectionOf = Annotated[Sequence[T], BeforeValidator(_collection)]
 # Whole numbers, each larger than the one before.
-Increasing = Annotated[ListOf[Count], AfterValidator(_increasing)]
+Increasing = Annotated[TupleOf[Count], AfterValidator(_increasing)]
 PathLike = Annotated[str | Path, Converted(_path)]
 # For literals that are numbers, as True equals 1.
 not_bool = BeforeValidator(_not_bool)

@@ -4,8 +4,6 @@ import ctypes
 import os
 import sys
 
-import torch
-
 
 def check_fits(n_bytes: int, what: str, mend: str) -> None:
     """Refuse what needs more memory than the machine has; where that is not known, nothing is refused.
@@ -37,6 +35,8 @@ def keep_freed_memory() -> None:
     and on CPUs fresh memory costs more than what a layer computes in it. Freeing one block of 31 MB, which nothing has
     touched, has it keep 62 MB. Elsewhere, and where ``MALLOC_TRIM_THRESHOLD_`` is set, this does nothing.
     """
+    import torch
+
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 

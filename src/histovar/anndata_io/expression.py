@@ -320,6 +320,8 @@ def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
         If it is needed and X is missing or does not hold counts, or as :func:`has_lognorm`.
     """
     if has_lognorm(adata):
+        if not _follows_counts(adata):
+            logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
         yield from row_blocks(adata.layers[LOGNORM], adata.n_obs)
         return
     import scanpy as sc
@@ -360,7 +362,7 @@ def has_lognorm(adata: AnnData) -> bool:
     """Whether there is a ``layers["lognorm"]`` to be taken as it is.
 
     One that histovar made, from counts that are no longer in X, is not: it is made again. The user's own always is,
-    with a warning where it is not the logarithm of scaled counts of X.
+    with a warning (of :func:`lognorm_blocks`) where it is not the logarithm of scaled counts of X.
 
     Raises
     ------
@@ -380,7 +382,6 @@ def has_lognorm(adata: AnnData) -> bool:
         )
     if made is not None and made["fingerprint"] == fingerprint.of_matrix(adata.layers[LOGNORM]):
         return False
-    logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
     return True
 
 

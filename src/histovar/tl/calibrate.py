@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
-from rich.progress import track
 
 from histovar._arguments import Count, Key, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
+from histovar._progress import progress
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate
 from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
@@ -134,7 +134,7 @@ def calibrate(
             for members in groups
             for rows in torch.from_numpy(np.flatnonzero((unseen == members).all(1))).split(batch_size)
         ]
-        for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
+        for members, rows in progress(batches, "calibrating", show=show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             some = None
             if members.any():

@@ -10,8 +10,20 @@ import torch
 from anndata import AnnData
 from pydantic import Field
 
-from histovar._arguments import Count, Key, KeyOrKeys, ListOf, Number, Positive, Probability, Seed, check_arguments
+from histovar._arguments import (
+    Count,
+    Key,
+    KeyOrKeys,
+    ListOf,
+    Number,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    check_arguments,
+)
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar._limits import MOST_SAMPLES
 from histovar._memory import check_fits
 from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
@@ -29,9 +41,6 @@ from ._trained import Trained
 
 logger = logging.getLogger(__name__)
 
-# Draws of a spot: more tell no more of a distribution.
-MOST_SAMPLES = 10_000
-
 
 @check_arguments
 @in_float32
@@ -47,7 +56,7 @@ def predict(
     quantiles: ListOf[Probability] = (),
     temperature: Positive = 1.0,
     top_k: Number = 0,
-    top_p: Annotated[Probability, Field(gt=0)] = 1.0,
+    top_p: Share = 1.0,
     key_added: Prefix = DEFAULT_KEY,
     batch_size: Count = 64,
     device: Device = "auto",

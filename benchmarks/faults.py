@@ -1,4 +1,4 @@
-"""What becomes of saved models under kills, damage, hostile cards, several writers and full disks.
+"""What becomes of models under kills, damage and full disks, and of calls with wrong arguments and broken objects.
 
     python benchmarks/faults.py            # all parts
     python benchmarks/faults.py --smoke    # a tenth of the cases, to see that it runs
@@ -6,12 +6,14 @@
 
 Prints a table: of how many cases the model was whole (it loads as one that was saved, and predicts), was refused (one
 line of ValueError or FileNotFoundError), or went wrong (any other error, a mixture, a failed prediction, more than ten
-seconds, an earlier model that is lost). Ends with status 1 if anything went wrong.
+seconds, an earlier model that is lost). Of calls ("arguments", "objects"): whole is a valid call that was done; what is
+wrong is said in ``benchmarks/arguments.py``. Ends with status 1 if anything went wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -27,6 +29,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import arguments
+import broken_objects
+import matplotlib as mpl
 import numpy as np
 import torch
 from anndata import AnnData
@@ -35,7 +40,7 @@ import histovar as hv
 from histovar.model.card import content_digest
 from histovar.model.checkpoint import verify
 
-PARTS = ("cards", "kills", "flips", "truncations", "writers", "full-disk")
+PARTS = ("cards", "kills", "flips", "truncations", "writers", "full-disk", "arguments", "objects")
 MOST_SECONDS = 10
 # A model of format 1, without checksums, where the repository is there.
 OLD_MODEL = Path(__file__).parents[1] / "tests" / "data" / "model-0.1.0"
@@ -77,9 +82,9 @@ class Setting:
         adata = hv.datasets.simulate(4, 60, 40, embedding_dim=16, random_state=1)
         held_out = adata.obs["section"] == "S4"
         self.query: AnnData = adata[held_out].copy()
-        training = adata[~held_out].copy()
+        self.training = training = adata[~held_out].copy()
         hv.pp.gene_panel(training, n_genes=30)
-        config = hv.ModelConfig.default(
+        self.config = config = hv.ModelConfig.default(
             30,
             scales=(1, 4, 10, 30),
             components=(2, 1, 1, 1),
@@ -110,6 +115,10 @@ class Setting:
         shutil.copytree(self.scratch / "first", path)
         (path / "notes.txt").write_text("of the user")
         return path
+
+    def objects(self) -> arguments.Objects:
+        """Objects for calls."""
+        return arguments.Objects(self.training.copy(), self.query.copy(), self.models[0], self.config)
 
     def predict(self, model: hv.TwoStageVARST) -> np.ndarray:
         """Mean expression of the held-out section, (n_spots, n_genes)."""
@@ -296,6 +305,21 @@ def full_disk(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
             subprocess.run(["umount", str(disk)], check=True)
 
 
+def wrong_calls(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Wrong arguments of functions and commands."""
+    with contextlib.chdir(setting.scratch):
+        objects = setting.objects()
+        yield from arguments.wrong_arguments(objects, setting.scratch, share, setting.rng)
+        yield from arguments.wrong_commands(objects, setting.scratch, share, setting.rng)
+
+
+def wrong_objects(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Broken objects, and views."""
+    objects = setting.objects()
+    yield from broken_objects.broken_objects(objects, setting.scratch, share, setting.rng)
+    yield from broken_objects.views(objects, setting.rng)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="Parts to run.")
@@ -303,7 +327,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
-    functions = dict(zip(PARTS, (cards, kills, flips, truncations, writers, full_disk), strict=True))
+    mpl.use("agg")
+    functions = dict(
+        zip(PARTS, (cards, kills, flips, truncations, writers, full_disk, wrong_calls, wrong_objects), strict=True)
+    )
     counts: dict[str, Counter[str]] = {}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -323,6 +350,8 @@ def main() -> None:
         skipped = [kind for kind in count if kind.startswith("skipped")]
         numbers = f"{count.total():6} {count['whole']:6} {count['refused']:8} {count['wrong']:6}"
         print(f"{what:40} {skipped[0] if skipped else numbers}")
+    kinds = Counter(line.split(": ")[1] for line in wrong)
+    print("wrong: " + (", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) or "nothing"))
     print(f"peak memory grew by {grown:.0f} MB")
     print("\n".join(wrong[:40]))
     sys.exit(bool(wrong))

@@ -124,6 +124,10 @@ def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _distinct(values: Sequence[float]) -> Sequence[float]:
+    return values if len(set(values)) == len(values) else refuse_value("numbers, each once")
+
+
 def _path(value: Any) -> Path:
     if not isinstance(value, str | OSPath):
         refuse_type("a path")
@@ -156,6 +160,7 @@ TupleOf = Annotated[tuple[T, ...], BeforeValidator(_tuple_of)]
 CollectionOf = Annotated[Sequence[T], BeforeValidator(_collection)]
 # Whole numbers, each larger than the one before.
 Increasing = Annotated[TupleOf[Count], AfterValidator(_increasing)]
+Probabilities = Annotated[ListOf[Probability], AfterValidator(_distinct)]
 PathLike = Annotated[str | Path, Converted(_path)]
 # For literals that are numbers, as True equals 1.
 not_bool = BeforeValidator(_not_bool)

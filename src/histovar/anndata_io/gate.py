@@ -15,7 +15,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from histovar._keys import Keys
+from histovar._keys import DEFAULT_KEY, Keys
 
 from .matrix import dense, dense_float32
 
@@ -134,6 +134,8 @@ def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
         raise ValueError(f"use_rep: obsm[{key!r}] is of type {type(values).__name__}, expected a matrix")
     if len(values.shape) != 2 or values.shape[0] != adata.n_obs:
         raise ValueError(f"use_rep: obsm[{key!r}] has shape {tuple(values.shape)}, expected ({adata.n_obs}, width)")
+    if values.shape[1] == 0:
+        raise ValueError(f"use_rep: obsm[{key!r}] has no columns, expected an embedding of each spot")
     types = values.dtypes if isinstance(values, pd.DataFrame) else [values.dtype]
     for dtype in types:
         if not pd.api.types.is_numeric_dtype(dtype) or getattr(dtype, "kind", "O") not in "fiu":
@@ -209,6 +211,8 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
         values = values if named is None else values[list(named)]
     try:
         numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else dense(values)
+        if np.iscomplexobj(numbers):
+            raise TypeError
         place = np.ascontiguousarray(numbers, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{what} does not hold numbers; store x and y there") from None
@@ -395,7 +399,8 @@ def panel(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
         If it is not a column of True and False, or has no gene.
     """
     if keys.panel not in adata.var:
-        raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata)")
+        other = "" if keys.prefix == DEFAULT_KEY else f", key_added={keys.prefix!r}"
+        raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata{other})")
     column = adata.var[keys.panel]
     if not pd.api.types.is_bool_dtype(column) or column.isna().any():
         raise ValueError(

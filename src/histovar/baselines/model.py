@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -82,6 +82,8 @@ class Baseline:
 
     Attributes
     ----------
+    widths : list of int or None
+        Widths of the embeddings trained on.
     std : ndarray
         (n_genes,) standard deviation of the errors on training spots left out.
     """
@@ -95,6 +97,7 @@ class Baseline:
     spatial_key: str
     standardize: Standardize
     random_state: int
+    widths: list[int] | None = field(default=None, init=False)
 
     def fit(self, adata: AnnData, expression: NDArray[np.floating]) -> Self:
         """Fit, once without a third of the training spots (whole sections), whose errors give `std`, and once on all.
@@ -109,6 +112,7 @@ class Baseline:
         labels = self._labels(adata)
         self.sections = [] if self.library_key is None else np.unique(labels).tolist()
         features = self.features(adata)
+        self.widths = [int(adata.obsm[key].shape[1]) for key in self.use_rep]
         estimator = METHODS[self.method].make(self.random_state)
         n_sections = len(np.unique(labels))
         splits: Any = GroupKFold(min(3, n_sections)) if n_sections > 1 else KFold(3, shuffle=True, random_state=0)
@@ -127,7 +131,8 @@ class Baseline:
     def features(self, adata: AnnData) -> NDArray[np.float32]:
         """What the method sees, (n_spots, n_features): embeddings and means over neighbours, side by side."""
         niche = METHODS[self.method].niche
-        embeddings = [gate.embedding(adata, key) for key in self.use_rep]
+        widths = [None] * len(self.use_rep) if self.widths is None else self.widths
+        embeddings = [gate.embedding(adata, key, width) for key, width in zip(self.use_rep, widths, strict=True)]
         names = gate.sections(adata, self.library_key, self.spatial_key)
         if niche is None:
             parts = embeddings[:1]

@@ -72,7 +72,9 @@ def simulate(
         If a number is too small, or so large that the object would not fit into memory.
     """
     n_values = n_sections * n_spots * (n_genes + embedding_dim + n_programs) + n_programs * n_genes
-    check_fits(8 * n_values, f"n_spots: {n_sections:,} x {n_spots:,} spots of {n_genes:,} genes", "ask for fewer")
+    asked = {"n_sections": n_sections, "n_spots": n_spots, "n_genes": n_genes}
+    asked |= {"n_programs": n_programs, "embedding_dim": embedding_dim}
+    check_fits(8 * n_values, ", ".join(f"{name}={n}" for name, n in asked.items()), "ask for less")
     rng = np.random.default_rng(random_state)
     loadings = rng.gamma(0.25, 1.0, (n_programs, n_genes)) + 0.02
     loadings *= rng.lognormal(0, 1, n_genes)

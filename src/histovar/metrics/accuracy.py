@@ -165,6 +165,8 @@ def per_gene(
         constant and the correlation therefore 0; with `total_counts` also ``partial_pearson``. Correlations are NaN
         where they are undefined (:func:`pearson`).
     """
+    if len(genes) != predicted.shape[1]:
+        raise ValueError(f"genes: expected {predicted.shape[1]} names, as in predicted, got {len(genes)}")
     correlation = pearson(predicted, measured)
     error = np.asarray(predicted, dtype=np.float64) - np.asarray(measured, dtype=np.float64)
     columns = {

@@ -262,6 +262,9 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
+        unknown = sorted(set(changes) - {f.name for f in fields(self)})
+        if unknown:
+            raise TypeError(f"ModelConfig: unknown fields {unknown}; known fields are {[f.name for f in fields(self)]}")
         return replace(self, **changes)
 
     def to_json(self) -> str:

@@ -15,6 +15,7 @@ from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_comparison
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.prediction import read_draws
 
 from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
 
@@ -71,8 +72,9 @@ def gene_correlation(
     if len(scored.genes) < 2:
         raise ValueError(f"key: the prediction has {len(scored.genes)} gene; correlations need 2")
     panels = {"measured": scored.measured, "expected": scored.mean}
-    if keys.samples in adata.obsm:
-        panels["draws"] = np.asarray(adata.obsm[keys.samples])
+    draws = read_draws(adata, keys, len(scored.genes))
+    if draws is not None:
+        panels["draws"] = draws
     matrices = {name: metrics.gene_correlation(values) for name, values in panels.items()}
     distance = squareform(1 - matrices["measured"], checks=False)
     order = leaves_list(linkage(distance, "average"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from histovar._arguments import Key, Number, check_arguments
@@ -51,14 +52,21 @@ def metrics(
     ------
     KeyError
         If the object has not been evaluated.
+    ValueError
+        If its scores were changed.
     """
     adata = gate.table(data, table_name, writes=False)
     keys = Keys(key)
     column = keys.score("pearson")
     if column not in adata.var:
         raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")
+    errors = keys.score("mse")
+    if errors not in adata.var or not pd.api.types.is_numeric_dtype(adata.var[column]):
+        raise ValueError(
+            f"key: var has no {errors!r}, or no numbers in {column!r}; call histovar.tl.evaluate(adata, key={key!r})"
+        )
     scores = adata.var[column].dropna().sort_values(ascending=False)
-    n_undefined = int(adata.var[keys.score("mse")].notna().sum()) - len(scores)
+    n_undefined = int(adata.var[errors].notna().sum()) - len(scores)
     ax = new_axes(ax, (7, 4))
     rank = np.arange(1, len(scores) + 1)
     ax.fill_between(rank, scores, step="mid", alpha=0.25)

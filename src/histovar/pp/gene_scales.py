@@ -98,8 +98,19 @@ def gene_scales(
 
 
 def genes_in_scales(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
-    """Genes that ``varm`` has groups of at every scale, which are those of the panel that they were made for."""
+    """Genes that ``varm`` has groups of at every scale, which are those of the panel that they were made for.
+
+    Raises
+    ------
+    ValueError
+        If it does not hold numbers.
+    """
     groups = np.asarray(adata.varm[keys.scales])
+    if groups.dtype.kind not in "fiu":
+        raise ValueError(
+            f"adata: varm[{keys.scales!r}] has data type {groups.dtype}, expected numbers of groups; call "
+            "histovar.pp.gene_scales(adata) again"
+        )
     return np.asarray((groups >= 0).all(1))
 
 

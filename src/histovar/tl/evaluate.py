@@ -16,7 +16,7 @@ from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_comparison, read_distribution
 from histovar.anndata_io.expression import add_lognorm, total_counts
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.prediction import EVALUATION, score_slots
+from histovar.anndata_io.prediction import EVALUATION, read_draws, score_slots
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def evaluate(
     stored = slots.record(adata, keys)
     counts = total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
-    samples = adata.obsm.get(keys.samples)
+    samples = read_draws(adata, keys, len(genes))
     labels = np.full(adata.n_obs, "all") if names is None else names
     tables, rows, n_spots = {}, {}, {}
     for label in np.unique(labels):
@@ -97,7 +97,7 @@ def evaluate(
         rows[str(label)] = {
             **metrics.summary(table),
             **_variation(predicted[spots], truth, ""),
-            **({} if samples is None else _variation(np.asarray(samples[spots]), truth, " of draws")),
+            **({} if samples is None else _variation(samples[spots], truth, " of draws")),
             "CRPS": float(table["crps"].mean()),
             **spread,
             "uncertainty PCC": float(table.pop("uncertainty").mean()),

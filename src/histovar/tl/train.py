@@ -136,7 +136,10 @@ def _options_of_stage(
         raise ValueError(f"stage{stage}: {misplaced} are of both stages; give them to train itself")
     directory = None if whole.checkpoint_dir is None else Path(whole.checkpoint_dir) / f"stage{stage}"
     options = {**common, **(own or {}), "checkpoint_dir": directory}
-    (Stage1Trainer if stage == 1 else Stage2Trainer).checked_options(options)
+    try:
+        (Stage1Trainer if stage == 1 else Stage2Trainer).checked_options(options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"stage{stage}: {error}") from None
     return options
 
 

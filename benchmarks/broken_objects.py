@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from arguments import EMBEDDING, Call, Objects, attempt, calls, digest
+from arguments import EMBEDDING, SLOW_SHARE, Call, Objects, attempt, calls, digest
 from scipy import sparse
 
 import histovar as hv
@@ -101,6 +101,7 @@ def breakages() -> dict[str, Breakage]:
         slots = (name,)
         found |= {
             f"{where}: text": Breakage(put("obsm", name, lambda x: np.full(x.shape, "a")), slots, users),
+            f"{where}: numbers as text": Breakage(put("obsm", name, lambda x: x.astype(str)), slots, users),
             f"{where}: objects": Breakage(put("obsm", name, lambda x: np.full(x.shape, None)), slots, users),
             f"{where}: complex": Breakage(put("obsm", name, lambda x: x + 1j), slots, users),
             f"{where}: NaN": Breakage(put("obsm", name, first(np.nan)), slots, users),
@@ -235,7 +236,7 @@ def broken_objects(
     for label, breakage in breakages().items():
         for call in every:
             must_fail = call.name in breakage.refused_by
-            if rng.random() >= share or (call.slow and not must_fail and rng.random() >= 0.1):
+            if rng.random() >= share or (call.slow and not must_fail and rng.random() >= SLOW_SHARE):
                 continue
             adata = call.valid["data"].copy()
             with warnings.catch_warnings():

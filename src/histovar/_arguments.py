@@ -193,7 +193,7 @@ class Shape:
             array = np.asarray(value)
         except (TypeError, ValueError):
             refuse_type(shape)
-        if array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiu":
             refuse_type(shape)
         if array.ndim not in (len(self.axes), len(self.axes) - self.optional):
             refuse_value(shape)

@@ -15,6 +15,7 @@ from scipy import sparse
 from histovar._keys import DEFAULT_KEY, LOGNORM, LOGNORM_UNITS, TARGET_SUM, Keys
 from histovar._spots import SAMPLED_SPOTS
 from histovar._torch_state import keep_threads
+from histovar._warn_once import warn_once
 
 from . import fingerprint, gate, slots
 from .matrix import canonical, dense_float32, on_disk, row_blocks, stored_values, take_rows
@@ -321,7 +322,8 @@ def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
     """
     if has_lognorm(adata):
         if not _follows_counts(adata):
-            logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
+            what = f"layers[{LOGNORM!r}] is not the logarithm of scaled counts of X: it is taken as it is"
+            warn_once(logger, what)
         yield from row_blocks(adata.layers[LOGNORM], adata.n_obs)
         return
     import scanpy as sc

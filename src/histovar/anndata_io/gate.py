@@ -211,7 +211,7 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
         values = values if named is None else values[list(named)]
     try:
         numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else dense(values)
-        if np.iscomplexobj(numbers):
+        if _has_text(np.asarray(values) if isinstance(values, pd.DataFrame) else numbers):
             raise TypeError
         place = np.ascontiguousarray(numbers, dtype=np.float64)
     except (TypeError, ValueError):
@@ -225,6 +225,13 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     if len(place) > 1 and (place == place[0]).all():
         raise ValueError(f"{what} has all {len(place)} spots in one place; store where they lie")
     return place
+
+
+def _has_text(array: NDArray[Any]) -> bool:
+    """Whether an array holds text, of which NumPy would make numbers, or complex numbers, whose half it would drop."""
+    if array.dtype.kind == "O":
+        return any(isinstance(value, str | bytes | complex) for value in array.ravel())
+    return array.dtype.kind not in "fiub"
 
 
 def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = None) -> NDArray[np.str_] | None:

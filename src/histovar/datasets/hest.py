@@ -76,7 +76,8 @@ def hest(
     root = Path(path) if dataset is None else Path(path) / dataset
     if not root.is_dir():
         known = sorted(p.name for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
-        raise FileNotFoundError(f"dataset: no directory {str(root)!r}; {str(path)!r} has {known}")
+        name = "path" if dataset is None else "dataset"
+        raise FileNotFoundError(f"{name}: no directory {str(root)!r}; {str(path)!r} has {known}")
     files = {f.stem: f for f in sorted(f for folder in ("st", "adata") for f in (root / folder).glob("*.h5ad"))}
     if not files:
         raise FileNotFoundError(f"path: no st/*.h5ad or adata/*.h5ad in {str(root)!r}")

@@ -99,7 +99,7 @@ def interval(quantiles: Quantiles, levels: Levels, share: Share) -> tuple[NDArra
     tau = np.asarray(levels, dtype=np.float64)
     ends = ((1 - share) / 2, (1 + share) / 2)
     if ends[0] < tau[0] - 1e-9 or ends[1] > tau[-1] + 1e-9:
-        raise ValueError(f"levels from {tau[0]:g} to {tau[-1]:g} have no central interval of {share:g}")
+        raise ValueError(f"share: levels from {tau[0]:g} to {tau[-1]:g} have no central interval of {share:g}")
     low, high = (_at(quantiles, tau, level) for level in ends)
     return low, high
 

@@ -149,7 +149,8 @@ class ModelConfig:
             require(len(values) == len(scales), f"{name} needs one number a scale ({len(scales)}), got {values}")
         require(self.components[-1:] == (1,), f"the last of components must be 1, got {self.components}")
         require(
-            self.residual or set(self.components) <= {1}, f"plain scales have one component each, got {self.components}"
+            self.residual or set(self.components) <= {1},
+            f"residual=False: components must be 1 at all scales, got {self.components}",
         )
         require(self.n_members != 1, "n_members=1 cannot be cross-fitted; use 0 for no prior, or at least 2")
         require(self.width % self.n_heads == 0, f"width={self.width} must be divisible by n_heads={self.n_heads}")

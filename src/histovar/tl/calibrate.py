@@ -13,6 +13,7 @@ from histovar._arguments import Count, Key, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._progress import progress
 from histovar._torch_state import in_float32
+from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
 from histovar.anndata_io.gate import Data
@@ -33,6 +34,7 @@ LEAST_SPOTS = 20
 
 
 @check_arguments
+@warns_once
 @in_float32
 def calibrate(
     data: Data,

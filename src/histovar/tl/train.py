@@ -10,6 +10,7 @@ from pydantic import InstanceOf
 
 from histovar._arguments import Key, KeyList, KeyOrKeys, PathLike, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, learn_covariates, stored_niche
@@ -34,6 +35,7 @@ OF_BOTH_STAGES = ("random_state", "checkpoint_dir", "resume", "resume_from")
 
 
 @check_arguments
+@warns_once
 @one_training_at_a_time
 def train(
     data: Data,

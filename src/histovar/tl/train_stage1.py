@@ -13,6 +13,7 @@ from pydantic import InstanceOf
 from histovar._arguments import Key, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
+from histovar._warn_once import warns_once
 from histovar.anndata_io import expression, gate, slots
 from histovar.anndata_io.expression import SpotTotals
 from histovar.anndata_io.gate import Data
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @check_arguments
+@warns_once
 @one_training_at_a_time
 @in_float32
 def train_stage1(

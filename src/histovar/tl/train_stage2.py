@@ -12,6 +12,7 @@ from pydantic import InstanceOf
 from histovar._arguments import Key, KeyList, KeyOrKeys, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
+from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression, total_counts
 from histovar.anndata_io.gate import Data
@@ -25,6 +26,7 @@ from ._trained import TrainedStage1
 
 
 @check_arguments
+@warns_once
 @one_training_at_a_time
 @in_float32
 def train_stage2(

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from histovar._arguments import (
     Converted,
@@ -30,10 +30,14 @@ from histovar._arguments import (
     checked,
     refuse_type,
     refuse_value,
+    shown,
 )
 
 from .checkpoint_files import RESUMABLE
 from .isolation import quiet_lightning
+
+# More than any machine has, and any cluster.
+MOST_DEVICES, MOST_NODES = 1024, 100_000
 
 
 def _devices(value: Any) -> int | str | list[int]:
@@ -45,8 +49,8 @@ def _devices(value: Any) -> int | str | list[int]:
             refuse_value("at least one device, each once")
         return numbers
     number = _index(value)
-    if number < 1 and number != -1:
-        refuse_value("at least 1, or -1 for all (the CPU is accelerator='cpu')")
+    if not (1 <= number <= MOST_DEVICES or number == -1):
+        refuse_value(f"at least 1 and at most {MOST_DEVICES}, or -1 for all (the CPU is accelerator='cpu')")
     return number
 
 
@@ -151,7 +155,7 @@ class TrainingOptions:
     patience: Count = 5
     accelerator: Key = "auto"
     devices: Annotated[int | str | Sequence[int], Converted(_devices)] = 1
-    num_nodes: Count = 1
+    num_nodes: Annotated[Count, Field(le=MOST_NODES)] = 1
     strategy: Any = "auto"
     precision: Any = "32-true"
     logger: Annotated[Any, Converted(_logger)] = False
@@ -214,8 +218,8 @@ class TrainingOptions:
                 return self.trainer().world_size
         except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Lightning refuses accelerator={self.accelerator!r}, devices={self.devices!r}, strategy="
-                f"{self.strategy!r}, precision={self.precision!r}: {' '.join(str(error).split())}"
+                f"Lightning refuses accelerator={self.accelerator!r}, devices={shown(self.devices)}, strategy="
+                f"{shown(self.strategy)}, precision={shown(self.precision)}: {' '.join(str(error).split())}"
             ) from None
 
     @property

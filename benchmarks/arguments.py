@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import logging
 import re
@@ -118,6 +119,7 @@ KINDS: dict[str, set[str]] = {
     "only one": {"one"},
     "only zero": {"zero"},
     "only false": {"NumPy false"},
+    "only true": {"true"},
     "zero gpus": {"zero"},
 }
 
@@ -211,10 +213,15 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         **dict.fromkeys(("n_covariates", "attention_limit"), "number"),
         **dict.fromkeys(("dropout", "prior_dropout", "prior_input_dropout"), "rate"),
         **dict.fromkeys(("hierarchical_weight", "vq_weight", "commitment_weight"), "not negative"),
-        **dict.fromkeys(("residual", "outline", "coordinates"), "truth"),
+        **dict.fromkeys(("outline", "coordinates"), "truth"),
         **dict.fromkeys(("codebook_update", "condition", "standardize", "order", "style"), "nothing"),
         **dict.fromkeys(("n_genes", "scales", "components", "encoder_hidden"), "nothing"),
-        **{"dead_code_threshold": "not negative", "codebook_decay": "rate above zero", "n_heads": "heads"},
+        **{
+            "dead_code_threshold": "not negative",
+            "codebook_decay": "rate above zero",
+            "residual": "only true",
+            "n_heads": "heads",
+        },
         **{"embedding_dims": "columns", "n_neighbors": "increasing, or none", "width": "width", "n_members": "members"},
     }
     training_options = {
@@ -366,6 +373,10 @@ def wrong_arguments(
     """Every parameter of every public function with every value."""
     for call in calls(objects, scratch):
         module = call.name.split(".")[0].split(",")[0]
+        known = inspect.signature(call.function).parameters
+        untried = [name for name in known if name not in call.kinds and name not in ("options", "changes")]
+        if untried and "," not in call.name:
+            yield f"arguments of {module}", f"not tried: {untried} of {call.name}"
         for name, kind in call.kinds.items():
             valid = KINDS[kind.removeprefix("?")] | ({"None"} if kind.startswith("?") else set())
             for label, value in VALUES.items():
@@ -416,7 +427,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "evaluate": (["predicted.h5ad"], dict.fromkeys(("--library-key", "--key", "--layer", "--out"), "nothing")),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),
-    "info": ([], {"argument": "nothing"}),
+    "info": ([], {"model": "nothing"}),
 }
 # Values as they are typed, by the names of those of Python.
 TYPED = {
@@ -456,7 +467,7 @@ def wrong_commands(
                     is_valid = label in KINDS[kind] or (kind in ("directory", "prefix") and label not in EMPTY)
                     if is_valid or rng.random() >= share:
                         continue
-                    given = [typed] if option == "argument" else [*right, option, typed]
+                    given = [typed] if option == "model" else [*right, option, typed]
                     outcome = refusal([command, *given], option, typed)
                     if (present := sorted(folder.rglob("*"))) != files:
                         outcome, files = "changed: files are not as they were", present

@@ -13,7 +13,14 @@ from histovar import metrics
 from histovar._keys import LOGNORM, Keys
 
 from . import expression, gate, slots
-from .prediction import predicted_genes, predicted_normalization, predicted_sections, read_prediction
+from .prediction import (
+    predicted_genes,
+    predicted_normalization,
+    predicted_sections,
+    read_draws,
+    read_prediction,
+    read_quantiles,
+)
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a normal distribution.
 LEAST_DRAWS, ENDS, NORMAL_LEVELS = 20, (0.025, 0.975), 100
@@ -96,12 +103,13 @@ def read_distribution(
     levels
         (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
     """
-    if keys.samples in adata.obsm and np.shape(adata.obsm[keys.samples])[2] >= LEAST_DRAWS:
-        return "draws", *metrics.sample_quantiles(np.asarray(adata.obsm[keys.samples]))
-    if keys.quantiles in adata.obsm:
-        levels = np.asarray(slots.record(adata, keys)["quantiles"], dtype=float)
+    draws, quantiles = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
+    if draws is not None and draws.shape[2] >= LEAST_DRAWS:
+        return "draws", *metrics.sample_quantiles(draws)
+    if quantiles is not None:
+        cube, levels = quantiles
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
-            return "quantiles", np.asarray(adata.obsm[keys.quantiles])[:, :, order], levels[order]
+            return "quantiles", cube[:, :, order], levels[order]
     levels = (np.arange(NORMAL_LEVELS) + 0.5) / NORMAL_LEVELS
     return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels

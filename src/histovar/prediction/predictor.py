@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from histovar._memory import keep_freed_memory
+from histovar._progress import progress
 from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.two_stage import Precision
@@ -83,7 +83,7 @@ class Predictor:
             generator = torch.Generator(where).manual_seed(random_state)
             levels, fitted = torch.tensor(self.quantiles, device=where), calibration.fitted
             batches = torch.arange(n_spots).split(self.batch_size)
-            for rows in track(batches, "predicting", disable=not show_progress_bar):
+            for rows in progress(batches, "predicting", show=show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
                 generated = model.predict(batch, self.rule, generator=generator)
                 mean, std = generated.expression, generated.std

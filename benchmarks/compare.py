@@ -36,6 +36,7 @@ import torch
 from scipy import sparse
 
 import histovar as hv
+from histovar.baselines import METHODS
 
 BASELINES = {
     "ridge, HEST recipe": ("ridge_hest", "training"),
@@ -143,10 +144,11 @@ def predictor(
     method: str, train: ad.AnnData, data: Data, layer: str | None, seed: int, quick: dict[str, Any]
 ) -> Callable[[ad.AnnData, int], Any]:
     """Train a method; what is returned writes its prediction, with draws if it has any, under the method's name."""
-    shared: dict[str, Any] = {"use_rep": data.use_rep, "library_key": data.library_key, "random_state": seed}
+    shared: dict[str, Any] = {"use_rep": data.use_rep, "library_key": data.library_key}
     if method in BASELINES:
         name, standardize = BASELINES[method]
-        fitted = hv.tl.baseline(train, name, layer=layer, standardize=standardize, **shared)
+        random_state = seed if METHODS[name].is_random else None
+        fitted = hv.tl.baseline(train, name, layer=layer, standardize=standardize, random_state=random_state, **shared)
         return lambda query, draws: fitted.predict(query, key_added=method)
     config, decoding, n_genes = None, "expected", int(train.var["histovar_panel"].sum())
     if method == "reference, cut":
@@ -170,7 +172,8 @@ def predictor(
             groups[panel] = np.random.default_rng(0).permutation(groups[panel])
             groups[panel, -1] = finest
             train.varm["histovar_scales"] = groups
-    model = hv.tl.train(train, layer=layer, config=config, enable_progress_bar=False, **shared, **quick)
+    options = {"random_state": seed, "enable_progress_bar": False, **quick}
+    model = hv.tl.train(train, layer=layer, config=config, **shared, **options)
     return lambda query, draws: hv.tl.predict(query, model, n_samples=draws, decoding=decoding, key_added=method)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of models, predictions and trainings under kills, damage, hostile files, rivals and full disks.
+"""What becomes of models, predictions and trainings under kills, damage, hostile files and rivals, and of wrong calls.
 
     python benchmarks/faults.py            # all parts
     python benchmarks/faults.py --smoke    # a tenth of the cases, to see that it runs
@@ -11,12 +11,14 @@ refused  one line of ValueError or FileNotFoundError; of commands that were inte
 unseen   other than without the fault, but finite, where the format of the file has no checksums
 wrong    any other error, a mixture, numbers that are not finite, more than ten seconds, an earlier model that is lost
 
-Ends with status 1 if anything went wrong. Faults of other things than saved models are in ``fault_parts``.
+Ends with status 1 if anything went wrong. Faults of other things than saved models are in ``fault_parts``; of
+calls ("arguments", "objects") whole is a valid call that was done, and ``fault_parts/arguments.py`` says what is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -32,9 +34,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from anndata import AnnData
+from fault_parts import arguments, broken_objects
 from fault_parts.files import files
 from fault_parts.interrupts import interrupts
 from fault_parts.streams import streams
@@ -87,7 +91,7 @@ class Setting:
         self.query: AnnData = adata[held_out].copy()
         self.training = adata[~held_out].copy()
         hv.pp.gene_panel(self.training, n_genes=30)
-        config = hv.ModelConfig.default(
+        self.config = config = hv.ModelConfig.default(
             30,
             scales=(1, 4, 10, 30),
             components=(2, 1, 1, 1),
@@ -119,6 +123,10 @@ class Setting:
         shutil.copytree(self.scratch / "first", path)
         (path / "notes.txt").write_text("of the user")
         return path
+
+    def objects(self) -> arguments.Objects:
+        """Objects for calls."""
+        return arguments.Objects(self.training.copy(), self.query.copy(), self.models[0], self.config)
 
     def predict(self, model: hv.TwoStageVARST) -> np.ndarray:
         """Mean expression of the held-out section, (n_spots, n_genes)."""
@@ -302,6 +310,21 @@ def full_disk(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
             subprocess.run(["umount", str(disk)], check=True)
 
 
+def wrong_calls(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Wrong arguments of functions and commands."""
+    with contextlib.chdir(setting.scratch):
+        objects = setting.objects()
+        yield from arguments.wrong_arguments(objects, setting.scratch, share, setting.rng)
+        yield from arguments.wrong_commands(objects, setting.scratch, share, setting.rng)
+
+
+def wrong_objects(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
+    """Broken objects, and views."""
+    objects = setting.objects()
+    yield from broken_objects.broken_objects(objects, setting.scratch, share, setting.rng)
+    yield from broken_objects.views(objects, setting.rng)
+
+
 PARTS: dict[str, Callable[[Setting, float], Iterator[tuple[str, str]]]] = {
     "cards": cards,
     "kills": kills,
@@ -314,6 +337,8 @@ PARTS: dict[str, Callable[[Setting, float], Iterator[tuple[str, str]]]] = {
     "interrupts": interrupts,
     "trainings": trainings,
     "resume": resume,
+    "arguments": wrong_calls,
+    "objects": wrong_objects,
 }
 OUTCOMES = ("whole", "refused", "unseen", "wrong")
 
@@ -332,6 +357,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
+    mpl.use("agg")
     wrong: list[str] = []
     print(f"{'what':46} {'cases':>8}" + "".join(f"{kind:>8}" for kind in OUTCOMES))
     with tempfile.TemporaryDirectory() as scratch:
@@ -348,6 +374,8 @@ def main() -> None:
                 counts.setdefault(what, Counter())[kind] += 1
             print_counts(counts)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    kinds = Counter(line.split(": ")[1] for line in wrong)
+    print("wrong: " + (", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) or "nothing"))
     print(f"peak memory grew by {grown:.0f} MB")
     print("\n".join(wrong[:40]))
     sys.exit(bool(wrong))

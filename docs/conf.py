@@ -1,5 +1,10 @@
+import inspect
 import shutil
 from pathlib import Path
+from typing import get_type_hints
+
+from anndata import AnnData
+from spatialdata import SpatialData
 
 import histovar
 
@@ -36,3 +41,22 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 # Notebooks live at the top level, where users look for them; Sphinx wants them beside its pages.
 for notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
     shutil.copy(notebook, Path(__file__).parent)
+
+
+def show_plain_types(app, function, is_method):
+    """Show types of arguments, and of a class's fields, without the conditions that their annotations hold."""
+    function = inspect.unwrap(getattr(function, "__func__", function), stop=_set_plain_types)
+    owner = getattr(function, "__qualname__", "").split(".")[0]
+    _set_plain_types(getattr(function, "__globals__", {}).get(owner, function))
+
+
+def _set_plain_types(documented):
+    try:
+        types = get_type_hints(inspect.unwrap(documented), localns={"Data": AnnData | SpatialData})
+        documented.__annotations__ = types
+    except (NameError, TypeError, AttributeError):  # names for type checkers alone; built-in functions
+        pass
+
+
+def setup(app):
+    app.connect("autodoc-before-process-signature", show_plain_types)

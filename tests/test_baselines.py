@@ -46,7 +46,7 @@ def test_section_standardisation_undoes_a_shift(sections):
 
 
 def test_unknown_methods_are_refused(sections):
-    with pytest.raises(ValueError, match="method must be one of .*ridge.*got 'forest'"):
+    with pytest.raises(ValueError, match="method: expected one of .*ridge.*got 'forest'"):
         hv.tl.baseline(sections[0], "forest", use_rep="X_histology")
-    with pytest.raises(ValueError, match="standardize must be one of"):
+    with pytest.raises(ValueError, match="standardize: expected 'section' or 'training', got"):
         hv.tl.baseline(sections[0], "ridge", use_rep="X_histology", standardize="both")

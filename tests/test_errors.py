@@ -116,7 +116,10 @@ def test_niche_refuses(query):
     refuse(query, lambda a: hv.pp.niche(a, use_rep=[]), ValueError, "use_rep: expected at least one key")
     refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(60,)), ValueError, "has 60 spots")
     refuse(
-        query, lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)), ValueError, "n_neighbors must be"
+        query,
+        lambda a: hv.pp.niche(a, use_rep="X_histology", n_neighbors=(8, 4)),
+        ValueError,
+        "n_neighbors: expected numbers that",
     )
     refuse(
         query, lambda a: hv.pp.niche(a, use_rep="X_histology", library_key="slide"), KeyError, "library_key: no 'slide'"
@@ -135,9 +138,19 @@ def test_prediction_refuses_another_width_and_number(query, model):
 
 
 def test_prediction_refuses_impossible_requests(query, model):
-    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=-1), ValueError, "n_samples must not be negative")
-    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=9, quantiles=(5,)), ValueError, "quantiles must lie")
-    refuse(query, lambda a: hv.tl.predict(a, model, decoding="best"), ValueError, "decoding must be one of")
+    refuse(query, lambda a: hv.tl.predict(a, model, n_samples=-1), ValueError, "n_samples: expected at least 0, got -1")
+    refuse(
+        query,
+        lambda a: hv.tl.predict(a, model, n_samples=9, quantiles=(5,)),
+        ValueError,
+        "quantiles: expected at most 1",
+    )
+    refuse(
+        query,
+        lambda a: hv.tl.predict(a, model, decoding="best"),
+        ValueError,
+        "decoding: expected 'expected', ",
+    )
     refuse(query, lambda a: hv.tl.predict(a, model, device="cuda:9"), ValueError, "device: 'cuda:9' is not available")
 
 
@@ -175,10 +188,20 @@ def test_expression_is_checked(training, model):
 
 def test_panel_and_scales_are_checked(training):
     refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes asked for, but only")
-    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"), ValueError, "flavor must be")
+    refuse(
+        training,
+        lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"),
+        ValueError,
+        "flavor: expected 'variance', ",
+    )
     refuse(training, hv.pp.gene_scales, KeyError, "choose genes first with histovar.pp.gene_panel")
     hv.pp.gene_panel(training, n_genes=30)
-    refuse(training, lambda a: hv.pp.gene_scales(a, scales=(8, 1)), ValueError, "scales must be positive and increase")
+    refuse(
+        training,
+        lambda a: hv.pp.gene_scales(a, scales=(8, 1)),
+        ValueError,
+        "scales: expected numbers that increase",
+    )
     refuse(training, lambda a: hv.pp.gene_scales(a, gene_sets={"a": ["TP53"]}), ValueError, "none of their genes")
     refuse(
         training,
@@ -213,3 +236,104 @@ def test_reading_what_was_not_written(query):
     refuse(query, hv.get.prediction, KeyError, "predict first")
     refuse(query, lambda a: hv.pl.spatial(a, "GENE1"), KeyError, "predict first")
     refuse(query, hv.pl.metrics, KeyError, "call histovar.tl.evaluate")
+
+
+WRONG = [
+    (lambda a, m: hv.pp.gene_panel(a, n_genes="5"), TypeError, "n_genes: expected a whole number, got '5'"),
+    (lambda a, m: hv.pp.gene_panel(a, n_genes=True), TypeError, "n_genes: expected a whole number, got True"),
+    (lambda a, m: hv.pp.gene_panel(a, min_fraction=np.nan), ValueError, "min_fraction: expected a finite number"),
+    (lambda a, m: hv.pp.gene_panel(a, copy="no"), TypeError, "copy: expected True or False, got 'no'"),
+    (lambda a, m: hv.pp.gene_panel(a, library_key=""), ValueError, "library_key: expected text that is not empty"),
+    (lambda a, m: hv.pp.niche(a, use_rep={"X_histology"}), TypeError, "use_rep: expected a list, got {'X_histology'}"),
+    (lambda a, m: hv.pp.niche(a), TypeError, "niche: missing a required argument: 'use_rep'"),
+    (lambda a, m: hv.pp.niche(a, use_rep="X_histology", table_name="t"), ValueError, "table_name: is for SpatialData"),
+    (lambda a, m: hv.tl.predict(a, "model"), TypeError, "model: expected TwoStageVARST, got 'model'"),
+    (lambda a, m: hv.tl.predict(a, m, n_samples=1.5), ValueError, "n_samples: expected a whole number, got 1.5"),
+    (lambda a, m: hv.tl.predict(a, m, n_samples=10**9), ValueError, "n_samples: expected at most 10000"),
+    (lambda a, m: hv.tl.predict(a, m, batch_size=0), ValueError, "batch_size: expected at least 1, got 0"),
+    (lambda a, m: hv.tl.predict(a, m, random_state=None), TypeError, "random_state: expected a whole number, got None"),
+    (lambda a, m: hv.tl.predict(a, m, top_k=5), ValueError, "top_k: nothing is drawn"),
+    (lambda a, m: hv.tl.predict(a, m, device="meta"), ValueError, "device: expected 'auto' or a device of torch"),
+    (lambda a, m: hv.tl.tokenize(a, hv.TwoStageVARST(m.config)), ValueError, "model: expected a model whose stage 1"),
+    (
+        lambda a, m: hv.tl.train_stage2(a, m, use_rep="X_histology", covariates="region"),
+        TypeError,
+        "covariates: expected",
+    ),
+    (
+        lambda a, m: hv.tl.train(a, use_rep="X_histology", config=False),
+        TypeError,
+        "config: expected ModelConfig or None",
+    ),
+    (
+        lambda a, m: hv.tl.train(a, use_rep="X_histology", stage2={"patience": 0}),
+        ValueError,
+        "stage2: patience: expected",
+    ),
+    (
+        lambda a, m: hv.tl.baseline(a, "ridge_hest", use_rep="X_histology", random_state=1),
+        ValueError,
+        "random_state: 'ridge_hest' draws nothing at random",
+    ),
+    (lambda a, m: hv.pl.codebook(m, ax=[]), TypeError, "ax: expected Axes or None"),
+    (lambda a, m: hv.pl.training(m, save="map.nonsense"), ValueError, "save: expected a file that ends in one of"),
+    (lambda a, m: hv.pl.spatial(a, "GENE1", cmap="nonsense"), ValueError, "cmap: expected the name of a colour map"),
+    (lambda a, m: hv.datasets.simulate(n_spots=10**9), ValueError, "n_sections=4, n_spots=1000000000, .* of memory"),
+    (lambda a, m: hv.metrics.pearson(np.ones((3, 2)), np.ones((2, 2))), ValueError, "measured: expected 3 spots"),
+    (lambda a, m: hv.ModelConfig.default(30, n_heads=0), ValueError, "n_heads: expected at least 1, got 0"),
+    (lambda a, m: m.save(""), ValueError, "path: expected a path that is not empty"),
+    (lambda a, m: m.save_stage("d", True), TypeError, "stage: expected a whole number, got True"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG)
+def test_wrong_arguments_are_refused_in_one_line(query, model, call, error, message):
+    refuse(query, lambda a: call(a, model), error, f"^{message}.*$")
+
+
+def test_numpy_scalars_and_arrays_are_arguments(query, model):
+    arguments = {"n_samples": np.int64(2), "quantiles": np.array([0.1, 0.9]), "temperature": np.float32(1)}
+    hv.tl.predict(query, model, **arguments, batch_size=np.uint8(16), show_progress_bar=np.bool_(False))
+    assert query.obsm["histovar_samples"].shape[2] == query.obsm["histovar_quantiles"].shape[2] == 2
+
+
+@pytest.mark.parametrize("value", [[1, 2], "text", None])
+def test_record_of_another_kind_is_refused(query, model, value):
+    query.uns["histovar"] = value
+    for call in (lambda a: hv.tl.predict(a, model), lambda a: hv.pp.gene_panel(a, n_genes=5), hv.tl.evaluate):
+        refuse(query, call, ValueError, r"uns\['histovar'\] was not written by histovar")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: np.where(x, "yes", "no"), lambda x: np.where(x, 1.0, np.nan), np.zeros_like]
+)
+def test_panel_that_is_none_is_refused(prepared, make):
+    adata = prepared.copy()
+    adata.var["histovar_panel"] = make(adata.var["histovar_panel"].to_numpy())
+    refuse(adata, hv.pp.gene_scales, ValueError, r"adata: var\['histovar_panel'\]")
+    refuse(adata, lambda a: hv.tl.train_stage1(a, **QUICK), ValueError, r"adata: var\['histovar_panel'\]")
+
+
+@pytest.mark.parametrize("make", [lambda x: x.astype(str), lambda x: x + 1j, lambda x: x * 1e300, lambda x: x * np.nan])
+def test_coordinates_that_are_none_are_refused(query, model, make):
+    hv.tl.predict(query, model)
+    query.obsm["spatial"] = make(query.obsm["spatial"])
+    refuse(query, lambda a: hv.pp.niche(a, use_rep="X_histology"), ValueError, r"spatial_key: obsm\['spatial'\]")
+    refuse(query, lambda a: hv.pl.spatial(a, model.registry["genes"][0]), ValueError, r"obsm\['spatial'\]")
+
+
+def test_view_of_reversed_rows_and_sparse_coordinates_are_taken(query, model):
+    query.obsm["spatial"] = sparse.csr_matrix(query.obsm["spatial"])
+    reverse = query[::-1]
+    hv.tl.predict(reverse, model)
+    hv.tl.predict(query, model)
+    np.testing.assert_allclose(reverse.obsm["histovar"], query.obsm["histovar"][::-1], atol=1e-5)
+
+
+def test_changed_prediction_is_refused(query, model):
+    hv.tl.predict(query, model, n_samples=2)
+    query.obsm["histovar_samples"] = query.obsm["histovar_samples"][:, :5]
+    for call in (hv.tl.evaluate, hv.get.prediction, hv.pl.gene_correlation):
+        refuse(query, call, ValueError, r"key: obsm\['histovar_samples'\] holds float32 of shape \(60, 5, 2\)")
+    del query.obsm["histovar_std"]
+    refuse(query, hv.tl.evaluate, KeyError, "key: no 'histovar_std' in obsm")

@@ -56,7 +56,7 @@ def test_spatial_takes_one_section_and_given_axes(simulated, model):
     _, given = plt.subplots(1, 3)
     axes = hv.pl.spatial(adata, gene, section="S2", ax=given)
     assert list(axes[0]) == list(given) and len(values_of(given[0])) == 60
-    with pytest.raises(ValueError, match="ax: 3 axes given, 2 x 3"):
+    with pytest.raises(ValueError, match="ax: expected 2 x 3 axes, got 3"):
         hv.pl.spatial(adata, model.registry["genes"][:2], section="S2", ax=given)
     with pytest.raises(KeyError, match="not in the predicted panel"):
         hv.pl.spatial(adata, "absent", section="S2")
@@ -87,7 +87,7 @@ def test_calibration_plot_shows_coverage_of_what_there_is(query, model):
     assert sum(p.get_height() * p.get_width() for p in right.patches) == pytest.approx(1)
     hv.tl.predict(query, model, n_samples=25)
     assert "draws" in hv.pl.calibration(query)[0].get_title()
-    with pytest.raises(ValueError, match="two axes are needed"):
+    with pytest.raises(ValueError, match="ax: expected 1 x 2 axes, got 1"):
         hv.pl.calibration(query, ax=plt.figure().add_subplot())
 
 

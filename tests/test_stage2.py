@@ -185,7 +185,7 @@ def test_top_k_and_top_p_keep_what_they_say():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"mode": "best"}, "decoding must be"),
+        ({"mode": "best"}, "mode: expected 'expected', 'sample' or 'greedy', got 'best'"),
         ({"temperature": 0}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from ._arguments import refuse_value
 
 DEFAULT_KEY = "histovar"
 LOGNORM = "lognorm"
 LOGNORM_UNITS = "log1p(counts per 10,000)"
 TARGET_SUM = 1e4
+RESERVED = ("X", "spatial", LOGNORM)
+
+
+def _prefix(value: str) -> str:
+    if not re.fullmatch(r"\w(?:[^/\\\x00-\x1f]*[^/\\\x00-\x1f\s])?", value):
+        refuse_value(
+            "a name for slots that begins with a letter or digit, without '/' and backslashes, such as 'histovar'"
+        )
+    if value in RESERVED:
+        refuse_value("another name for slots than that of other data, such as 'histovar'")
+    return value
+
+
+# The `key_added` of public functions.
+Prefix = Annotated[str, AfterValidator(_prefix)]
 
 
 @dataclass(frozen=True)

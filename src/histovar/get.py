@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 from anndata import AnnData
 
-from ._keys import DEFAULT_KEY
+from ._arguments import Key, check_arguments
+from ._keys import DEFAULT_KEY, Keys, Prefix
 from .anndata_io import gate, slots
 from .anndata_io.gate import Data
-from .anndata_io.prediction import predicted_genes, read_prediction
+from .anndata_io.matrix import dense
+from .anndata_io.prediction import predicted_genes, read_draws, read_prediction, read_quantiles
 
 
-def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = None) -> AnnData:
+@check_arguments
+def prediction(data: Data, key: Prefix = DEFAULT_KEY, *, table_name: Key | None = None) -> AnnData:
     """A prediction as an AnnData of its own.
 
     Parameters
@@ -36,24 +39,23 @@ def prediction(data: Data, key: str = DEFAULT_KEY, *, table_name: str | None = N
         If there is no prediction under `key`.
     """
     adata = gate.table(data, table_name, writes=False)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     genes = predicted_genes(adata, keys)
     mean, std = read_prediction(adata, keys, genes)
+    quantiles, draws = read_quantiles(adata, keys, len(genes)), read_draws(adata, keys, len(genes))
     result = AnnData(np.array(mean, dtype=np.float32), obs=adata.obs.copy())
     result.var_names = genes
     result.layers["std"] = np.array(std, dtype=np.float32)
     stored = slots.record(adata, keys)
-    if keys.quantiles in adata.obsm:
-        cube = np.asarray(adata.obsm[keys.quantiles])
-        for i, level in enumerate(np.asarray(stored["quantiles"])):
-            result.layers[f"q{level:g}"] = cube[:, :, i]
-    if keys.samples in adata.obsm:
-        cube = np.asarray(adata.obsm[keys.samples])
-        for i in range(cube.shape[2]):
-            result.layers[f"sample_{i}"] = cube[:, :, i]
+    if quantiles is not None:
+        for i, level in enumerate(quantiles[1]):
+            result.layers[f"q{level:g}"] = quantiles[0][:, :, i]
+    if draws is not None:
+        for i in range(draws.shape[2]):
+            result.layers[f"sample_{i}"] = draws[:, :, i]
     spatial_key = str(stored["params"]["spatial_key"])
     if spatial_key in adata.obsm:
-        result.obsm["spatial"] = np.array(adata.obsm[spatial_key])
+        result.obsm["spatial"] = dense(adata.obsm[spatial_key]).copy()
     for name in ("spatial", "spatialdata_attrs"):
         if name in adata.uns:
             result.uns[name] = adata.uns[name]

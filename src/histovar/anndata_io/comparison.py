@@ -21,7 +21,9 @@ from .prediction import (
     predicted_normalization,
     predicted_sections,
     read_composed,
+    read_draws,
     read_prediction,
+    read_quantiles,
 )
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a distribution.
@@ -110,13 +112,14 @@ def read_distribution(
     composed = read_composed(adata, keys)
     if composed is not None:
         return "negative binomial", *count_quantiles(composed)
-    if keys.samples in adata.obsm and np.shape(adata.obsm[keys.samples])[2] >= LEAST_DRAWS:
-        return "draws", *metrics.sample_quantiles(np.asarray(adata.obsm[keys.samples]))
-    if keys.quantiles in adata.obsm:
-        levels = np.asarray(slots.record(adata, keys)["quantiles"], dtype=float)
+    draws, quantiles = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
+    if draws is not None and draws.shape[2] >= LEAST_DRAWS:
+        return "draws", *metrics.sample_quantiles(draws)
+    if quantiles is not None:
+        cube, levels = quantiles
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
-            return "quantiles", np.asarray(adata.obsm[keys.quantiles])[:, :, order], levels[order]
+            return "quantiles", cube[:, :, order], levels[order]
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
     return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels
 

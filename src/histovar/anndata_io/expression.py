@@ -15,6 +15,7 @@ from scipy import sparse
 from histovar._keys import DEFAULT_KEY, LOGNORM, LOGNORM_UNITS, TARGET_SUM, Keys
 from histovar._spots import SAMPLED_SPOTS
 from histovar._torch_state import keep_threads
+from histovar._warn_once import warn_once
 
 from . import fingerprint, gate, slots
 from .matrix import canonical, dense_float32, on_disk, row_blocks, stored_values, take_rows
@@ -407,6 +408,9 @@ def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
         If it is needed and X is missing or does not hold counts, or as :func:`has_lognorm`.
     """
     if has_lognorm(adata):
+        if not _follows_counts(adata):
+            what = f"layers[{LOGNORM!r}] is not the logarithm of scaled counts of X: it is taken as it is"
+            warn_once(logger, what)
         yield from row_blocks(adata.layers[LOGNORM], adata.n_obs)
         return
     import scanpy as sc
@@ -447,7 +451,7 @@ def has_lognorm(adata: AnnData) -> bool:
     """Whether there is a ``layers["lognorm"]`` to be taken as it is.
 
     One that histovar made, from counts that are no longer in X, is not: it is made again. The user's own always is,
-    with a warning where it is not the logarithm of scaled counts of X.
+    with a warning (of :func:`lognorm_blocks`) where it is not the logarithm of scaled counts of X.
 
     Raises
     ------
@@ -467,7 +471,6 @@ def has_lognorm(adata: AnnData) -> bool:
         )
     if made is not None and made["fingerprint"] == fingerprint.of_matrix(adata.layers[LOGNORM]):
         return False
-    logger.warning("layers[%r] is not the logarithm of scaled counts of X: it is taken as it is", LOGNORM)
     return True
 
 

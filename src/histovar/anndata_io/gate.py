@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from histovar._keys import DEFAULT_KEY, Keys
+
 from .matrix import dense, dense_float32
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+else:
+    SpatialData = Any  # its import takes seconds; see table()
 
 logger = logging.getLogger(__name__)
 
-Data = Union[AnnData, "SpatialData"]
+Data: TypeAlias = AnnData | SpatialData
 
 # Names of columns of coordinates, x first, by which a DataFrame is put in order; Visium's files have rows first.
 XY_COLUMNS = (("x", "y"), ("X", "Y"), ("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row"))
@@ -54,9 +58,11 @@ def table(data: Data, table_name: str | None = None, *, genes: bool = False, wri
     KeyError
         If there is no such table.
     ValueError
-        If it is empty, has tables that are not in memory or duplicated names, or is to be written to and is a view of a
-        backed file.
+        If `table_name` is given for AnnData; if the table is empty, has tables that are not in memory or duplicated
+        names, or is to be written to and is a view of a backed file.
     """
+    if isinstance(data, AnnData) and table_name is not None:
+        raise ValueError(f"table_name: is for SpatialData, and data is AnnData; leave it out, got {table_name!r}")
     adata = data if isinstance(data, AnnData) else _table_of(data, table_name)
     for name, frame in (("obs", adata.obs), ("var", adata.var)):
         if not isinstance(frame, pd.DataFrame):
@@ -102,24 +108,6 @@ def copied(adata: AnnData) -> AnnData:
     return adata.to_memory() if adata.isbacked else adata.copy()
 
 
-def key_list(value: str | Sequence[str], name: str = "use_rep") -> list[str]:
-    """One key or several as a list.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a string nor a sequence of strings.
-    ValueError
-        If there is none, or one twice.
-    """
-    keys = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(k, str) for k in keys):
-        raise TypeError(f"{name}: expected a key or a list of keys, got {value!r}")
-    if not keys or len(set(keys)) != len(keys):
-        raise ValueError(f"{name}: expected at least one key, each once, got {keys}")
-    return keys
-
-
 def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
     """What ``obsm`` has under a key, of whatever storage: shape and data type are checked, values are not read.
 
@@ -149,6 +137,8 @@ def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
         raise ValueError(f"use_rep: obsm[{key!r}] is of type {type(values).__name__}, expected a matrix")
     if len(values.shape) != 2 or values.shape[0] != adata.n_obs:
         raise ValueError(f"use_rep: obsm[{key!r}] has shape {tuple(values.shape)}, expected ({adata.n_obs}, width)")
+    if values.shape[1] == 0:
+        raise ValueError(f"use_rep: obsm[{key!r}] has no columns, expected an embedding of each spot")
     types = values.dtypes if isinstance(values, pd.DataFrame) else [values.dtype]
     for dtype in types:
         if not pd.api.types.is_numeric_dtype(dtype) or getattr(dtype, "kind", "O") not in "fiu":
@@ -241,6 +231,8 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
         values = values if named is None else values[list(named)]
     try:
         numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else dense(values)
+        if _has_text(np.asarray(values) if isinstance(values, pd.DataFrame) else numbers):
+            raise TypeError
         place = np.ascontiguousarray(numbers, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{what} does not hold numbers; store x and y there") from None
@@ -253,6 +245,13 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     if len(place) > 1 and (place == place[0]).all():
         raise ValueError(f"{what} has all {len(place)} spots in one place; store where they lie")
     return place
+
+
+def _has_text(array: NDArray[Any]) -> bool:
+    """Whether an array holds text, of which NumPy would make numbers, or complex numbers, whose half it would drop."""
+    if array.dtype.kind == "O":
+        return any(isinstance(value, str | bytes | complex) for value in array.ravel())
+    return array.dtype.kind not in "fiub"
 
 
 def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = None) -> NDArray[np.str_] | None:
@@ -442,6 +441,31 @@ def check_nonnegative(values: NDArray[Any], what: str) -> None:
             f"{what} has negative values (least {values.min():.3g}); pass log-normalised expression, "
             "not scaled or centred"
         )
+
+
+def panel(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
+    """Which genes are in the panel, (n_vars,).
+
+    Raises
+    ------
+    KeyError
+        If there is no panel.
+    ValueError
+        If it is not a column of True and False, or has no gene.
+    """
+    if keys.panel not in adata.var:
+        other = "" if keys.prefix == DEFAULT_KEY else f", key_added={keys.prefix!r}"
+        raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata{other})")
+    column = adata.var[keys.panel]
+    if not pd.api.types.is_bool_dtype(column) or column.isna().any():
+        raise ValueError(
+            f"adata: var[{keys.panel!r}] has data type {column.dtype}, expected True or False of every gene; call "
+            "histovar.pp.gene_panel(adata), or mend it with .astype(bool)"
+        )
+    chosen = column.to_numpy(dtype=bool)
+    if not chosen.any():
+        raise ValueError(f"adata: var[{keys.panel!r}] chooses no gene; call histovar.pp.gene_panel(adata)")
+    return chosen
 
 
 def gene_columns(adata: AnnData, genes: Sequence[str], argument: str = "adata") -> NDArray[np.int64]:

@@ -138,9 +138,9 @@ def _asked_of_squidpy(place: NDArray[np.floating], n_neighbors: int) -> NDArray[
     """Each spot's nearest, (n_spots, n_neighbors)."""
     light = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
     light.obsm["spatial"] = np.asarray(place)
-    with _quiet_squidpy(), keep_threads():
-        from histovar._squidpy import sq
+    from histovar._squidpy import sq  # its import sets the level of the logger
 
+    with _quiet_squidpy(), keep_threads():
         sq.gr.spatial_neighbors_knn(light, n_neighs=n_neighbors)
     found: NDArray[np.int32] = light.obsp["spatial_connectivities"].indices.reshape(-1, n_neighbors)
     return found

@@ -166,16 +166,13 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
     if keys.mean in adata.obsm:
         found = []
         for key in (keys.mean, keys.std):
+            if key not in adata.obsm:
+                raise KeyError(f"key: no {key!r} in obsm; predict again")
             values = adata.obsm[key]
             if isinstance(values, pd.DataFrame):  # as versions up to 0.1 wrote them
                 _check_there(values.columns, genes, keys, f"obsm[{key!r}]")
                 values = values[list(genes)].to_numpy()
-            if np.shape(values)[1] != len(genes):
-                raise ValueError(
-                    f"key: obsm[{key!r}] has {np.shape(values)[1]} columns, uns[{keys.uns!r}] names {len(genes)} "
-                    "genes; predict again"
-                )
-            found.append(np.asarray(values))
+            found.append(_numbers(values, f"obsm[{key!r}]", (adata.n_obs, len(genes))))
         return found[0], found[1]
     if keys.mean in adata.layers:
         _check_there(adata.var_names, genes, keys, "var_names")
@@ -186,8 +183,13 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
                     f"key: genes were renamed since the prediction {keys.prefix!r}: var_names has {renamed[0]!r} where "
                     f"{adata.var[keys.gene][renamed[0]]!r} was predicted; predict again"
                 )
+        if keys.std not in adata.layers:
+            raise KeyError(f"key: no {keys.std!r} in layers; predict again")
         order = adata.var_names.get_indexer(pd.Index(genes))
-        mean, std = (dense(adata.layers[key])[:, order] for key in (keys.mean, keys.std))
+        mean, std = (
+            _numbers(dense(adata.layers[key]), f"layers[{key!r}]", adata.shape)[:, order]
+            for key in (keys.mean, keys.std)
+        )
         return mean, std
     raise KeyError(
         f"key: neither layers nor obsm has {keys.mean!r}; predict first with histovar.tl.predict(adata, model, "
@@ -223,6 +225,50 @@ def read_composed(adata: AnnData, keys: Keys) -> Composed | None:
     units = params["units"]
     composition = Composition(rates, spots[:, 0].log(), spots[:, 1])
     return Composed(Observation.from_plain(stored["observation"]), composition, units, totals)
+
+
+def read_draws(adata: AnnData, keys: Keys, n_genes: int) -> NDArray[Any] | None:
+    """Draws, (n_obs, n_genes, n_samples), where there are any.
+
+    Raises
+    ------
+    ValueError
+        If they are of another shape, or no numbers.
+    """
+    return _read_cube(adata, keys.samples, n_genes)
+
+
+def read_quantiles(adata: AnnData, keys: Keys, n_genes: int) -> tuple[NDArray[Any], NDArray[np.float64]] | None:
+    """Quantiles, (n_obs, n_genes, n_quantiles), and their levels, where there are any.
+
+    Raises
+    ------
+    ValueError
+        If they are of another shape, or no numbers.
+    """
+    cube = _read_cube(adata, keys.quantiles, n_genes)
+    if cube is None:
+        return None
+    levels = _numbers(slots.record(adata, keys)["quantiles"], f"uns[{keys.uns!r}]['quantiles']", cube.shape[2:])
+    return cube, levels.astype(np.float64)
+
+
+def _read_cube(adata: AnnData, key: str, n_genes: int) -> NDArray[Any] | None:
+    if key not in adata.obsm:
+        return None
+    values = adata.obsm[key]
+    return _numbers(values, f"obsm[{key!r}]", (adata.n_obs, n_genes, *np.shape(values)[2:3]), n_axes=3)
+
+
+def _numbers(values: Any, slot: str, shape: tuple[int, ...], n_axes: int | None = None) -> NDArray[Any]:
+    """The array of a slot, refused if it is no longer as it was written."""
+    array = np.asarray(values)
+    if array.shape != shape or array.ndim != (n_axes or len(shape)) or array.dtype.kind not in "fiu":
+        raise ValueError(
+            f"key: {slot} holds {array.dtype} of shape {array.shape}, expected numbers of "
+            f"{' x '.join(map(str, shape))}; it was changed since: predict again"
+        )
+    return array
 
 
 def _check_there(names: pd.Index, genes: Sequence[str], keys: Keys, where: str) -> None:
@@ -269,22 +315,30 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
     ------
     KeyError
         If there is no prediction, or it is not known of which genes.
+    ValueError
+        If what ``uns`` says of it was changed.
     """
     stored = slots.record(adata, keys)
-    genes = stored.get("genes")
+    genes, params = stored.get("genes"), stored.get("params", {})
+    if not isinstance(params, Mapping):
+        params = {}
     needed = {"genes", "units", "layer", "params", *(["quantiles"] if keys.quantiles in adata.obsm else [])}
     needed |= {"library_key", "spatial_key", "use_rep"}
-    if not needed <= {*stored, *stored.get("params", {})}:
+    if not needed <= {*stored, *params}:
         if keys.mean in adata.layers or keys.mean in adata.obsm:
             raise KeyError(
                 f"key: there is a prediction {keys.prefix!r}, but uns[{keys.uns!r}] has no "
-                f"{sorted(needed - {*stored, *stored.get('params', {})})}, as after anndata.concat: join predictions "
+                f"{sorted(needed - {*stored, *params})}, as after anndata.concat: join predictions "
                 "of the same genes and options with anndata.concat(..., uns_merge='same')"
             )
         raise KeyError(
             f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "
             f"key_added={keys.prefix!r})"
         )
+    expected = {"normalization": Mapping, "identity": str}
+    for name, kind in expected.items():
+        if name in stored and not (isinstance(stored[name], kind) and (kind is Mapping or stored[name].isdecimal())):
+            raise ValueError(f"key: uns[{keys.uns!r}][{name!r}] is not what histovar wrote; predict again")
     return [str(g) for g in np.asarray(genes).ravel()]
 
 

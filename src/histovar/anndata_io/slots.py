@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,36 +10,13 @@ from typing import Any
 import numpy as np
 from anndata import AnnData, ImplicitModificationWarning
 
-from histovar._keys import LOGNORM, Keys
+from histovar._keys import Keys
 from histovar._version import __version__
 
 # Where a slot is, such as ("obsm", "histovar_tokens").
 Slot = tuple[str, str]
 
-RESERVED = ("X", "spatial", LOGNORM)
 RECORDED = "slots"
-
-
-def keys(key_added: str, argument: str = "key_added") -> Keys:
-    """Slot names of a prefix that a user gave.
-
-    Raises
-    ------
-    TypeError
-        If it is not text.
-    ValueError
-        If it is empty, reserved, or no name that files can have.
-    """
-    if not isinstance(key_added, str):
-        raise TypeError(f"{argument}: expected text, got {key_added!r}")
-    if not re.fullmatch(r"\w(?:[^/\\\x00-\x1f]*[^/\\\x00-\x1f\s])?", key_added):
-        raise ValueError(
-            f"{argument}: {key_added!r} is no name for slots; begin with a letter or digit, leave out '/' and "
-            "backslashes, such as 'histovar'"
-        )
-    if key_added in RESERVED:
-        raise ValueError(f"{argument}: {key_added!r} is the name of other data; choose another, such as 'histovar'")
-    return Keys(key_added)
 
 
 def record(adata: AnnData, keys: Keys) -> Mapping[str, Any]:

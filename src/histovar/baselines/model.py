@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
+from pydantic import AfterValidator
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, KFold
 
+from histovar._arguments import Key, check_arguments, refuse_value
+from histovar._keys import Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar.anndata_io import expression, gate, slots
 from histovar.anndata_io.expression import Normalization
@@ -33,23 +36,31 @@ Standardize = Literal["section", "training"]
 
 
 class Method(NamedTuple):
-    """How a baseline is made, and what it sees of a spot."""
+    """How a baseline is made, whether it draws at random, and what it sees of a spot."""
 
     make: Callable[[int], Any]
+    is_random: bool
     niche: tuple[tuple[int, ...], tuple[int, ...]] | None
     """Neighbourhoods of the first embedding and of each further one; None: the first embedding alone."""
 
 
 METHODS: dict[str, Method] = {
-    "ridge_hest": Method(lambda _: HestRidge(), None),
-    "ridge": Method(lambda _: TunedRidge(), ((8, 24), ())),
-    "pls": Method(lambda _: pls(), ((8, 24), ())),
-    "kernel_ridge": Method(lambda _: kernel_ridge(), ((8, 24), ())),
-    "knn": Method(lambda _: knn(), ((8, 24), ())),
-    "mlp": Method(lambda seed: MLP(seed), ((8, 24), (8,))),
-    "mfbp": Method(lambda seed: MFBP(seed), None),
-    "var_st": Method(lambda seed: VARST(seed), None),
+    "ridge_hest": Method(lambda _: HestRidge(), False, None),
+    "ridge": Method(lambda _: TunedRidge(), False, ((8, 24), ())),
+    "pls": Method(lambda _: pls(), False, ((8, 24), ())),
+    "kernel_ridge": Method(lambda _: kernel_ridge(), False, ((8, 24), ())),
+    "knn": Method(lambda _: knn(), False, ((8, 24), ())),
+    "mlp": Method(lambda seed: MLP(seed), True, ((8, 24), (8,))),
+    "mfbp": Method(lambda seed: MFBP(seed), True, None),
+    "var_st": Method(lambda seed: VARST(seed), True, None),
 }
+
+
+def _method(value: str) -> str:
+    return value if value in METHODS else refuse_value(f"one of {', '.join(map(repr, METHODS))}")
+
+
+MethodName = Annotated[str, AfterValidator(_method)]
 
 
 @dataclass
@@ -71,6 +82,8 @@ class Baseline:
 
     Attributes
     ----------
+    widths : list of int or None
+        Widths of the embeddings trained on.
     std : ndarray
         (n_genes,) standard deviation of the errors on training spots left out.
     """
@@ -84,6 +97,7 @@ class Baseline:
     spatial_key: str
     standardize: Standardize
     random_state: int
+    widths: list[int] | None = field(default=None, init=False)
 
     def fit(self, adata: AnnData, expression: NDArray[np.floating]) -> Self:
         """Fit, once without a third of the training spots (whole sections), whose errors give `std`, and once on all.
@@ -98,6 +112,7 @@ class Baseline:
         labels = self._labels(adata)
         self.sections = [] if self.library_key is None else np.unique(labels).tolist()
         features = self.features(adata)
+        self.widths = [int(adata.obsm[key].shape[1]) for key in self.use_rep]
         estimator = METHODS[self.method].make(self.random_state)
         n_sections = len(np.unique(labels))
         splits: Any = GroupKFold(min(3, n_sections)) if n_sections > 1 else KFold(3, shuffle=True, random_state=0)
@@ -116,7 +131,8 @@ class Baseline:
     def features(self, adata: AnnData) -> NDArray[np.float32]:
         """What the method sees, (n_spots, n_features): embeddings and means over neighbours, side by side."""
         niche = METHODS[self.method].niche
-        embeddings = [gate.embedding(adata, key) for key in self.use_rep]
+        widths = [None] * len(self.use_rep) if self.widths is None else self.widths
+        embeddings = [gate.embedding(adata, key, width) for key, width in zip(self.use_rep, widths, strict=True)]
         names = gate.sections(adata, self.library_key, self.spatial_key)
         if niche is None:
             parts = embeddings[:1]
@@ -141,9 +157,10 @@ class Baseline:
                 features[rows] = (features[rows] - features[rows].mean(0)) / (features[rows].std(0) + 1e-6)
         return features
 
+    @check_arguments
     @in_float32
     def predict(
-        self, data: Data, *, key_added: str | None = None, table_name: str | None = None, copy: bool = False
+        self, data: Data, *, key_added: Prefix | None = None, table_name: Key | None = None, copy: bool = False
     ) -> AnnData | None:
         """Predict expression into the slots of :func:`histovar.tl.predict`.
 
@@ -164,7 +181,7 @@ class Baseline:
             Writes expected expression and its standard deviation, the same for every spot, and ``uns[key_added]``.
         """
         adata = gate.table(data, table_name, writes=not copy)
-        keys = slots.keys(self.method if key_added is None else key_added)
+        keys = Keys(self.method if key_added is None else key_added)
         slots.check_free(adata, keys, prediction_slots(keys))
         mean = _predict(self.estimator, self.features(adata), self._labels(adata)).astype(np.float32).clip(min=0)
         if copy:

@@ -65,16 +65,14 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    """Let idle threads sleep, and send logs and progress to standard error."""
+    """Let idle threads sleep, and send logs to standard error."""
     # Before torch is imported: its threads would otherwise spin while they wait, and two programs on the same cores
     # take turns at spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    import rich
     from rich.console import Console
     from rich.logging import RichHandler
 
-    rich.reconfigure(stderr=True)
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
     package = logging.getLogger("histovar")
     package.addHandler(handler)

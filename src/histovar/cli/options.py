@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from histovar._limits import MOST_RANDOM_STATE
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -40,7 +42,6 @@ def positive(value: float) -> float:
 
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}
 FILES: dict[str, Any] = {"parser": path_of, "metavar": "INPUTS"}
-MAX_SEED = 2**32 - 1
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Directory of the trained model.", **PATH)]
 UseRep = Annotated[
@@ -86,7 +87,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, h
 Gpus = Annotated[
     int | None, typer.Option(min=0, help="Number of GPUs; 0 is the CPU. One where there is any by default.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all random choices; the same seed repeats them.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MOST_RANDOM_STATE, help="Seed of all random choices; the same seed repeats them.")
+]
 
 
 def hardware(gpus: int | None) -> tuple[str, int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from histovar._limits import MOST_SAMPLES
+
 from . import outputs
 from .options import (
     FILES,
@@ -75,7 +77,7 @@ def predict(
             "--n-samples",
             "--n_samples",
             min=0,
-            max=10_000,
+            max=MOST_SAMPLES,
             help="Random draws of each spot's expression to add, in which genes vary together as in tissue.",
         ),
     ] = 0,

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from histovar._arguments import Key, KeyOrKeys, PathLike, check_arguments
 from histovar.anndata_io.files import read_file
 
 from ._embedding_files import find_embedding_file, read_embedding_file
@@ -20,12 +21,13 @@ from ._spot_matching import match_spots
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
 def hest(
-    path: str | Path,
-    dataset: str | None = None,
+    path: PathLike,
+    dataset: Key | None = None,
     *,
-    embedding: str | None = "uni",
-    slides: Sequence[str] | str | None = None,
+    embedding: Key | None = "uni",
+    slides: KeyOrKeys | None = None,
 ) -> AnnData:
     """Read slides and embeddings in the layout of HEST-1k and HEST-Benchmark.
 
@@ -75,7 +77,8 @@ def hest(
     root = Path(path) if dataset is None else Path(path) / dataset
     if not root.is_dir():
         known = sorted(p.name for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
-        raise FileNotFoundError(f"dataset: no directory {str(root)!r}; {str(path)!r} has {known}")
+        name = "path" if dataset is None else "dataset"
+        raise FileNotFoundError(f"{name}: no directory {str(root)!r}; {str(path)!r} has {known}")
     files = {f.stem: f for f in sorted(f for folder in ("st", "adata") for f in (root / folder).glob("*.h5ad"))}
     if not files:
         raise FileNotFoundError(f"path: no st/*.h5ad or adata/*.h5ad in {str(root)!r}")
@@ -107,15 +110,10 @@ def hest(
 def _choose_slides(slides: Sequence[str] | str | None, files: dict[str, Path], root: Path) -> list[str]:
     if slides is None:
         return list(files)
-    chosen = [slides] if isinstance(slides, str) else list(slides)
-    if not chosen:
-        raise ValueError(f"slides: no slide is named; {str(root)!r} has {sorted(files)}, None reads all")
+    chosen = list(slides)  # a single key has become a list
     missing = sorted(set(chosen) - set(files))
     if missing:
         raise FileNotFoundError(f"slides: {missing} not in {str(root)!r}, which has {sorted(files)}")
-    repeated = sorted({slide for slide in chosen if chosen.count(slide) > 1})
-    if repeated:
-        raise ValueError(f"slides: {repeated} are named more than once; name each slide once")
     return chosen
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import sparse
 from scipy.ndimage import gaussian_filter, map_coordinates
+
+from histovar._arguments import Count, Positive, Seed, check_arguments
+from histovar._memory import check_fits
 
 # Pixels between neighbouring spots, and a spot's diameter, at full resolution.
 PITCH = 100.0
@@ -20,17 +24,22 @@ IMAGE_WIDTH = 800
 N_FEATURES = 12
 SHARPNESS = 7.5
 NOISE = 0.7
+# Larger counts are not exact in 32-bit floats.
+MOST_DEPTH = 1e6
+
+Several = Annotated[Count, Field(ge=2)]
 
 
+@check_arguments
 def simulate(
-    n_sections: int = 4,
-    n_spots: int = 400,
-    n_genes: int = 200,
+    n_sections: Count = 4,
+    n_spots: Several = 400,
+    n_genes: Several = 200,
     *,
-    n_programs: int = 6,
-    embedding_dim: int = 1024,
-    depth: float = 3000.0,
-    random_state: int = 0,
+    n_programs: Several = 6,
+    embedding_dim: Count = 1024,
+    depth: Annotated[Positive, Field(le=MOST_DEPTH)] = 3000.0,
+    random_state: Seed = 0,
 ) -> AnnData:
     """Sections of tissue with regions, gene programs, counts, embeddings and an H&E-like image.
 
@@ -60,16 +69,12 @@ def simulate(
     Raises
     ------
     ValueError
-        If a number is too small.
+        If a number is too small, or so large that the object would not fit into memory.
     """
-    for name, value in (
-        ("n_sections", n_sections),
-        ("n_spots", n_spots),
-        ("n_genes", n_genes),
-        ("n_programs", n_programs),
-    ):
-        if value < 2 - (name == "n_sections"):
-            raise ValueError(f"{name} must be at least {2 - (name == 'n_sections')}, got {value}")
+    n_values = n_sections * n_spots * (n_genes + embedding_dim + n_programs) + n_programs * n_genes
+    asked = {"n_sections": n_sections, "n_spots": n_spots, "n_genes": n_genes}
+    asked |= {"n_programs": n_programs, "embedding_dim": embedding_dim}
+    check_fits(8 * n_values, ", ".join(f"{name}={n}" for name, n in asked.items()), "ask for less")
     rng = np.random.default_rng(random_state)
     loadings = rng.gamma(0.25, 1.0, (n_programs, n_genes)) + 0.02
     loadings *= rng.lognormal(0, 1, n_genes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,18 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from histovar._arguments import KeyList, check_arguments
+
+from ._arrays import Matrix, Spots
+
 # A column whose standard deviation is below this share of its mean magnitude is constant up to rounding.
 CONSTANT = 1e-6
 # Numbers of best genes whose mean correlation is given.
 BEST = (10, 50, 200)
 
 
-def pearson(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def pearson(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
     """Pearson correlation of every gene over the spots.
 
     Parameters
@@ -33,7 +37,8 @@ def pearson(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float
     return _by_convention(_correlate(predicted, measured), predicted, measured)
 
 
-def is_constant(values: NDArray[Any]) -> NDArray[np.bool_]:
+@check_arguments
+def is_constant(values: Matrix) -> NDArray[np.bool_]:
     """Whether each column of (n_spots, n_genes) is the same for all spots, up to rounding; not if it has NaN."""
     x = np.asarray(values, dtype=np.float64)
     if not len(x):
@@ -43,13 +48,15 @@ def is_constant(values: NDArray[Any]) -> NDArray[np.bool_]:
     return result
 
 
-def spearman(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def spearman(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
     """Spearman correlation of every gene over the spots; arguments, NaN and 0 as in :func:`pearson`."""
     ranks = _correlate(rankdata(predicted, axis=0), rankdata(measured, axis=0))
     return _by_convention(ranks, predicted, measured)
 
 
-def partial_pearson(predicted: NDArray[Any], measured: NDArray[Any], total_counts: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def partial_pearson(predicted: Matrix, measured: Matrix, total_counts: Spots) -> NDArray[np.float64]:
     """Pearson correlation of every gene with sequencing depth taken out of both sides.
 
     A spot's total count alone correlates with most log-normalised genes. Here its logarithm, linear and squared, is
@@ -104,7 +111,8 @@ def _without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[
     return np.where(finite, np.where(explained, 0.0, rest), np.nan)
 
 
-def relative_variance_distance(predicted: NDArray[Any], measured: NDArray[Any]) -> float:
+@check_arguments
+def relative_variance_distance(predicted: Matrix, measured: Matrix) -> float:
     """How far the genes' variances over the spots are from the measured ones.
 
     The mean over genes of ``((var(predicted) - var(measured)) / var(measured))**2``, the RVD of Zhu et al. 2025 (Stem).
@@ -124,18 +132,20 @@ def relative_variance_distance(predicted: NDArray[Any], measured: NDArray[Any]) 
     return float((((p - m) / m) ** 2).mean())
 
 
-def mean_pearson(predicted: NDArray[Any], measured: NDArray[Any]) -> float:
+@check_arguments
+def mean_pearson(predicted: Matrix, measured: Matrix) -> float:
     """Mean of :func:`pearson` over the genes for which it is defined; NaN if there are none."""
     scores = pearson(predicted, measured)
     defined = scores[~np.isnan(scores)]
     return float(defined.mean()) if len(defined) else float("nan")
 
 
+@check_arguments
 def per_gene(
-    predicted: NDArray[Any],
-    measured: NDArray[Any],
-    genes: Sequence[str],
-    total_counts: NDArray[Any] | None = None,
+    predicted: Matrix,
+    measured: Matrix,
+    genes: KeyList,
+    total_counts: Spots | None = None,
 ) -> pd.DataFrame:
     """Scores of every gene.
 
@@ -155,6 +165,8 @@ def per_gene(
         constant and the correlation therefore 0; with `total_counts` also ``partial_pearson``. Correlations are NaN
         where they are undefined (:func:`pearson`).
     """
+    if len(genes) != predicted.shape[1]:
+        raise ValueError(f"genes: expected {predicted.shape[1]} names, as in predicted, got {len(genes)}")
     correlation = pearson(predicted, measured)
     error = np.asarray(predicted, dtype=np.float64) - np.asarray(measured, dtype=np.float64)
     columns = {
@@ -169,6 +181,7 @@ def per_gene(
     return pd.DataFrame(columns, index=pd.Index(list(genes), name="gene"))
 
 
+@check_arguments
 def summary(scores: pd.DataFrame) -> dict[str, float]:
     """Summary of the scores of :func:`per_gene`.
 
@@ -185,7 +198,15 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
         ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``PCC-partial`` where there is ``partial_pearson``. Numbers of
         genes: ``n_genes``; ``n_constant``, whose prediction is constant, which count as 0; ``n_undefined``, whose
         Pearson correlation is undefined, which are left out.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
     """
+    missing = [name for name in ("pearson", "spearman", "mse", "mae", "constant") if name not in scores]
+    if missing:
+        raise KeyError(f"scores: no columns {missing}; expected what histovar.metrics.per_gene returns")
     ranked = scores["pearson"].dropna().sort_values(ascending=False)
     result = {f"PCC-{n}": float(ranked.head(n).mean()) for n in BEST if n <= len(scores)}
     result |= {

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import sparse
 
+from histovar._arguments import Converted, Count, ListOf, Number, Seed, check_arguments, refuse_type, refuse_value
 from histovar._keys import TARGET_SUM
 
 from .accuracy import is_constant, pearson
 
+# More change nothing that one could see.
+MOST_SPLITS = 10_000
 
+
+def _counts(value: Any) -> sparse.csr_matrix:
+    expected = "counts of shape (spots, genes), integers that are not negative"
+    if not sparse.issparse(value):
+        try:
+            value = np.asarray(value)
+        except (TypeError, ValueError):
+            refuse_type(expected)
+    if value.ndim != 2 or value.dtype.kind not in "fiub":
+        refuse_type(expected)
+    matrix = sparse.csr_matrix(value)
+    whole = np.isfinite(matrix.data) & (matrix.data >= 0) & (matrix.data == np.round(matrix.data))
+    return matrix.astype(np.int64) if whole.all() else refuse_value(expected)
+
+
+@check_arguments
 def noise_ceiling(
-    counts: Any,
-    genes: NDArray[np.integer] | None = None,
+    counts: Annotated[Any, Converted(_counts)],
+    genes: ListOf[Number] | None = None,
     *,
-    n_splits: int = 10,
+    n_splits: Annotated[Count, Field(le=MOST_SPLITS)] = 10,
     log_counts: bool = False,
-    random_state: int = 0,
+    random_state: Seed = 0,
 ) -> NDArray[np.float64]:
     r"""Bound on the Pearson correlation that any prediction can reach, gene by gene.
 
@@ -52,8 +72,10 @@ def noise_ceiling(
         (n_genes,); 0 where the halves do not correlate, NaN where the measurement is constant.
     """
     rng = np.random.default_rng(random_state)
-    whole = sparse.csr_matrix(counts).astype(np.int64)
-    columns = np.arange(whole.shape[1]) if genes is None else np.asarray(genes)
+    whole: sparse.csr_matrix = counts
+    columns = np.arange(whole.shape[1]) if genes is None else np.array(genes, dtype=int)
+    if len(columns) and columns.max() >= whole.shape[1]:
+        raise ValueError(f"genes: expected columns of counts, which has {whole.shape[1]}, got {columns.max()}")
 
     def normalised(half: sparse.csr_matrix) -> NDArray[np.float64]:
         values = half[:, columns].toarray().astype(np.float64)

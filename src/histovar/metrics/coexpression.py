@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from histovar._arguments import check_arguments
+
+from ._arrays import Matrix, Values
 from .accuracy import is_constant
 
 
-def gene_correlation(values: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def gene_correlation(values: Values) -> NDArray[np.float64]:
     """Pearson correlation between all genes over the spots.
 
     Parameters
@@ -38,7 +40,8 @@ def gene_correlation(values: NDArray[Any]) -> NDArray[np.float64]:
     return matrix
 
 
-def gene_correlation_error(predicted: NDArray[Any], measured: NDArray[Any]) -> float:
+@check_arguments
+def gene_correlation_error(predicted: Values, measured: Matrix) -> float:
     """Root mean square difference, over pairs of genes, of predicted and measured correlation.
 
     Parameters

@@ -7,17 +7,21 @@ sorted (:func:`sample_quantiles`), and a mean with a standard deviation is a nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from histovar._arguments import Seed, Share, check_arguments
+
+from ._arrays import Draws, Levels, Matrix, Quantiles
+
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 
 
-def crps_samples(samples: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def crps_samples(samples: Draws, measured: Matrix) -> NDArray[np.float64]:
     r"""Continuous ranked probability score of draws, in the units of expression; smaller is better.
 
     ``E|X - y| - E|X - X'| / 2`` over the draws (Gneiting & Raftery 2007, equation 21), which is the score of their
@@ -38,9 +42,8 @@ def crps_samples(samples: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.fl
     return crps_quantiles(*sample_quantiles(samples), measured)
 
 
-def crps_quantiles(
-    quantiles: NDArray[Any], levels: Sequence[float] | NDArray[Any], measured: NDArray[Any]
-) -> NDArray[np.float64]:
+@check_arguments
+def crps_quantiles(quantiles: Quantiles, levels: Levels, measured: Matrix) -> NDArray[np.float64]:
     """CRPS of a distribution given by quantiles: twice the pinball loss, integrated over the levels.
 
     Integration is by the trapezoidal rule between the levels given, the outermost of which stand for what lies
@@ -68,7 +71,8 @@ def crps_quantiles(
     return score
 
 
-def crps_normal(mean: NDArray[Any], std: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def crps_normal(mean: Matrix, std: Matrix, measured: Matrix) -> NDArray[np.float64]:
     """CRPS of normal distributions in closed form (Gneiting et al. 2005, equation 5), all (n_spots, n_genes)."""
     spread = np.maximum(np.asarray(std, dtype=np.float64), 1e-12)
     z = (np.asarray(measured) - mean) / spread
@@ -76,17 +80,15 @@ def crps_normal(mean: NDArray[Any], std: NDArray[Any], measured: NDArray[Any]) -
     return score
 
 
-def normal_quantiles(
-    mean: NDArray[Any], std: NDArray[Any], levels: Sequence[float] | NDArray[Any]
-) -> NDArray[np.float64]:
+@check_arguments
+def normal_quantiles(mean: Matrix, std: Matrix, levels: Levels) -> NDArray[np.float64]:
     """Quantiles of normal distributions cut off at 0: (n_spots, n_genes) to (n_spots, n_genes, n_levels)."""
     values = np.asarray(mean)[..., None] + np.asarray(std)[..., None] * norm.ppf(np.asarray(levels))
     return np.clip(values, 0, None)
 
 
-def interval(
-    quantiles: NDArray[Any], levels: Sequence[float] | NDArray[Any], share: float
-) -> tuple[NDArray[Any], NDArray[Any]]:
+@check_arguments
+def interval(quantiles: Quantiles, levels: Levels, share: Share) -> tuple[NDArray[Any], NDArray[Any]]:
     """Ends of the central interval that should hold `share` of the values, each (n_spots, n_genes).
 
     Raises
@@ -97,7 +99,7 @@ def interval(
     tau = np.asarray(levels, dtype=np.float64)
     ends = ((1 - share) / 2, (1 + share) / 2)
     if ends[0] < tau[0] - 1e-9 or ends[1] > tau[-1] + 1e-9:
-        raise ValueError(f"levels from {tau[0]:g} to {tau[-1]:g} have no central interval of {share:g}")
+        raise ValueError(f"share: levels from {tau[0]:g} to {tau[-1]:g} have no central interval of {share:g}")
     low, high = (_at(quantiles, tau, level) for level in ends)
     return low, high
 
@@ -110,16 +112,16 @@ def _at(quantiles: NDArray[Any], tau: NDArray[np.float64], level: float) -> NDAr
     return value
 
 
-def coverage(low: NDArray[Any], high: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
+@check_arguments
+def coverage(low: Matrix, high: Matrix, measured: Matrix) -> NDArray[np.float64]:
     """Share of spots whose measured value lies in the interval, ends included: (n_genes,); NaN where a value is NaN."""
     y = np.asarray(measured)
     share: NDArray[np.float64] = ((y >= low) & (y <= high)).mean(0)
     return np.where(np.isnan(low + high + y).any(0), np.nan, share)
 
 
-def pit(
-    quantiles: NDArray[Any], levels: Sequence[float] | NDArray[Any], measured: NDArray[Any], random_state: int = 0
-) -> NDArray[np.float64]:
+@check_arguments
+def pit(quantiles: Quantiles, levels: Levels, measured: Matrix, random_state: Seed = 0) -> NDArray[np.float64]:
     """Probability integral transform: the level at which the measured value lies; uniform if calibrated.
 
     Where several quantiles equal the measured value, as they do at zero, a level is drawn between theirs (Czado et
@@ -150,7 +152,8 @@ def pit(
     return low + height * (high - low)
 
 
-def sample_quantiles(samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+@check_arguments
+def sample_quantiles(samples: Draws) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Sorted draws, and the levels (i + 1/2) / n that they stand for."""
     n = np.shape(samples)[2]
     return np.sort(samples, axis=2), (np.arange(n) + 0.5) / n

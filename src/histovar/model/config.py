@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from histovar._arguments import Count, Increasing, ListOf, NotNegative, Number, Rate, TupleOf, check_arguments, checked
 
 # What the outline says of a spot for each neighbourhood: how far its neighbours lie, and how lopsidedly.
 N_OUTLINE = 2
@@ -85,47 +87,49 @@ class ModelConfig:
 
     Raises
     ------
+    TypeError
+        If a value is of another type; the message names the field.
     ValueError
-        If the values do not fit together; the message names the field.
+        If one is out of range, or values do not fit together.
     """
 
-    n_genes: int
-    scales: tuple[int, ...]
-    components: tuple[int, ...]
+    n_genes: Count
+    scales: Annotated[Increasing, Field(min_length=1)]
+    components: TupleOf[Count]
     residual: bool = True
-    codebook_size: int = 4096
-    codebook_dim: int = 128
+    codebook_size: Count = 4096
+    codebook_dim: Count = 128
     codebook_update: Literal["ema", "gradient"] = "ema"
-    codebook_decay: float = 0.95
-    dead_code_threshold: float = 0.05
-    encoder_hidden: tuple[int, ...] = (64, 64, 96, 256)
-    hierarchical_weight: float = 0.1
-    vq_weight: float = 0.25
-    commitment_weight: float = 0.25
-    embedding_dims: tuple[int, ...] = ()
-    n_neighbors: tuple[int, ...] = (8, 24, 48)
+    codebook_decay: Annotated[Rate, Field(gt=0)] = 0.95
+    dead_code_threshold: NotNegative = 0.05
+    encoder_hidden: TupleOf[Count] = (64, 64, 96, 256)
+    hierarchical_weight: NotNegative = 0.1
+    vq_weight: NotNegative = 0.25
+    commitment_weight: NotNegative = 0.25
+    embedding_dims: TupleOf[Count] = ()
+    n_neighbors: Increasing = (8, 24, 48)
     outline: bool = True
     coordinates: bool = False
-    n_covariates: int = 0
+    n_covariates: Number = 0
     condition: Literal["pca", "mlp"] = "pca"
     standardize: Literal["auto", "section", "training"] = "auto"
-    n_pcs: int = 64
-    width: int = 96
-    n_layers: int = 2
-    n_heads: int = 4
-    feedforward: int = 384
-    dropout: float = 0.3
+    n_pcs: Count = 64
+    width: Count = 96
+    n_layers: Count = 2
+    n_heads: Count = 4
+    feedforward: Count = 384
+    dropout: Rate = 0.3
     order: Literal["scale", "token"] = "scale"
-    attention_limit: int = 64
+    attention_limit: Number = 64
     style: Literal["modern", "reference"] = "modern"
-    n_members: int = 6
-    prior_hidden: int = 256
-    prior_dropout: float = 0.5
-    prior_input_dropout: float = 0.2
+    n_members: Number = 6
+    prior_hidden: Count = 256
+    prior_dropout: Rate = 0.5
+    prior_input_dropout: Rate = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("scales", "components", "encoder_hidden", "embedding_dims", "n_neighbors"):
-            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        for name, value in checked(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
         problems = list(self._problems())
         if problems:
             raise ValueError("ModelConfig: " + "; ".join(problems))
@@ -137,51 +141,18 @@ class ModelConfig:
             if not condition:
                 found.append(message)
 
-        positive = ("n_genes", "codebook_size", "codebook_dim", "width", "n_layers", "n_heads", "feedforward", "n_pcs")
-        for name in (*positive, "prior_hidden"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "prior_dropout", "prior_input_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        nonnegative = (
-            "hierarchical_weight",
-            "vq_weight",
-            "commitment_weight",
-            "n_members",
-            "n_covariates",
-            "attention_limit",
-        )
-        for name in nonnegative:
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        require(self.codebook_size < 2**31, f"codebook_size={self.codebook_size} overflows tokens, which are int32")
-        require(0 < self.codebook_decay < 1, f"codebook_decay must lie in (0, 1), got {self.codebook_decay}")
-        for name, allowed in (
-            ("codebook_update", ("ema", "gradient")),
-            ("condition", ("pca", "mlp")),
-            ("standardize", ("auto", "section", "training")),
-            ("order", ("scale", "token")),
-            ("style", ("modern", "reference")),
-        ):
-            require(getattr(self, name) in allowed, f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-
         scales = self.scales
-        require(len(scales) >= 1 and scales[0] >= 1, f"scales must hold positive numbers, got {scales}")
-        require(all(a < b for a, b in pairwise(scales)), f"scales must increase strictly, got {scales}")
         require(scales[-1:] == (self.n_genes,), f"the last of scales must be n_genes={self.n_genes}, got {scales}")
         for name in ("components", "encoder_hidden"):
             values = getattr(self, name)
             require(len(values) == len(scales), f"{name} needs one number a scale ({len(scales)}), got {values}")
-            require(all(v >= 1 for v in values), f"{name} must hold positive numbers, got {values}")
         require(self.components[-1:] == (1,), f"the last of components must be 1, got {self.components}")
         require(
-            self.residual or set(self.components) <= {1}, f"plain scales have one component each, got {self.components}"
+            self.residual or set(self.components) <= {1},
+            f"residual=False: components must be 1 at all scales, got {self.components}",
         )
         require(self.n_members != 1, "n_members=1 cannot be cross-fitted; use 0 for no prior, or at least 2")
         require(self.width % self.n_heads == 0, f"width={self.width} must be divisible by n_heads={self.n_heads}")
-        require(all(d >= 1 for d in self.embedding_dims), f"embedding_dims must be positive, got {self.embedding_dims}")
-        require(
-            all(n >= 1 for n in self.n_neighbors) and all(a < b for a, b in pairwise(self.n_neighbors)),
-            f"n_neighbors must be positive and increase strictly, got {self.n_neighbors}",
-        )
         if self.condition == "mlp":
             expected = self.condition_hidden + self.coordinate_dim * self.coordinates
             require(len(self.embedding_dims) <= 1, "condition='mlp' takes one embedding")
@@ -241,7 +212,8 @@ class ModelConfig:
         return (N_OUTLINE * len(self.n_neighbors),) if self.has_outline else ()
 
     @classmethod
-    def default(cls, n_genes: int, embedding_dim: int | Sequence[int] = (), **changes: Any) -> ModelConfig:
+    @check_arguments
+    def default(cls, n_genes: Count, embedding_dim: Count | ListOf[Count] = (), **changes: Any) -> ModelConfig:
         """The small configuration, made to train on a laptop's CPU.
 
         Parameters
@@ -300,6 +272,9 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
+        unknown = sorted(set(changes) - {f.name for f in fields(self)})
+        if unknown:
+            raise TypeError(f"ModelConfig: unknown fields {unknown}; known fields are {[f.name for f in fields(self)]}")
         return replace(self, **changes)
 
     def to_json(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from histovar._arguments import Number, Positive, Share, checked
 
 from .head import CODES_AT_ONCE, TokenHead
 from .transformer import GeneVARTransformer
@@ -39,19 +41,13 @@ class Decoding:
     """
 
     mode: Mode = "expected"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Positive = 1.0
+    top_k: Number = 0
+    top_p: Share = 1.0
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"decoding must be one of {get_args(Mode)}, got {self.mode!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; for arg-max use 'greedy'")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}; 0 keeps all codes")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        for name, value in checked(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def filter(self, logits: Tensor) -> Tensor:
         """Probabilities after temperature, top-k and top-p: (..., codebook_size)."""

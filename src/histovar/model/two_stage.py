@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+
+from histovar._arguments import PathLike, check_arguments, not_bool
 
 from .calibration import Calibration
 from .condition import ConditionProcessor, Histology
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["fp32", "bf16"]
+Stage = Annotated[Literal[1, 2], not_bool]
 
 
 class VARStage(nn.Module):
@@ -462,7 +465,8 @@ class TwoStageVARST(nn.Module):
             made = made._replace(std=(made.std.square() + disagreement).sqrt())
         return made
 
-    def save(self, path: str | Path) -> None:
+    @check_arguments
+    def save(self, path: PathLike) -> None:
         """Write the model to a directory: weights as safetensors, all else as JSON.
 
         In a distributed run, the first process does. A model that is there is replaced in one step: killed at any
@@ -488,7 +492,8 @@ class TwoStageVARST(nn.Module):
         save_model(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    @check_arguments
+    def load(cls, path: PathLike) -> Self:
         """Read a model that :meth:`save` wrote.
 
         Parameters
@@ -513,7 +518,8 @@ class TwoStageVARST(nn.Module):
 
         return load_model(cls, Path(path))
 
-    def save_stage(self, path: str | Path, stage: Literal[1, 2]) -> None:
+    @check_arguments
+    def save_stage(self, path: PathLike, stage: Stage) -> None:
         """Write one stage to a directory, in the format of :meth:`save`.
 
         Where the directory holds the other stage, of a model with the same stage 1, that stage is kept, and the two
@@ -534,13 +540,12 @@ class TwoStageVARST(nn.Module):
         OSError
             As :meth:`save`.
         """
-        if stage not in (1, 2):
-            raise ValueError(f"stage must be 1 or 2, got {stage!r}")
         from .checkpoint import save_model
 
         save_model(self, Path(path), stages=(stage,))
 
-    def load_stage(self, path: str | Path, stage: Literal[1, 2]) -> None:
+    @check_arguments
+    def load_stage(self, path: PathLike, stage: Stage) -> None:
         """Take one stage from a directory into this model.
 
         Parameters

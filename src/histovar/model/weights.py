@@ -230,7 +230,7 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
                 state[name] = tensor[..., :-1].contiguous()
         for part in ("layers", "norms", "output"):
             state = {name.replace(f"prior.{part}.", f"prior.genes.{part}."): t for name, t in state.items()}
-        new = ("observation.", "prior.depth", "prior.linear_depth.", "prior.trained")
+        new: tuple[str, ...] = ("observation.", "prior.depth", "prior.linear_depth.", "prior.trained")
         new += ("prior.linear.",) if version <= 3 else ()
         state |= {name: tensor for name, tensor in implied.items() if name.startswith(new)}
     return state

@@ -1,12 +1,49 @@
-"""What all plots share: axes, saving, showing."""
+"""What all plots share: their arguments, axes, saving, showing."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
+import matplotlib as mpl
+import matplotlib.colors
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pydantic import AfterValidator
+
+from histovar._arguments import Converted, PathLike, refuse_type, refuse_value
+
+
+def _axes_list(value: Any) -> list[Axes]:
+    axes = list(np.asarray(value, dtype=object).ravel())
+    if not axes or not all(isinstance(ax, Axes) for ax in axes):
+        refuse_type("Axes of matplotlib")
+    return axes
+
+
+def _colormap(value: str | matplotlib.colors.Colormap) -> str | matplotlib.colors.Colormap:
+    if isinstance(value, str) and value not in mpl.colormaps:
+        refuse_value("the name of a colour map of matplotlib")
+    return value
+
+
+def _figure_file(value: str | Path) -> str | Path:
+    path = Path(value)
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        refuse_value(f"a file that ends in one of {', '.join(f'.{name}' for name in known)}")
+    if path.is_dir() or not path.parent.is_dir():
+        refuse_value("a file in a directory that exists")
+    return value
+
+
+AxesList = Annotated[Any, Converted(_axes_list)]
+Colormap = Annotated[str | matplotlib.colors.Colormap, AfterValidator(_colormap)]
+FigureFile = Annotated[PathLike, AfterValidator(_figure_file)]
 
 
 def figure_of(ax: Axes) -> Figure:
@@ -22,6 +59,21 @@ def new_axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
         return ax
     _, made = plt.subplots(figsize=figsize, layout="constrained")
     return made
+
+
+def axes_grid(ax: list[Axes] | None, n_rows: int, n_columns: int, figsize: tuple[float, float]) -> NDArray[Any]:
+    """The given axes, or those of a new figure, (n_rows, n_columns).
+
+    Raises
+    ------
+    ValueError
+        If other than so many are given.
+    """
+    if ax is None:
+        return plt.subplots(n_rows, n_columns, figsize=figsize, squeeze=False, layout="constrained")[1]
+    if len(ax) != n_rows * n_columns:
+        raise ValueError(f"ax: expected {n_rows} x {n_columns} axes, got {len(ax)}")
+    return np.array(ax, dtype=object).reshape(n_rows, n_columns)
 
 
 def finish(figure: Figure, show: bool, save: str | Path | None) -> None:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY
+from histovar._arguments import Key, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_comparison, read_distribution
 from histovar.anndata_io.gate import Data
 
-from ._figure import figure_of, finish
+from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
 
 SHARES = np.arange(0.05, 1, 0.05)
 
 
+@check_arguments
 def calibration(
     data: Data,
     *,
-    key: str = DEFAULT_KEY,
-    layer: str | None = None,
-    ax: Any = None,
+    key: Prefix = DEFAULT_KEY,
+    layer: Key | None = None,
+    ax: AxesList | None = None,
     show: bool = False,
-    save: str | Path | None = None,
-    table_name: str | None = None,
+    save: FigureFile | None = None,
+    table_name: Key | None = None,
 ) -> NDArray[Any]:
     """Coverage of central intervals against what they promise, and the PIT histogram.
 
@@ -64,9 +64,11 @@ def calibration(
     ------
     KeyError
         If there is no prediction or no measured expression.
+    ValueError
+        If `ax` are not two.
     """
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     scored = read_comparison(adata, keys, layer)
     kind, quantiles, levels = read_distribution(adata, keys, scored.mean, scored.std)
     shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
@@ -74,11 +76,7 @@ def calibration(
         [metrics.coverage(*metrics.interval(quantiles, levels, share), scored.measured) for share in shares]
     )
     place = metrics.pit(quantiles, levels, scored.measured)
-    if ax is None:
-        _, ax = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    axes: NDArray[Any] = np.asarray(ax, dtype=object).ravel()
-    if len(axes) != 2:
-        raise ValueError(f"ax: two axes are needed, got {len(axes)}")
+    axes = axes_grid(ax, 1, 2, (9, 4))[0]
     left, right = axes
     _coverage(left, np.array(shares), covered)
     right.hist(place.ravel(), bins=20, range=(0, 1), density=True, alpha=0.6)

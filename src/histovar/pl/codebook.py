@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 
+from histovar._arguments import check_arguments
 from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity
 
-from ._figure import figure_of, finish, new_axes
+from ._figure import FigureFile, figure_of, finish, new_axes
 
 
+@check_arguments
 def codebook(
-    model: TwoStageVARST, *, ax: Axes | None = None, show: bool = False, save: str | Path | None = None
+    model: TwoStageVARST, *, ax: Axes | None = None, show: bool = False, save: FigureFile | None = None
 ) -> Axes:
     """How often each scale uses the codes, ranked, on logarithmic axes.
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY
-from histovar.anndata_io import gate, slots
+from histovar._arguments import Key, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_comparison
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.prediction import read_draws
 
-from ._figure import figure_of, finish
+from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
 
 
+@check_arguments
 def gene_correlation(
     data: Data,
     *,
-    key: str = DEFAULT_KEY,
-    layer: str | None = None,
-    ax: Any = None,
+    key: Prefix = DEFAULT_KEY,
+    layer: Key | None = None,
+    ax: AxesList | None = None,
     show: bool = False,
-    save: str | Path | None = None,
-    table_name: str | None = None,
+    save: FigureFile | None = None,
+    table_name: Key | None = None,
 ) -> NDArray[Any]:
     """Correlation between genes over the spots: measured, of the expected expression, of the draws.
 
@@ -66,21 +67,18 @@ def gene_correlation(
         If there are fewer than 2 genes, or `ax` are not as many as there are panels.
     """
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     scored = read_comparison(adata, keys, layer)
     if len(scored.genes) < 2:
         raise ValueError(f"key: the prediction has {len(scored.genes)} gene; correlations need 2")
     panels = {"measured": scored.measured, "expected": scored.mean}
-    if keys.samples in adata.obsm:
-        panels["draws"] = np.asarray(adata.obsm[keys.samples])
+    draws = read_draws(adata, keys, len(scored.genes))
+    if draws is not None:
+        panels["draws"] = draws
     matrices = {name: metrics.gene_correlation(values) for name, values in panels.items()}
     distance = squareform(1 - matrices["measured"], checks=False)
     order = leaves_list(linkage(distance, "average"))
-    if ax is None:
-        _, ax = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.8, 3.8), layout="constrained")
-    axes: NDArray[Any] = np.asarray(ax, dtype=object).ravel()
-    if len(axes) != len(panels):
-        raise ValueError(f"ax: {len(panels)} axes are needed, got {len(axes)}")
+    axes = axes_grid(ax, 1, len(panels), (3.6 * len(panels) + 0.8, 3.8))[0]
     for panel, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = panel.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         error = metrics.gene_correlation_error(panels[name], scored.measured)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
-from histovar._keys import DEFAULT_KEY
-from histovar.anndata_io import gate, slots
+from histovar._arguments import Key, Number, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
 
-from ._figure import figure_of, finish, new_axes
+from ._figure import FigureFile, figure_of, finish, new_axes
 
 
+@check_arguments
 def metrics(
     data: Data,
     *,
-    key: str = DEFAULT_KEY,
-    n_labels: int = 8,
+    key: Prefix = DEFAULT_KEY,
+    n_labels: Number = 8,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
-    table_name: str | None = None,
+    save: FigureFile | None = None,
+    table_name: Key | None = None,
 ) -> Axes:
     """Pearson correlation of every gene for which it is defined, ranked, the best genes named.
 
@@ -51,14 +52,21 @@ def metrics(
     ------
     KeyError
         If the object has not been evaluated.
+    ValueError
+        If its scores were changed.
     """
     adata = gate.table(data, table_name, writes=False)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     column = keys.score("pearson")
     if column not in adata.var:
         raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")
+    errors = keys.score("mse")
+    if errors not in adata.var or not pd.api.types.is_numeric_dtype(adata.var[column]):
+        raise ValueError(
+            f"key: var has no {errors!r}, or no numbers in {column!r}; call histovar.tl.evaluate(adata, key={key!r})"
+        )
     scores = adata.var[column].dropna().sort_values(ascending=False)
-    n_undefined = int(adata.var[keys.score("mse")].notna().sum()) - len(scores)
+    n_undefined = int(adata.var[errors].notna().sum()) - len(scores)
     ax = new_axes(ax, (7, 4))
     rank = np.arange(1, len(scores) + 1)
     ax.fill_between(rank, scores, step="mid", alpha=0.25)

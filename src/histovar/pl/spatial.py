@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
+from pydantic import Field
 
-from histovar._keys import DEFAULT_KEY, Keys
+from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._squidpy import sq
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_measured
@@ -24,32 +23,35 @@ from histovar.anndata_io.images import section_image, spot_diameter
 from histovar.anndata_io.prediction import predicted_genes, predicted_sections, read_prediction
 from histovar.metrics import pearson
 
-from ._figure import figure_of, finish
+from ._figure import AxesList, Colormap, FigureFile, axes_grid, figure_of, finish
 
 logger = logging.getLogger(__name__)
 
 # Colours end at this percentile, and begin at its complement, so that a single spot does not decide them.
 TOP_PERCENTILE = 99
+# Largest `size`: spots that cover any section.
+MOST_SIZE = 1000
 # Name of the only section in the object that squidpy draws.
 LIBRARY_ID = "section"
 
 
+@check_arguments
 def spatial(
     data: Data,
-    genes: str | Sequence[str],
+    genes: KeyOrKeys,
     *,
-    key: str = DEFAULT_KEY,
-    section: str | int | None = None,
-    library_key: str | None = None,
-    layer: str | None = None,
-    cmap: str = "viridis",
-    std_cmap: str = "magma",
-    size: float = 1.4,
-    img_alpha: float = 0.6,
-    ax: Sequence[Axes] | NDArray[Any] | None = None,
+    key: Prefix = DEFAULT_KEY,
+    section: Key | int | None = None,
+    library_key: Key | None = None,
+    layer: Key | None = None,
+    cmap: Colormap = "viridis",
+    std_cmap: Colormap = "magma",
+    size: Annotated[Positive, Field(le=MOST_SIZE)] = 1.4,
+    img_alpha: Probability = 0.6,
+    ax: AxesList | None = None,
     show: bool = False,
-    save: str | Path | None = None,
-    table_name: str | None = None,
+    save: FigureFile | None = None,
+    table_name: Key | None = None,
 ) -> NDArray[Any]:
     """Measured, predicted and standard deviation on the H&E, one row a gene.
 
@@ -102,9 +104,9 @@ def spatial(
         If there are several sections and none is named, or coordinates are not finite.
     """
     adata = gate.table(data, table_name, writes=False)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     panel = predicted_genes(adata, keys)
-    wanted = gate.key_list(genes, "genes")
+    wanted = list(genes)  # a single gene has become a list
     unknown = [g for g in wanted if g not in panel]
     if unknown:
         raise KeyError(f"genes: {unknown} are not in the predicted panel ({panel[:3]}, ...)")
@@ -124,7 +126,7 @@ def spatial(
     titles = (
         ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
     )
-    axes = _axes(ax, len(wanted), len(titles))
+    axes = axes_grid(ax, len(wanted), len(titles), (4.4 * len(titles), 3.9 * len(wanted)))
     for i, gene in enumerate(wanted):
         shown: list[NDArray[Any]] = [mean[:, i]] if measured is None else [measured[:, i], mean[:, i]]
         low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in shown))
@@ -185,16 +187,6 @@ def _measured(
         return None
 
 
-def _axes(ax: Any, n_rows: int, n_columns: int) -> NDArray[Any]:
-    if ax is None:
-        figsize = (4.4 * n_columns, 3.9 * n_rows)
-        return plt.subplots(n_rows, n_columns, figsize=figsize, squeeze=False, layout="constrained")[1]
-    axes = np.asarray(ax, dtype=object).ravel()
-    if len(axes) != n_rows * n_columns:
-        raise ValueError(f"ax: {len(axes)} axes given, {n_rows} x {n_columns} are needed")
-    return axes.reshape(n_rows, n_columns)
-
-
 def _canvas(place: NDArray[np.float64], image: dict[str, dict[str, Any]] | None) -> AnnData:
     """A light object for squidpy, which changes what it is given: coordinates, spot diameter and at most one image."""
     canvas = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
@@ -209,7 +201,7 @@ def _draw(
     canvas: AnnData,
     values: NDArray[Any],
     ax: Axes,
-    cmap: str,
+    cmap: Any,
     norm: Normalize,
     title: str,
     size: float,

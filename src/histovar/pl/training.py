@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from histovar._arguments import check_arguments
 from histovar.model import TwoStageVARST
 
-from ._figure import figure_of, finish
+from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
 
 PANELS = {
     "stage1": [("loss", "loss"), ("pcc", "reconstruction PCC"), ("usage", "codes in use")],
@@ -21,12 +19,13 @@ PANELS = {
 }
 
 
+@check_arguments
 def training(
     model: TwoStageVARST,
     *,
-    ax: NDArray[Any] | None = None,
+    ax: AxesList | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: FigureFile | None = None,
 ) -> NDArray[Any]:
     """Losses and validation scores over the epochs, one row a stage.
 
@@ -49,15 +48,12 @@ def training(
     Raises
     ------
     ValueError
-        If the model has no history.
+        If the model has no history, or `ax` are not as many as are needed.
     """
     stages = [s for s in PANELS if s in model.history and len(model.history[s])]
     if not stages:
         raise ValueError("model: it has no training history; train it first")
-    if ax is None:
-        axes = plt.subplots(len(stages), 3, figsize=(11, 3 * len(stages)), squeeze=False, layout="constrained")[1]
-    else:
-        axes = np.asarray(ax, dtype=object).reshape(len(stages), 3)
+    axes = axes_grid(ax, len(stages), 3, (11, 3 * len(stages)))
     for row, stage in zip(axes, stages, strict=True):
         history = model.history[stage]
         for axis, (name, label) in zip(row, PANELS[stage], strict=True):

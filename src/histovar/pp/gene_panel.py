@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import scanpy as sc
 from anndata import AnnData
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import sparse
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Count, Key, Rate, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import keep_threads
 from histovar.anndata_io import expression, gate, slots
 from histovar.anndata_io.gate import Data
@@ -24,15 +26,16 @@ logger = logging.getLogger(__name__)
 Flavor = Literal["variance", "seurat", "cell_ranger", "seurat_v3"]
 
 
+@check_arguments
 def gene_panel(
     data: Data,
     *,
-    n_genes: int = 200,
+    n_genes: Annotated[Count, Field(ge=2)] = 200,
     flavor: Flavor = "variance",
-    min_fraction: float = 0.1,
-    library_key: str | None = None,
-    key_added: str = DEFAULT_KEY,
-    table_name: str | None = None,
+    min_fraction: Rate = 0.1,
+    library_key: Key | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Choose the genes to model, on the training sections.
@@ -70,16 +73,10 @@ def gene_panel(
         If fewer than `n_genes` genes are detected often enough, or there are neither counts nor log-normalised values.
     """
     adata = gate.table(data, table_name, genes=True, writes=not copy)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     slots.check_free(adata, keys, [("var", keys.panel)])
     if library_key is not None:
         gate.sections(adata, library_key)
-    if flavor not in get_args(Flavor):
-        raise ValueError(f"flavor must be one of {get_args(Flavor)}, got {flavor!r}")
-    if n_genes < 2:
-        raise ValueError(f"n_genes must be at least 2, got {n_genes}")
-    if not 0 <= min_fraction < 1:
-        raise ValueError(f"min_fraction must lie in [0, 1), got {min_fraction}")
     lognorm = None
     if not expression.is_stored(adata):
         lognorm = expression.lognorm(adata)

@@ -9,7 +9,8 @@ import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._arguments import CollectionOf, Increasing, Key, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._spots import sampled_spots
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.expression import add_lognorm, expression
@@ -19,15 +20,16 @@ from histovar.model import group_genes
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
 def gene_scales(
     data: Data,
     *,
-    scales: Sequence[int] = (1, 8, 32),
-    gene_sets: Mapping[str, Sequence[str]] | None = None,
-    layer: str | None = None,
-    key_added: str = DEFAULT_KEY,
-    random_state: int = 0,
-    table_name: str | None = None,
+    scales: Increasing = (1, 8, 32),
+    gene_sets: Mapping[Key, CollectionOf[Key]] | None = None,
+    layer: Key | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    random_state: Seed = 0,
+    table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Group the panel's genes at nested scales, by co-expression or by gene sets.
@@ -69,14 +71,10 @@ def gene_scales(
         If `scales` do not increase, or the gene sets share no gene with the panel.
     """
     adata = gate.table(data, table_name, genes=True, writes=not copy)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     slots.check_free(adata, keys, [("varm", keys.scales)])
-    if keys.panel not in adata.var:
-        raise KeyError(f"adata: no {keys.panel!r} in var; choose genes first with histovar.pp.gene_panel(adata)")
-    columns = np.flatnonzero(adata.var[keys.panel].to_numpy())
-    numbers = [int(n) for n in scales if n < len(columns)] + [len(columns)]
-    if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)) or numbers[0] < 1:
-        raise ValueError(f"scales must be positive and increase, got {tuple(scales)}")
+    columns = np.flatnonzero(gate.panel(adata, keys))
+    numbers = [n for n in scales if n < len(columns)] + [len(columns)]
     given = None
     if gene_sets is not None:
         given = _set_of_each(gene_sets, adata.var_names[columns].tolist())
@@ -100,8 +98,19 @@ def gene_scales(
 
 
 def genes_in_scales(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
-    """Genes that ``varm`` has groups of at every scale, which are those of the panel that they were made for."""
+    """Genes that ``varm`` has groups of at every scale, which are those of the panel that they were made for.
+
+    Raises
+    ------
+    ValueError
+        If it does not hold numbers.
+    """
     groups = np.asarray(adata.varm[keys.scales])
+    if groups.dtype.kind not in "fiu":
+        raise ValueError(
+            f"adata: varm[{keys.scales!r}] has data type {groups.dtype}, expected numbers of groups; call "
+            "histovar.pp.gene_scales(adata) again"
+        )
     return np.asarray((groups >= 0).all(1))
 
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from anndata import AnnData
+from pydantic import Field
 
-from histovar._keys import DEFAULT_KEY
+from histovar._arguments import Increasing, Key, KeyOrKeys, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate, histology, lazy, slots
 from histovar.anndata_io.gate import Data
 
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
 def niche(
     data: Data,
     *,
-    use_rep: str | Sequence[str],
-    n_neighbors: Sequence[int] = (8, 48),
-    library_key: str | None = None,
-    spatial_key: str = "spatial",
-    key_added: str = DEFAULT_KEY,
-    table_name: str | None = None,
+    use_rep: KeyOrKeys,
+    n_neighbors: Annotated[Increasing, Field(min_length=1)] = (8, 48),
+    library_key: Key | None = None,
+    spatial_key: Key = "spatial",
+    key_added: Prefix = DEFAULT_KEY,
+    table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Mean embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section, and its outline.
@@ -71,12 +73,9 @@ def niche(
         given, or a slot holds what histovar did not write.
     """
     adata = gate.table(data, table_name, writes=not copy)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     slots.check_free(adata, keys, [("obsm", keys.niche), ("obsm", keys.niche_source)])
-    reps = gate.key_list(use_rep)
-    sizes = [int(n) for n in n_neighbors]
-    if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
-        raise ValueError(f"n_neighbors must be positive and increase, got {tuple(n_neighbors)}")
+    reps, sizes = list(use_rep), list(n_neighbors)  # a single key has become a list
     found: dict[slots.Slot, Any] = {}
     if lazy.is_lazy(adata, reps):
         features, source = lazy.niche(adata, reps, sizes, spatial_key, library_key)

@@ -1,7 +1,7 @@
 """Prediction, at once or chunk by chunk; imports nothing that workers of a cluster do not need."""
 
 from .chunks import predict_lazily
-from .device import on_device
+from .device import Device, on_device
 from .predictor import Predictor
 
-__all__ = ["Predictor", "on_device", "predict_lazily"]
+__all__ = ["Device", "Predictor", "on_device", "predict_lazily"]

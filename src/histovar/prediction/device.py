@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
 import torch
 
+from histovar._arguments import Converted, refuse_type, refuse_value
 from histovar.model import TwoStageVARST
+
+
+def _device(value: Any) -> str:
+    if isinstance(value, torch.device):
+        value = str(value)
+    if not isinstance(value, str):
+        refuse_type("'auto' or a device of torch, such as 'cpu'")
+    try:
+        exists = value == "auto" or torch.device(value).type != "meta"  # which holds no numbers
+    except RuntimeError:
+        exists = False
+    return value if exists else refuse_value("'auto' or a device of torch, such as 'cpu'")
+
+
+Device = Annotated[str, Converted(_device)]
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from histovar._memory import keep_freed_memory
+from histovar._progress import progress
 from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.observation import RATE_TOTAL, Units
@@ -94,7 +94,7 @@ class Predictor:
         with on_device(model, self.device) as where:
             generator = torch.Generator(where).manual_seed(random_state)
             batches = torch.arange(n_spots).split(self.batch_size)
-            for rows in track(batches, "predicting", disable=not show_progress_bar):
+            for rows in progress(batches, "predicting", show=show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
                 parts = predict(model, batch, None if depth is None else depth[rows].to(where), generator)
                 for whole, part in zip(made, parts, strict=False):

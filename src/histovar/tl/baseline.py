@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import get_args
 
 import numpy as np
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Key, KeyOrKeys, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
-from histovar.anndata_io import expression, gate, slots
+from histovar.anndata_io import expression, gate
 from histovar.anndata_io.gate import Data
-from histovar.baselines.model import METHODS, Baseline, Standardize
+from histovar.baselines.model import METHODS, Baseline, MethodName, Standardize
 
 from ._panel import ensure_panel
 
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
 @in_float32
 def baseline(
     data: Data,
-    method: str = "ridge",
+    method: MethodName = "ridge",
     *,
-    use_rep: str | Sequence[str],
-    layer: str | None = None,
-    library_key: str | None = None,
-    spatial_key: str = "spatial",
+    use_rep: KeyOrKeys,
+    layer: Key | None = None,
+    library_key: Key | None = None,
+    spatial_key: Key = "spatial",
     standardize: Standardize = "training",
-    key_added: str = DEFAULT_KEY,
-    random_state: int = 0,
-    table_name: str | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    random_state: Seed | None = None,
+    table_name: Key | None = None,
 ) -> Baseline:
     """Train a method to compare with; its ``predict`` writes the slots of :func:`predict` under a key of its own.
 
@@ -60,7 +60,7 @@ def baseline(
     key_added
         Prefix of the slots with the panel.
     random_state
-        Seed.
+        Seed of ``"mlp"``, ``"mfbp"`` and ``"var_st"``, 0 by default; the other methods draw nothing at random.
     table_name
         Table of a SpatialData.
 
@@ -74,15 +74,13 @@ def baseline(
     KeyError
         If a key or layer is missing.
     ValueError
-        If the method is not known, or the input is not as it must be.
+        If the method is not known, or the input is not as it must be; if there is a seed and nothing to draw.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
-    if standardize not in get_args(Standardize):
-        raise ValueError(f"standardize must be one of {get_args(Standardize)}, got {standardize!r}")
+    if random_state is not None and not METHODS[method].is_random:
+        raise ValueError(f"random_state: {method!r} draws nothing at random; leave it out, got {random_state}")
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key_added)
-    reps = gate.key_list(use_rep)
+    keys = Keys(key_added)
+    reps = list(use_rep)  # a single key has become a list
     for key in reps:
         gate.embedding(adata, key)
     names = gate.sections(adata, library_key, spatial_key)
@@ -96,10 +94,11 @@ def baseline(
     if layer is None:
         expression.add_lognorm(adata)
         layer = LOGNORM
-    genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
+    genes = adata.var_names[gate.panel(adata, keys)].tolist()
     values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
     normalization = expression.common_normalization(totals, layer, adata.n_vars, len(genes))
-    made = Baseline(method, genes, layer, normalization, reps, library_key, spatial_key, standardize, random_state).fit(
+    seed = 0 if random_state is None else random_state
+    made = Baseline(method, genes, layer, normalization, reps, library_key, spatial_key, standardize, seed).fit(
         adata, values
     )
     logger.info(

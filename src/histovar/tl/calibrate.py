@@ -8,19 +8,23 @@ import numpy as np
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
-from rich.progress import track
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Count, Key, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
+from histovar._progress import progress
 from histovar._torch_state import in_float32
-from histovar.anndata_io import gate, slots
+from histovar._warn_once import warns_once
+from histovar.anndata_io import gate
 from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.observation import Composition
-from histovar.prediction import on_device
+from histovar.prediction import Device, on_device
 from histovar.training import cross_fit_folds, gathered_rows
+
+from ._trained import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +34,20 @@ MOST_SPOTS = 4000
 LEAST_SPOTS = 20
 
 
+@check_arguments
+@warns_once
 @in_float32
 def calibrate(
     data: Data,
-    model: TwoStageVARST,
-    library_key: str | None = None,
+    model: Trained,
+    library_key: Key | None = None,
     *,
-    key_added: str = DEFAULT_KEY,
-    batch_size: int = 64,
-    device: str = "auto",
-    random_state: int = 0,
+    key_added: Prefix = DEFAULT_KEY,
+    batch_size: Count = 64,
+    device: Device = "auto",
+    random_state: Seed = 0,
     show_progress_bar: bool = False,
-    table_name: str | None = None,
+    table_name: Key | None = None,
 ) -> None:
     """Calibrate a model's uncertainty on spots that its prediction has not seen.
 
@@ -83,7 +89,7 @@ def calibrate(
         prior, or part of them is missing; or if expression is in other units than that of training.
     """
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     registry, config = model.registry, model.config
     stage2 = model.var_stage
     gate.check_enough_spots(adata, LEAST_SPOTS, "calibrate on")
@@ -145,7 +151,7 @@ def calibrate(
             for members in groups
             for rows in torch.from_numpy(np.flatnonzero((unseen == members).all(1))).split(batch_size)
         ]
-        for members, rows in track(batches, "calibrating", disable=not show_progress_bar):
+        for members, rows in progress(batches, "calibrating", show=show_progress_bar):
             batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
             some, which = None, torch.from_numpy(members) if members.any() else None
             if which is not None or stage2.of_counts:

@@ -10,12 +10,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histovar import metrics
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Key, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import GivenDepth, read_comparison, read_distribution, read_given_depth
 from histovar.anndata_io.expression import add_lognorm, total_counts
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.prediction import EVALUATION, score_slots
+from histovar.anndata_io.prediction import EVALUATION, read_draws, score_slots
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +24,14 @@ logger = logging.getLogger(__name__)
 SECTIONS_NAMED = 3
 
 
+@check_arguments
 def evaluate(
     data: Data,
     *,
-    key: str = DEFAULT_KEY,
-    layer: str | None = None,
-    library_key: str | None = None,
-    table_name: str | None = None,
+    key: Prefix = DEFAULT_KEY,
+    layer: Key | None = None,
+    library_key: Key | None = None,
+    table_name: Key | None = None,
 ) -> pd.DataFrame:
     """Score a prediction where expression was measured.
 
@@ -79,13 +81,13 @@ def evaluate(
         If measured expression is negative or not finite, or in other units than the prediction.
     """
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key, "key")
+    keys = Keys(key)
     slots.check_free(adata, keys, score_slots(keys))
     genes, layer, predicted, std, measured, names = read_comparison(adata, keys, layer, library_key)
     stored = slots.record(adata, keys)
     counts = total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
-    samples = adata.obsm.get(keys.samples)
+    samples = read_draws(adata, keys, len(genes))
     given = read_given_depth(adata, keys, counts)
     labels = np.full(adata.n_obs, "all") if names is None else names
     tables, rows, n_spots = {}, {}, {}
@@ -99,7 +101,7 @@ def evaluate(
         rows[str(label)] = {
             **metrics.summary(table),
             **_variation(predicted[spots], truth, ""),
-            **({} if samples is None else _variation(np.asarray(samples[spots]), truth, " of draws")),
+            **({} if samples is None else _variation(samples[spots], truth, " of draws")),
             "CRPS": float(table["crps"].mean()),
             **spread,
             "uncertainty PCC": float(table.pop("uncertainty").mean()),

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from anndata import AnnData
+from pydantic import Field
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import (
+    Count,
+    Depth,
+    Key,
+    KeyOrKeys,
+    Number,
+    Positive,
+    Probabilities,
+    Seed,
+    Share,
+    check_arguments,
+)
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
+from histovar._limits import MOST_SAMPLES
+from histovar._memory import check_fits
 from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
@@ -18,40 +32,43 @@ from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.lazy import is_lazy
 from histovar.anndata_io.prediction import prediction_slots, write_prediction
-from histovar.model import Decoding, TwoStageVARST
+from histovar.model import Decoding
 from histovar.model.decoding import Mode
 from histovar.model.observation import Units
 from histovar.model.two_stage import Precision
-from histovar.prediction import Predictor, predict_lazily
+from histovar.prediction import Device, Predictor, predict_lazily
+
+from ._trained import Trained
 
 logger = logging.getLogger(__name__)
 
 IN_WORDS = {"log_counts": "log1p(counts)", "counts": "counts", "rates": "counts per 10,000, without counting noise"}
 
 
+@check_arguments
 @in_float32
 def predict(
     data: Data,
-    model: TwoStageVARST,
+    model: Trained,
     *,
-    use_rep: str | Sequence[str] | None = None,
-    library_key: str | None = None,
-    spatial_key: str | None = None,
+    use_rep: KeyOrKeys | None = None,
+    library_key: Key | None = None,
+    spatial_key: Key | None = None,
     units: Units | None = None,
-    depth: str | float | None = None,
+    depth: Depth | None = None,
     decoding: Mode = "expected",
-    n_samples: int = 0,
-    quantiles: Sequence[float] = (),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    key_added: str = DEFAULT_KEY,
-    batch_size: int = 64,
-    device: str = "auto",
+    n_samples: Annotated[Number, Field(le=MOST_SAMPLES)] = 0,
+    quantiles: Probabilities = (),
+    temperature: Positive = 1.0,
+    top_k: Number = 0,
+    top_p: Share = 1.0,
+    key_added: Prefix = DEFAULT_KEY,
+    batch_size: Count = 64,
+    device: Device = "auto",
     precision: Precision = "fp32",
-    random_state: int = 0,
+    random_state: Seed = 0,
     show_progress_bar: bool = False,
-    table_name: str | None = None,
+    table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Predict expression, its standard deviation and tokens from histology.
@@ -128,15 +145,11 @@ def predict(
         If stage 2 is not trained, an option is out of range, or the input is not as it was in training.
     """
     adata = gate.table(data, table_name, writes=not copy)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     slots.check_free(adata, keys, prediction_slots(keys))
     registry, config = model.registry, model.config
     rule = Decoding(decoding, temperature, top_k, top_p)
     chance = Decoding("sample", temperature, top_k, top_p)
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
-    if n_samples < 0:
-        raise ValueError(f"n_samples must not be negative, got {n_samples}")
     totals = _depth(adata, model, units, depth, decoding)
     predictor = Predictor(rule, chance, units or "lognorm", n_samples, tuple(quantiles), batch_size, device, precision)
     calibrated = predictor.is_calibrated(model)
@@ -145,9 +158,11 @@ def predict(
             f"quantiles: without calibration they are taken over draws; pass n_samples, such as 100 (got {n_samples}), "
             "or calibrate the model with histovar.tl.calibrate"
         )
-    if any(not 0 <= q <= 1 for q in quantiles):
-        raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
-    reps = registry["use_rep"] if use_rep is None else gate.key_list(use_rep)
+    changed = {"temperature": temperature != 1, "top_k": top_k != 0, "top_p": top_p != 1}
+    if any(changed.values()) and not n_samples and decoding != "sample":
+        name = next(name for name, given in changed.items() if given)
+        raise ValueError(f"{name}: nothing is drawn; pass n_samples or decoding='sample', or leave {name} out")
+    reps = registry["use_rep"] if use_rep is None else list(use_rep)  # a single key has become a list
     if reps != registry["use_rep"] and sorted(reps) == sorted(registry["use_rep"]):
         raise ValueError(f"use_rep: {reps} is not the order of training, which was {registry['use_rep']}")
     where_from: dict[str, Any] = {
@@ -157,6 +172,10 @@ def predict(
     }
     condition = {**where_from, "encoders": registry["covariates"]}
     lazy = is_lazy(adata, reps)
+    if not lazy:
+        n_values = adata.n_obs * config.n_genes * (n_samples + len(quantiles))
+        what = f"n_samples: {n_samples:,} draws of {config.n_genes:,} genes in {adata.n_obs:,} spots"
+        check_fits(4 * n_values, what, "ask for fewer")
     if lazy:
         made = predict_lazily(adata, model, predictor, random_state, depth=totals, **condition)
     else:
@@ -208,7 +227,7 @@ def predict(
 
 
 def _depth(
-    adata: AnnData, model: TwoStageVARST, units: Units | None, depth: str | float | None, decoding: Mode
+    adata: AnnData, model: Trained, units: Units | None, depth: str | float | None, decoding: Mode
 ) -> torch.Tensor | None:
     """Total count of every spot, as which to predict; None where it is to be predicted."""
     if units is None and depth is None:

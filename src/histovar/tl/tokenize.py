@@ -8,27 +8,30 @@ import numpy as np
 import torch
 from anndata import AnnData
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Count, Key, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
 from histovar.anndata_io.gate import Data
-from histovar.model import TwoStageVARST
-from histovar.prediction import on_device
+from histovar.prediction import Device, on_device
+
+from ._trained import TrainedStage1
 
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
 @in_float32
 def tokenize(
     data: Data,
-    model: TwoStageVARST,
+    model: TrainedStage1,
     *,
-    layer: str | None = None,
-    key_added: str = DEFAULT_KEY,
-    batch_size: int = 512,
-    device: str = "auto",
-    table_name: str | None = None,
+    layer: Key | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    batch_size: Count = 512,
+    device: Device = "auto",
+    table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Write the tokens of measured expression.
@@ -65,7 +68,7 @@ def tokenize(
         If expression is negative or not finite, or in other units than that of training.
     """
     adata = gate.table(data, table_name, genes=True, writes=not copy)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     slots.check_free(adata, keys, [("obsm", keys.tokens)])
     columns = gate.gene_columns(adata, model.registry["genes"])
     layer = model.registry["layer"] if layer is None else layer

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from histovar._keys import DEFAULT_KEY
-from histovar.anndata_io import gate, slots
+from pydantic import InstanceOf
+
+from histovar._arguments import Key, KeyList, KeyOrKeys, PathLike, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar._warn_once import warns_once
+from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, learn_covariates, stored_niche
 from histovar.model import ModelConfig, TwoStageVARST
@@ -20,7 +24,6 @@ from histovar.training import (
     refuse_overwriting,
     resumable,
     trained_epochs,
-    truth,
 )
 
 from .calibrate import LEAST_SPOTS, calibrate
@@ -31,22 +34,24 @@ from .train_stage2 import train_stage2
 OF_BOTH_STAGES = ("random_state", "checkpoint_dir", "resume", "resume_from")
 
 
+@check_arguments
+@warns_once
 @one_training_at_a_time
 def train(
     data: Data,
     *,
-    use_rep: str | Sequence[str],
-    layer: str | None = None,
-    library_key: str | None = None,
-    spatial_key: str = "spatial",
-    covariates: Sequence[str] = (),
-    config: ModelConfig | None = None,
-    key_added: str = DEFAULT_KEY,
-    random_state: int = 0,
-    table_name: str | None = None,
+    use_rep: KeyOrKeys,
+    layer: Key | None = None,
+    library_key: Key | None = None,
+    spatial_key: Key = "spatial",
+    covariates: KeyList = (),
+    config: InstanceOf[ModelConfig] | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    random_state: Seed = 0,
+    table_name: Key | None = None,
     stage1: Mapping[str, Any] | None = None,
     stage2: Mapping[str, Any] | None = None,
-    checkpoint_dir: str | Path | None = None,
+    checkpoint_dir: PathLike | None = None,
     resume: bool = False,
     **options: Any,
 ) -> TwoStageVARST:
@@ -83,11 +88,11 @@ def train(
     whole = _options_of_whole(common, resume)
     options_of_stages = [_options_of_stage(stage, whole, common, own) for stage, own in ((1, stage1), (2, stage2))]
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key_added)
-    reps = gate.key_list(use_rep)
+    keys = Keys(key_added)
+    reps = list(use_rep)  # a single key has become a list
     check_embeddings(adata, reps)
     gate.coordinates(adata, spatial_key)
-    learn_covariates(adata, gate.key_list(covariates, "covariates") if len(covariates) else [])
+    learn_covariates(adata, covariates)
     names = gate.sections(adata, library_key, spatial_key)
     wanted = ModelConfig.default(2) if config is None else config
     if wanted.n_members:
@@ -120,7 +125,7 @@ def _options_of_whole(common: Mapping[str, Any], resume: bool) -> TrainingOption
             "resume_from: is of a single stage; both continue with checkpoint_dir=..., resume=True in its place"
         )
     whole = Stage1Trainer.checked_options(dict(common))
-    if truth(resume, "resume") and whole.checkpoint_dir is None:
+    if resume and whole.checkpoint_dir is None:
         raise ValueError("resume: checkpoint_dir is missing, the directory of the training to continue")
     return whole
 
@@ -129,13 +134,14 @@ def _options_of_stage(
     stage: int, whole: TrainingOptions, common: Mapping[str, Any], own: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Options of one stage, checked."""
-    if own is not None and not isinstance(own, Mapping):
-        raise TypeError(f"stage{stage}: expected a dict of training options, got {own!r}")
     if misplaced := [name for name in OF_BOTH_STAGES if name in (own or {})]:
         raise ValueError(f"stage{stage}: {misplaced} are of both stages; give them to train itself")
     directory = None if whole.checkpoint_dir is None else Path(whole.checkpoint_dir) / f"stage{stage}"
     options = {**common, **(own or {}), "checkpoint_dir": directory}
-    (Stage1Trainer if stage == 1 else Stage2Trainer).checked_options(options)
+    try:
+        (Stage1Trainer if stage == 1 else Stage2Trainer).checked_options(options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"stage{stage}: {error}") from None
     return options
 
 

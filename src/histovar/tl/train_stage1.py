@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
+from pydantic import InstanceOf
 
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys
+from histovar._arguments import Key, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
+from histovar._warn_once import warns_once
 from histovar.anndata_io import expression, gate, slots
 from histovar.anndata_io.expression import SpotTotals
 from histovar.anndata_io.gate import Data
@@ -24,17 +27,19 @@ from ._panel import ensure_panel
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
+@warns_once
 @one_training_at_a_time
 @in_float32
 def train_stage1(
     data: Data,
     *,
-    layer: str | None = None,
-    library_key: str | None = None,
-    config: ModelConfig | None = None,
-    key_added: str = DEFAULT_KEY,
-    random_state: int = 0,
-    table_name: str | None = None,
+    layer: Key | None = None,
+    library_key: Key | None = None,
+    config: InstanceOf[ModelConfig] | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    random_state: Seed = 0,
+    table_name: Key | None = None,
     **options: Any,
 ) -> TwoStageVARST:
     """Train stage 1, the gene tokens, on measured expression; images are not needed.
@@ -87,7 +92,7 @@ def train_stage1(
     checked = Stage1Trainer.checked_options(trainer_options)
     random_state = checked.random_state
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key_added)
+    keys = Keys(key_added)
     wanted = LOGNORM if layer is None else layer
     sections = Sections(adata, library_key, wanted)
     gate.check_enough_spots(adata, 10, "train on")
@@ -95,7 +100,7 @@ def train_stage1(
     model_of_panel = _checked_config(adata, keys, config)
     with checkpoint_directory(checked):
         _prepare(adata, keys, layer, model_of_panel, random_state)
-        genes = adata.var_names[adata.var[keys.panel].to_numpy()].tolist()
+        genes = adata.var_names[gate.panel(adata, keys)].tolist()
         columns = gate.gene_columns(adata, genes)
         groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
         if model_of_panel is None:
@@ -149,7 +154,7 @@ def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> M
     """The configuration of stage 1, refused if panel or scales that are there already are others."""
     if config is None:
         return None
-    if keys.panel in adata.var and config.n_genes != (n_panel := int(adata.var[keys.panel].sum())):
+    if keys.panel in adata.var and config.n_genes != (n_panel := int(gate.panel(adata, keys).sum())):
         raise ValueError(
             f"config: made for {config.n_genes} genes, the panel has {n_panel}; call histovar.pp.gene_panel(adata, "
             f"n_genes={config.n_genes}) or make the configuration for {n_panel}"
@@ -172,7 +177,7 @@ def _of_another_panel(adata: AnnData, keys: Keys) -> bool:
     ValueError
         If so, and they are of gene sets, which are not known here.
     """
-    if keys.panel in adata.var and np.array_equal(genes_in_scales(adata, keys), adata.var[keys.panel].to_numpy()):
+    if keys.panel in adata.var and np.array_equal(genes_in_scales(adata, keys), gate.panel(adata, keys)):
         return False
     if slots.record(adata, keys).get("scales_by") == "gene sets":
         raise ValueError(

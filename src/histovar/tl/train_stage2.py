@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import InstanceOf
 
-from histovar._keys import DEFAULT_KEY, LOGNORM
+from histovar._arguments import Key, KeyList, KeyOrKeys, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
-from histovar.anndata_io import gate, slots
+from histovar._warn_once import warns_once
+from histovar.anndata_io import gate
 from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
@@ -20,21 +22,25 @@ from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.training import Measured, Stage2Trainer, checkpoint_directory, one_training_at_a_time, seeded
 
+from ._trained import TrainedStage1
 
+
+@check_arguments
+@warns_once
 @one_training_at_a_time
 @in_float32
 def train_stage2(
     data: Data,
-    model: TwoStageVARST,
+    model: TrainedStage1,
     *,
-    use_rep: str | Sequence[str],
-    library_key: str | None = None,
-    spatial_key: str = "spatial",
-    covariates: Sequence[str] = (),
-    config: ModelConfig | None = None,
-    key_added: str = DEFAULT_KEY,
-    random_state: int = 0,
-    table_name: str | None = None,
+    use_rep: KeyOrKeys,
+    library_key: Key | None = None,
+    spatial_key: Key = "spatial",
+    covariates: KeyList = (),
+    config: InstanceOf[ModelConfig] | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    random_state: Seed = 0,
+    table_name: Key | None = None,
     **options: Any,
 ) -> TwoStageVARST:
     """Train stage 2, from histology to gene tokens, on sections with both.
@@ -92,8 +98,8 @@ def train_stage2(
     checked = Stage2Trainer.checked_options(trainer_options)
     random_state = checked.random_state
     adata = gate.table(data, table_name, genes=True)
-    keys = slots.keys(key_added)
-    reps = gate.key_list(use_rep)
+    keys = Keys(key_added)
+    reps = list(use_rep)  # a single key has become a list
     layer = model.registry["layer"]
     trained = Normalization.stored(model.registry.get("normalization"))
     target_sum = 0.0 if trained is None else trained.target_sum
@@ -102,7 +108,7 @@ def train_stage2(
     sections = Sections(adata, library_key, layer, obsm, spatial_key)
     columns = gate.gene_columns(adata, model.registry["genes"])
     widths = check_embeddings(adata, reps)
-    encoders = learn_covariates(adata, gate.key_list(covariates, "covariates") if len(covariates) else [])
+    encoders = learn_covariates(adata, covariates)
     wanted = (model.config if config is None else config).replace(
         embedding_dims=widths, n_covariates=covariate_width(encoders)
     )

@@ -2,7 +2,7 @@
 
 from .data import collected, cross_fit_folds, gathered_rows
 from .isolation import one_training_at_a_time, seeded
-from .options import TrainingOptions, truth
+from .options import TrainingOptions
 from .resume import checkpoint_directory, lock_directory, refuse_overwriting, resumable, trained_epochs
 from .stage1 import Stage1Trainer
 from .stage2 import Stage2Trainer
@@ -23,5 +23,4 @@ __all__ = [
     "resumable",
     "seeded",
     "trained_epochs",
-    "truth",
 ]

@@ -1,4 +1,4 @@
-"""Options of training: converted and checked once, here, before any work."""
+"""Options of training, checked before any work."""
 
 from __future__ import annotations
 
@@ -8,31 +8,90 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
+from pydantic import AfterValidator, Field
+
+from histovar._arguments import (
+    Converted,
+    Count,
+    Key,
+    NotNegative,
+    Number,
+    PathLike,
+    Positive,
+    Rate,
+    Seed,
+    checked,
+    refuse_type,
+    refuse_value,
+    shown,
+)
 
 from .checkpoint_files import RESUMABLE
 from .isolation import quiet_lightning
 
-# Least value of every option that is a whole number; those in OPTIONAL may be None.
-WHOLE_NUMBERS = {
-    "max_epochs": 1,
-    "limit_train_batches": 1,
-    "batch_size": 1,
-    "warmup_steps": 0,
-    "patience": 1,
-    "num_nodes": 1,
-    "random_state": 0,
-}
-OPTIONAL = ("max_epochs", "limit_train_batches")
-# scikit-learn takes no larger seeds.
-MOST_RANDOM_STATE = 2**32 - 1
+# More than any machine has, and any cluster.
+MOST_DEVICES, MOST_NODES = 1024, 100_000
+
+
+def _devices(value: Any) -> int | str | list[int]:
+    if isinstance(value, str):
+        return value or refuse_value("a number of devices, -1 for all, or 'auto'")
+    if isinstance(value, (list, tuple)):
+        numbers = [_index(number) for number in value]
+        if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+            refuse_value("at least one device, each once")
+        return numbers
+    number = _index(value)
+    if not (1 <= number <= MOST_DEVICES or number == -1):
+        refuse_value(f"at least 1 and at most {MOST_DEVICES}, or -1 for all (the CPU is accelerator='cpu')")
+    return number
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool):
+        refuse_type("a number of devices or a list of their numbers")
+    try:
+        return operator.index(value)
+    except TypeError:
+        refuse_type("a number of devices or a list of their numbers")
+
+
+def _callbacks(value: Any) -> tuple[Callback, ...]:
+    callbacks = (value,) if isinstance(value, Callback) else value
+    if not isinstance(callbacks, (list, tuple)) or not all(isinstance(c, Callback) for c in callbacks):
+        refuse_type("a list of Lightning callbacks")
+    return tuple(callbacks)
+
+
+def _logger(value: Any) -> Any:
+    loggers = value if isinstance(value, (list, tuple)) else [value]
+    if value is not None and not isinstance(value, bool) and not all(isinstance(logger, Logger) for logger in loggers):
+        refuse_type("True, False or Lightning loggers")
+    return value
+
+
+def _directory(value: str | Path) -> Path:
+    path = Path(value)
+    if path.exists() and not path.is_dir():
+        refuse_value("a directory, not a file")
+    return path
+
+
+def _checkpoint(value: str | Path) -> Path:
+    """The checkpoint to continue from, where its directory may be named in its place."""
+    file = Path(value)
+    candidates = [file / name for name in RESUMABLE] if file.is_dir() else [file]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"resume_from: no checkpoint at {str(file)!r}; a training with checkpoint_dir writes one")
 
 
 @dataclass
@@ -85,59 +144,30 @@ class TrainingOptions:
         If there is no checkpoint to resume from.
     """
 
-    max_epochs: int | None = None
-    limit_train_batches: int | None = None
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
-    gradient_clip_val: float = 1.0
-    averaging_decay: float = 0.99
-    patience: int = 5
-    accelerator: str = "auto"
-    devices: int | str | Sequence[int] = 1
-    num_nodes: int = 1
+    max_epochs: Count | None = None
+    limit_train_batches: Count | None = None
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    weight_decay: NotNegative = 0.01
+    warmup_steps: Number = 100
+    gradient_clip_val: Positive = 1.0
+    averaging_decay: Rate = 0.99
+    patience: Count = 5
+    accelerator: Key = "auto"
+    devices: Annotated[int | str | Sequence[int], Converted(_devices)] = 1
+    num_nodes: Annotated[Count, Field(le=MOST_NODES)] = 1
     strategy: Any = "auto"
     precision: Any = "32-true"
-    logger: Any = False
+    logger: Annotated[Any, Converted(_logger)] = False
     enable_progress_bar: bool = True
-    checkpoint_dir: str | Path | None = None
-    resume_from: str | Path | None = None
-    callbacks: Sequence[Callback] = ()
-    random_state: int = 0
+    checkpoint_dir: Annotated[PathLike, AfterValidator(_directory)] | None = None
+    resume_from: Annotated[PathLike, AfterValidator(_checkpoint)] | None = None
+    callbacks: Annotated[Sequence[Callback], Converted(_callbacks)] = ()
+    random_state: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, least in WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and name in OPTIONAL:
-                continue
-            number = whole_number(value, name)
-            if number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
-            setattr(self, name, number)
-        if self.random_state > MOST_RANDOM_STATE:
-            raise ValueError(f"random_state must be at most {MOST_RANDOM_STATE}, got {self.random_state}")
-        for name in ("learning_rate", "weight_decay", "gradient_clip_val", "averaging_decay"):
-            setattr(self, name, real_number(getattr(self, name), name))
-        for name in ("learning_rate", "gradient_clip_val"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if not 0 <= self.averaging_decay < 1:
-            raise ValueError(f"averaging_decay must lie in [0, 1), got {self.averaging_decay}")
-        self.enable_progress_bar = truth(self.enable_progress_bar, "enable_progress_bar")
-        if not isinstance(self.accelerator, str):
-            raise TypeError(f"accelerator must be text such as 'cpu', got {self.accelerator!r}")
-        self.devices = _devices(self.devices)
-        self.callbacks = _callbacks(self.callbacks)
-        self.logger = _logger(self.logger)
-        if self.checkpoint_dir is not None:
-            self.checkpoint_dir = path(self.checkpoint_dir, "checkpoint_dir")
-            if self.checkpoint_dir.exists() and not self.checkpoint_dir.is_dir():
-                raise ValueError(f"checkpoint_dir: {str(self.checkpoint_dir)!r} is a file; name a directory")
-        if self.resume_from is not None:
-            self.resume_from = _checkpoint(path(self.resume_from, "resume_from"))
+        for name, value in checked(type(self), vars(self)).items():
+            setattr(self, name, value)
 
     @classmethod
     def checked(cls, options: dict[str, Any], **defaults: Any) -> Self:
@@ -188,8 +218,8 @@ class TrainingOptions:
                 return self.trainer().world_size
         except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Lightning refuses accelerator={self.accelerator!r}, devices={self.devices!r}, strategy="
-                f"{self.strategy!r}, precision={self.precision!r}: {' '.join(str(error).split())}"
+                f"Lightning refuses accelerator={self.accelerator!r}, devices={shown(self.devices)}, strategy="
+                f"{shown(self.strategy)}, precision={shown(self.precision)}: {' '.join(str(error).split())}"
             ) from None
 
     @property
@@ -218,111 +248,3 @@ class TrainingOptions:
     def batches(self, n_spots: int) -> int:
         """Batches of an epoch."""
         return min(math.ceil(n_spots / self.global_batch_size), self.limit_train_batches or n_spots)
-
-
-def whole_number(value: Any, name: str) -> int:
-    """An integer of Python or NumPy as int.
-
-    Raises
-    ------
-    TypeError
-        If it is a truth value, text, None or anything else.
-    ValueError
-        If it has a fraction, or is NaN or infinite.
-    """
-    if isinstance(value, (float, np.floating)):
-        if not float(value).is_integer():
-            raise ValueError(f"{name} must be a whole number, got {value}")
-        return int(value)
-    if not isinstance(value, (bool, np.bool_)):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be a whole number, got {value!r}")
-
-
-def real_number(value: Any, name: str) -> float:
-    """A number of Python or NumPy as float.
-
-    Raises
-    ------
-    TypeError
-        If it is a truth value, text, None or anything else.
-    ValueError
-        If it is NaN or infinite.
-    """
-    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
-def truth(value: Any, name: str) -> bool:
-    """True or False, Python's or NumPy's, as bool.
-
-    Raises
-    ------
-    TypeError
-        If it is anything else.
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
-def path(value: Any, name: str) -> Path:
-    """A path.
-
-    Raises
-    ------
-    TypeError
-        If it is neither text nor a path.
-    ValueError
-        If it is empty.
-    """
-    if not isinstance(value, (str, Path)):
-        raise TypeError(f"{name} must be a path, got {value!r}")
-    if value == "":
-        raise ValueError(f"{name} must be a path, got an empty text")
-    return Path(value)
-
-
-def _devices(value: Any) -> int | str | list[int]:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)):
-        numbers = [whole_number(number, "devices") for number in value]
-        if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-            raise ValueError(f"devices must name at least one device, each once, got {value!r}")
-        return numbers
-    number = whole_number(value, "devices")
-    if number < 1 and number != -1:
-        raise ValueError(f"devices must be at least 1, or -1 for all, got {number}; the CPU is accelerator='cpu'")
-    return number
-
-
-def _callbacks(value: Any) -> tuple[Callback, ...]:
-    callbacks = (value,) if isinstance(value, Callback) else value
-    if not isinstance(callbacks, (list, tuple)) or not all(isinstance(c, Callback) for c in callbacks):
-        raise TypeError(f"callbacks must be a list of Lightning callbacks, got {value!r}")
-    return tuple(callbacks)
-
-
-def _logger(value: Any) -> Any:
-    loggers = value if isinstance(value, (list, tuple)) else [value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if value is not None and not all(isinstance(logger, Logger) for logger in loggers):
-        raise TypeError(f"logger must be True, False or Lightning loggers, got {value!r}")
-    return value
-
-
-def _checkpoint(file: Path) -> Path:
-    """The checkpoint to continue from, where its directory may be named in its place."""
-    candidates = [file / name for name in RESUMABLE] if file.is_dir() else [file]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"resume_from: no checkpoint at {str(file)!r}; a training with checkpoint_dir writes one")

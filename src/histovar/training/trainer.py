@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, RichProgressBar
-from rich import get_console
 
 from histovar._memory import keep_freed_memory
 
@@ -114,7 +113,7 @@ def fit(
     if averaging:
         callbacks.append(EMAWeightAveraging(decay=options.averaging_decay, use_buffers=False))
     if options.enable_progress_bar:
-        callbacks.append(RichProgressBar(console_kwargs={"stderr": get_console().stderr}))
+        callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
         keeper = None
         directory = Path(scratch) if run is None or run.directory is None else run.directory

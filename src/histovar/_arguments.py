@@ -1,0 +1,315 @@
+"""Arguments of public functions, checked by their type annotations before any work.
+
+:func:`check_arguments` decorates every public function. An argument of another type raises TypeError, one out of range
+ValueError, in one line that names it: ``batch_size: expected at least 1, got 0``. NumPy's scalars become Python's;
+truth values and text are never taken for numbers, nor a string for a list.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import reprlib
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cache, wraps
+from itertools import pairwise
+from os import PathLike as OSPath
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, NoReturn, ParamSpec, TypeVar, Union, get_args, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+from ._limits import MOST_RANDOM_STATE
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+MOST_WHOLE = 2**31 - 1
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+# What was expected, by the type of pydantic's error; of other types, pydantic's own words.
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "True or False",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "dict_type": "a dictionary",
+    "is_instance_of": "{class}",
+    "literal_error": "{expected}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "other_type": "{expected}",
+    "other_value": "{expected}",
+}
+
+
+def refuse_type(expected: str) -> NoReturn:
+    """In a validator: refuse a value of another type, saying what was expected."""
+    raise PydanticCustomError("other_type", "{expected}", {"expected": expected})
+
+
+def refuse_value(expected: str) -> NoReturn:
+    """In a validator: refuse a value out of range, saying what was expected."""
+    raise PydanticCustomError("other_value", "{expected}", {"expected": expected})
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Metadata of an annotation: the function that checks and converts all values of it."""
+
+    function: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Pydantic's hook."""
+        return core_schema.no_info_plain_validator_function(self.function)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else refuse_value("a whole number")
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def list_of(value: Any) -> list[Any]:
+    """The items of a sequence or a one-dimensional array; text, sets and mappings are none."""
+    if hasattr(value, "to_numpy"):  # pandas
+        value = value.to_numpy()
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        refuse_type("a list")
+    return [item.item() if isinstance(item, np.generic) else item for item in value]
+
+
+def _tuple_of(value: Any) -> tuple[Any, ...]:
+    return tuple(list_of(value))
+
+
+def _keys(value: Any) -> list[str]:
+    keys = list_of(value)
+    if not all(isinstance(key, str) for key in keys):
+        refuse_type("keys that are text")
+    if "" in keys or len(set(keys)) < len(keys):
+        refuse_value("keys that are not empty, each once")
+    return keys
+
+
+def _one_or_more_keys(value: Any) -> list[str]:
+    if not isinstance(value, str) and not hasattr(value, "__len__"):
+        refuse_type("a key or a list of keys")
+    return _keys([value] if isinstance(value, str) else value) or refuse_value("at least one key")
+
+
+def _collection(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Set) else list_of(value)
+
+
+def _increasing(values: tuple[int, ...]) -> tuple[int, ...]:
+    if any(a >= b for a, b in pairwise(values)):
+        refuse_value("numbers that increase")
+    return values
+
+
+def _distinct(values: Sequence[float]) -> Sequence[float]:
+    return values if len(set(values)) == len(values) else refuse_value("numbers, each once")
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | OSPath):
+        refuse_type("a path")
+    if not str(value).strip() or "\0" in str(value):
+        refuse_value("a path that is not empty")
+    return Path(value)
+
+
+def _depth(value: Any) -> str | float:
+    if isinstance(value, str):
+        return value or refuse_value("text that is not empty")
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        refuse_type("a column of obs or a number")
+    return float(value) if 0 < value < np.inf else refuse_value("a column of obs or a positive number")
+
+
+def _not_bool(value: Any) -> Any:
+    return refuse_type("a whole number") if isinstance(value, bool) else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_WHOLE)]
+Number = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_WHOLE)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_RANDOM_STATE)]
+# Total count of spots: a column of obs, or a number.
+Depth = Annotated[str | float, Converted(_depth)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+NotNegative = Annotated[Real, Field(ge=0)]
+Probability = Annotated[Real, Field(ge=0, le=1)]
+# A probability of something.
+Share = Annotated[Probability, Field(gt=0)]
+# A share that is not all.
+Rate = Annotated[Real, Field(ge=0, lt=1)]
+Key = Annotated[str, Field(min_length=1)]
+KeyList = Annotated[Sequence[str], Converted(_keys)]
+KeyOrKeys = Annotated[str | Sequence[str], Converted(_one_or_more_keys)]
+ListOf = Annotated[Sequence[T], BeforeValidator(list_of)]
+TupleOf = Annotated[tuple[T, ...], BeforeValidator(_tuple_of)]
+# Of which the order does not matter.
+CollectionOf = Annotated[Sequence[T], BeforeValidator(_collection)]
+# Whole numbers, each larger than the one before.
+Increasing = Annotated[TupleOf[Count], AfterValidator(_increasing)]
+Probabilities = Annotated[ListOf[Probability], AfterValidator(_distinct)]
+PathLike = Annotated[str | Path, Converted(_path)]
+# For literals that are numbers, as True equals 1.
+not_bool = BeforeValidator(_not_bool)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Metadata of an annotation: an array of numbers whose axes are these.
+
+    Axes of one name must be as long in all arguments of a call.
+
+    Parameters
+    ----------
+    axes
+        Names of the axes.
+    optional
+        Whether the last axis may be absent.
+    """
+
+    axes: tuple[str, ...]
+    optional: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Pydantic's hook."""
+        return core_schema.no_info_plain_validator_function(self._array)
+
+    def _array(self, value: Any) -> NDArray[Any]:
+        shape = f"an array of numbers of shape ({', '.join(self.axes)})"
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError):
+            refuse_type(shape)
+        if array.dtype.kind not in "fiu":
+            refuse_type(shape)
+        if array.ndim not in (len(self.axes), len(self.axes) - self.optional):
+            refuse_value(shape)
+        return array
+
+
+class _Argument(NamedTuple):
+    """How an argument is checked, and whether it may be None."""
+
+    adapter: TypeAdapter[Any]
+    optional: bool
+    shape: Shape | None
+
+    @classmethod
+    def of(cls, annotation: Any) -> _Argument:
+        members = [annotation, *get_args(annotation)] if _is_union(annotation) else [annotation]
+        metadata = [m for member in members for m in getattr(member, "__metadata__", ())]
+        shape = next((m for m in metadata if isinstance(m, Shape)), None)
+        return cls(TypeAdapter(annotation, config=STRICT), type(None) in members, shape)
+
+
+def _is_union(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", type(annotation)) in (Union, type(int | str))
+
+
+@cache
+def _arguments(owner: Any) -> dict[str, _Argument]:
+    """Of a function, or the fields of a dataclass; those that may be anything are left out."""
+    hints = get_type_hints(inspect.unwrap(owner), include_extras=True)
+    return {name: _Argument.of(hint) for name, hint in hints.items() if name != "return" and hint is not Any}
+
+
+def checked(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that were checked and converted as the annotations of a function, or of a dataclass, say.
+
+    Parameters
+    ----------
+    owner
+        The function or class.
+    values
+        Arguments by name.
+
+    Raises
+    ------
+    TypeError
+        If one is of another type.
+    ValueError
+        If one is out of range.
+    """
+    arguments = _arguments(owner)
+    result = {name: _check(name, value, arguments[name]) for name, value in values.items() if name in arguments}
+    _check_axes({name: (arguments[name].shape, value) for name, value in result.items()})
+    return result
+
+
+def _check(name: str, value: Any, argument: _Argument) -> Any:
+    try:
+        return argument.adapter.validate_python(value.item() if isinstance(value, np.generic) else value)
+    except ValidationError as error:
+        # Of several, that which lies deepest: of `int | list`, the one of the list's item.
+        first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+        kind = first["type"]
+        context = {k: int(v) if v in (0.0, 1.0) else v for k, v in first.get("ctx", {}).items()}  # 1 in place of 1.0
+        if kind == "value_error":
+            raise ValueError(f"{name}: {context['error']}") from None
+        expected = (
+            EXPECTED[kind].format(**context) if kind in EXPECTED else first["msg"].removeprefix("Input should be ")
+        )
+        of_other_type = kind.endswith("_type") or kind == "is_instance_of"
+        or_none = " or None" if argument.optional and of_other_type else ""
+        message = f"{name}: expected {expected}{or_none}, got {shown(first['input'])}"
+        raise (TypeError if of_other_type else ValueError)(message) from None
+
+
+def _check_axes(arrays: Mapping[str, tuple[Shape | None, Any]]) -> None:
+    """Refuse arrays whose axes of one name differ in length."""
+    known: dict[str, tuple[str, int]] = {}
+    for name, (shape, array) in arrays.items():
+        for axis, length in zip(shape.axes, array.shape, strict=False) if shape and array is not None else ():
+            other, expected = known.setdefault(axis, (name, length))
+            if length != expected:
+                raise ValueError(f"{name}: expected {expected} {axis}, as in {other}, got {length}")
+
+
+def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Check and convert a function's arguments by its annotations, before it does anything."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}: {error}") from None
+        bound.arguments.update(checked(function, bound.arguments))
+        return function(*bound.args, **bound.kwargs)
+
+    return run
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """A value in one line, cut to what a message can hold."""
+    return " ".join(_Short().repr(value).split())

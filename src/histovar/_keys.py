@@ -104,7 +104,7 @@ class Keys:
 
     @property
     def spots(self) -> str:
-        """``obsm``: total count, disagreement and novelty of each spot."""
+        """``obsm``: total count of each spot, how certain it is, and novelty."""
         return f"{self.prefix}_spots"
 
     def score(self, name: str) -> str:

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 # Entries of `uns` and columns of `var` that `tl.evaluate` writes.
 EVALUATION = ("evaluation", "evaluated_distribution")
-# What is predicted of spots as such: total count, how much more than usual the members of the model disagree on rates
-# (relative variance), and how unlike those of training the section is (0 to 1).
-SPOT_COLUMNS = ("total_count", "disagreement", "novelty")
+# What is predicted of spots as such: total count, relative variance of rates beyond that of training spots, how many
+# times as far the depth may be off, and how unlike those of training the section is (0 to 1).
+SPOT_COLUMNS = ("total_count", "excess", "depth_spread", "novelty")
 SCORES = ("pearson", "spearman", "mse", "mae", "crps", "coverage", "constant", "partial_pearson")
 
 
@@ -223,7 +223,7 @@ def read_composed(adata: AnnData, keys: Keys) -> Composed | None:
     depth = params["depth_key"] or (float(params["depth"]) or None)
     totals = None if depth is None else torch.from_numpy(gate.depth(adata, depth)).clamp(min=1)
     units = params["units"]
-    composition = Composition(rates, spots[:, 0].log(), spots[:, 1])
+    composition = Composition(rates, spots[:, 0].log(), spots[:, 1], spots[:, 2])
     return Composed(Observation.from_plain(stored["observation"]), composition, units, totals)
 
 

@@ -47,9 +47,11 @@ OF_STAGE2 = (
     "n_spots_stage2",
     "sections_stage2",
     "images",
+    "group_key",
+    "groups_stage2",
 )
 # What models of earlier formats lack, and lack when they are saved again.
-ADDED_TO_REGISTRY = ("normalization", "images")
+ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2")
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -137,6 +139,7 @@ class CalibrationCard(_Fields):
 
     sections: list[Text]
     n_spots: Count
+    groups: list[Text] = []
 
 
 class RegistryCard(_Fields):
@@ -156,6 +159,8 @@ class RegistryCard(_Fields):
     n_spots_stage2: Count = 1
     sections_stage2: list[Text] = []
     images: dict[Text, dict[Text, float]] = {}
+    group_key: Key | None = None
+    groups_stage2: list[Text] = []
     calibration: CalibrationCard | None = None
 
     @property

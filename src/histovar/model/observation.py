@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from scipy.stats import norm, t
 from torch import Tensor, nn
 
 Units = Literal["lognorm", "log_counts", "counts", "rates"]
@@ -34,6 +35,12 @@ AT_ONCE = 2**24
 SPOTS_AT_ONCE = 256
 # Levels at which it is kept how often measured values lie below.
 LEVELS = 199
+# How much sections of one individual, and individuals, differ: standard deviations of log rates and of log depth, over
+# 34 sections of eight patients of her2st (benchmarks/units.py). They weigh as much as one group of the training data.
+SECTIONS_APART, INDIVIDUALS_APART = (0.20, 0.18), (0.74, 0.66)
+PRIOR_GROUPS = 1
+# Expected counts of a gene in a group, from which it tells how far the group is away.
+TELLING_COUNTS = 20.0
 # Bounds of a gene's dispersion.
 SMALLEST_DISPERSION, LARGEST_DISPERSION = 1e-4, 100.0
 
@@ -49,12 +56,15 @@ class Composition(NamedTuple):
         (n_spots,): expected logarithm of the total count.
     excess
         (n_spots,): relative variance of the rates beyond the genes' dispersion, where the members of the model
-        disagree more than they did on training spots.
+        disagree more than they did on training spots, or the section is unlike those of training.
+    depth_spread
+        (n_spots,): how many times as far as of training spots the depth may be off.
     """
 
     rates: Tensor
     log_depth: Tensor
     excess: Tensor
+    depth_spread: Tensor
 
 
 class Observation(nn.Module):
@@ -83,6 +93,7 @@ class Observation(nn.Module):
         self.register_buffer("target_sum", torch.tensor(RATE_TOTAL))
         self.register_buffer("depth_errors", torch.zeros(DEPTH_LEVELS))
         self.register_buffer("usual_disagreement", torch.zeros(()))
+        self.register_buffer("apart", torch.tensor(SECTIONS_APART))
         self.register_buffer("levels", torch.arange(1, LEVELS + 1) / (LEVELS + 1))
         self.register_buffer("calibrated", torch.tensor(False))
 
@@ -91,6 +102,7 @@ class Observation(nn.Module):
     target_sum: Tensor
     depth_errors: Tensor
     usual_disagreement: Tensor
+    apart: Tensor
     levels: Tensor
     calibrated: Tensor
 
@@ -112,7 +124,30 @@ class Observation(nn.Module):
         if depth is not None:
             return [(1.0, depth.to(composition.rates)[:, None])]
         errors = self.depth_errors.view(DEPTH_NODES, -1).mean(1)
-        return [(1 / DEPTH_NODES, (composition.log_depth + error).exp()[:, None]) for error in errors]
+        log_depth, spread = composition.log_depth, composition.depth_spread
+        return [(1 / DEPTH_NODES, (log_depth + spread * error).exp()[:, None]) for error in errors]
+
+    def composed(self, rates: Tensor, log_depth: Tensor, disagreement: Tensor, novelty: Tensor) -> Composition:
+        """Rates and depth with what makes them less certain than those of training spots.
+
+        A section that is like none of training may be of another kind of individual: as far as it is novel, it may be
+        as far away as individuals are from each other, beyond what is expected of new sections anyway.
+
+        Parameters
+        ----------
+        rates
+            (n_spots, n_genes).
+        log_depth
+            (n_spots,).
+        disagreement
+            (n_spots,): see :func:`histovar.model.prior.disagreement`.
+        novelty
+            (n_spots,) between 0 and 1.
+        """
+        beyond = (torch.tensor(INDIVIDUALS_APART, device=rates.device).square() - self.apart.square()).clamp(min=0)
+        excess = (disagreement - self.usual_disagreement).clamp(min=0) + novelty * beyond[0]
+        variance = self.depth_errors.square().mean().clamp(min=1e-6)
+        return Composition(rates, log_depth, excess, (1 + novelty * beyond[1] / variance).sqrt())
 
     def moments(self, composition: Composition, units: Units, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what would be measured.
@@ -186,6 +221,22 @@ class Observation(nn.Module):
             found[:, genes] = torch.cat(values, 2).sort(2).values
         return found
 
+    def _groups_apart(self, counts: Tensor, expected: Tensor, groups: Tensor, known: float) -> tuple[float, Tensor]:
+        """Standard deviation of groups' log rates about those expected, and genes' dispersions within groups."""
+        n_groups = int(groups.max()) + 1
+        sums, expectations, noise = (counts.new_zeros(n_groups, counts.shape[1]) for _ in range(3))
+        sums.index_add_(0, groups, counts)
+        expectations.index_add_(0, groups, expected)
+        noise.index_add_(0, groups, expected + self.dispersion * expected.square())
+        telling = expectations > TELLING_COUNTS
+        shifts = torch.where(telling, (sums.clamp(min=1) / expectations.clamp(min=1)).log(), 0.0)
+        noise = torch.where(telling, noise / expectations.square().clamp(min=1), 0.0)
+        n_telling = telling.sum(1).clamp(min=1)
+        variance = _pooled(((shifts.square() - noise).sum(1) / n_telling).clamp(min=0), known)
+        kept = variance / (variance + noise)
+        adjusted = expected * (kept * shifts).exp()[groups]
+        return math.sqrt(variance), fitted_dispersion(counts, adjusted)
+
     def at_levels(self, points: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
         """Calibrated quantiles, from :meth:`points`: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
         n = points.shape[2]
@@ -197,9 +248,20 @@ class Observation(nn.Module):
 
     @torch.no_grad()
     def fit(
-        self, counts: Tensor, totals: Tensor, composition: Composition, generator: torch.Generator | None = None
+        self,
+        counts: Tensor,
+        totals: Tensor,
+        composition: Composition,
+        groups: Tensor,
+        *,
+        of_individuals: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Learn dispersion, error of the depth and calibration from spots that the prediction has not seen.
+
+        Errors are of spots and of whole groups: of K groups, and as much as one group weighs of what is known of
+        others, the variance between groups is estimated, and enters predictions of a new group by the 5 % quantile of
+        Student's t with K + 1 degrees of freedom in place of the normal one.
 
         Parameters
         ----------
@@ -209,13 +271,16 @@ class Observation(nn.Module):
             (n_spots,) total count of each spot.
         composition
             What is predicted of them.
+        groups
+            (n_spots,) number of each spot's section, or individual.
+        of_individuals
+            Which.
         generator
             Source of randomness.
         """
-        self.dispersion.copy_(fitted_dispersion(counts, composition.rates * totals[:, None]))
-        errors = totals.clamp(min=1).log() - composition.log_depth
-        levels = (torch.arange(DEPTH_LEVELS, device=errors.device) + 0.5) / DEPTH_LEVELS
-        self.depth_errors.copy_(torch.quantile(errors, levels.to(errors)))
+        expected = composition.rates * totals[:, None]
+        known = INDIVIDUALS_APART if of_individuals else SECTIONS_APART
+        self.dispersion.copy_(fitted_dispersion(counts, expected))
         places = torch.cat(
             [
                 randomised_levels(
@@ -230,7 +295,32 @@ class Observation(nn.Module):
         some = places.flatten().double()
         some = some[:: max(1, len(some) // 2**22)]
         self.levels.copy_(torch.quantile(some, even))
+        # Intervals that hold for spots of groups as these are now made to hold for a new group.
+        rates_apart, within = self._groups_apart(counts, expected, groups, known[0])
+        depth_apart, errors = _depths_apart(totals.clamp(min=1).log() - composition.log_depth, groups, known[1])
+        n_groups = int(groups.max()) + 1
+        inflation = float((t.ppf(0.95, n_groups + PRIOR_GROUPS) / norm.ppf(0.95)) ** 2)
+        self.apart.copy_(torch.tensor([rates_apart, depth_apart]))
+        self.dispersion.copy_(within + inflation * rates_apart**2)
+        spread = (1 + inflation * depth_apart**2 / errors.square().mean().clamp(min=1e-6)).sqrt()
+        levels = (torch.arange(DEPTH_LEVELS, device=errors.device) + 0.5) / DEPTH_LEVELS
+        self.depth_errors.copy_(spread * torch.quantile(errors, levels.to(errors)))
         self.calibrated.fill_(True)
+
+
+def _depths_apart(errors: Tensor, groups: Tensor, known: float) -> tuple[float, Tensor]:
+    """Standard deviation of groups' mean errors of log depth, and the errors with those taken out."""
+    means = torch.stack([errors[groups == k].mean() for k in range(int(groups.max()) + 1)])
+    sizes = torch.stack([(groups == k).sum() for k in range(len(means))])
+    noise = (errors - means[groups]).square().mean() / sizes
+    variance = _pooled((means.square() - noise).clamp(min=0), known)
+    kept = variance / (variance + noise)
+    return math.sqrt(variance), errors - (kept * means)[groups]
+
+
+def _pooled(variances: Tensor, known: float) -> float:
+    """Variance between groups: mean of each one's squared distance, and of what is known of others."""
+    return float((variances.sum() + PRIOR_GROUPS * known**2) / (len(variances) + PRIOR_GROUPS))
 
 
 def _levels(n: int, like: Tensor) -> Tensor:

@@ -382,10 +382,8 @@ class TwoStageVARST(nn.Module):
         observation = self.var_stage.observation
         each = self._prior.log_depth(self.var_stage.condition.features(histology), cross_fitted=unseen is not None)
         log_depth = (each if unseen is None else each[unseen]).mean(0)
-        excess = log_depth.new_zeros(len(log_depth))
-        if len(members) > 1:
-            excess = (disagreement(members) - observation.usual_disagreement).clamp(min=0)
-        return Composition(observation.base * members.mean(0), log_depth, excess)
+        apart = disagreement(members) if len(members) > 1 else torch.zeros_like(log_depth)
+        return observation.composed(observation.base * members.mean(0), log_depth, apart, histology.novelty)
 
     @torch.no_grad()
     def predict(

@@ -145,7 +145,8 @@ class Predictor:
             ranks = self._draws(model, batch, generator).argsort(2).argsort(2)
             levels = (torch.arange(self.n_samples, device=mean.device) + 0.5) / self.n_samples
             draws = observation.at_levels(points, levels).gather(2, ranks)
-        spots = torch.stack([composition.log_depth.exp(), composition.excess, batch.novelty], 1)
+        _, log_depth, excess, depth_spread = composition
+        spots = torch.stack([log_depth.exp(), excess, depth_spread, batch.novelty], 1)
         return mean, std, generated.tokens, draws, cube, RATE_TOTAL * composition.rates, spots
 
     def _draws(self, model: TwoStageVARST, batch: Histology, generator: torch.Generator) -> Tensor:

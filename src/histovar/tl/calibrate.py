@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from histovar._arguments import Count, Key, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._progress import progress
+from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
@@ -100,13 +101,18 @@ def calibrate(
     obsm = [*registry["use_rep"], spatial_key, keys.niche, keys.niche_source]
     sections = Sections(adata, library_key, layer, obsm, spatial_key)
     names = sections.names
-    unseen = _unseen_members(adata, model, names)
+    group_key = registry.get("group_key")
+    individuals = gate.groups(adata, group_key if group_key in adata.obs else None, names)
+    tested = [] if individuals is None else np.unique(individuals).tolist()
+    by_individual = len(tested) > 1
+    numbers_of_groups = section_numbers(individuals, adata.n_obs) if by_individual else sections.numbers
+    unseen = _unseen_members(adata, model, names, individuals)
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     home = model.device
 
     observation = stage2.observation
 
-    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = histology(
             section.adata,
             config,
@@ -136,19 +142,21 @@ def calibrate(
                     "learnt from them"
                 )
             measured, totals = counts.panel, counts.totals.astype(np.float32)
-        read, total, members = (torch.from_numpy(part) for part in (measured, totals, unseen[section.rows[rows]]))
-        return inputs.map(lambda t: t[rows]), read, total, members
+        chosen_here = section.rows[rows]
+        parts = (measured, totals, unseen[chosen_here], numbers_of_groups[chosen_here])
+        read, total, members, own = (torch.from_numpy(part) for part in parts)
+        return inputs.map(lambda t: t[rows]), read, total, members, own
 
-    inputs, measured, totals, members_unseen = gathered_rows(sections.map(aligned), len(chosen))
+    inputs, measured, totals, members_unseen, group_numbers = gathered_rows(sections.map(aligned), len(chosen))
     if layer == LOGNORM:
         add_lognorm(adata)
     unseen = members_unseen.numpy()
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
-        groups = np.unique(unseen, axis=0)
+        kinds = np.unique(unseen, axis=0)
         batches = [
             (members, rows)
-            for members in groups
+            for members in kinds
             for rows in torch.from_numpy(np.flatnonzero((unseen == members).all(1))).split(batch_size)
         ]
         for members, rows in progress(batches, "calibrating", show=show_progress_bar):
@@ -169,15 +177,25 @@ def calibrate(
         composition = Composition(*predicted)
         generator = torch.Generator().manual_seed(random_state)
         known = totals[order].clamp(min=1)
-        observation.fit(truth, known, composition, generator)
+        groups = group_numbers[order].unique(return_inverse=True)[1]
+        observation.fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
     else:
         stage2.calibration.fit(truth, *predicted)
     labels = [] if names is None else np.unique(names).tolist()
-    registry["calibration"] = {"sections": labels, "n_spots": len(truth)}
-    logger.info("calibrated on %d spots of %s", len(truth), labels or "one section")
+    registry["calibration"] = {"sections": labels, "n_spots": len(truth), "groups": tested}
+    logger.info(
+        "calibrated on %d spots of %s: %s",
+        len(truth),
+        labels or "one section",
+        f"individuals {tested}"
+        if len(tested) > 1
+        else "sections of one individual, or not known of how many: not tested on another",
+    )
 
 
-def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None) -> NDArray[np.bool_]:
+def _unseen_members(
+    adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None, individuals: NDArray[np.str_] | None
+) -> NDArray[np.bool_]:
     """Which cross-fitted members predict each spot, having not seen it; none of a held-out spot: (n_obs, n_members)."""
     registry, n_members = model.registry, model.config.n_members
     known = registry["sections_stage2"]
@@ -199,7 +217,8 @@ def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_
         )
     rows = np.flatnonzero(trained_on)
     place = gate.coordinates(adata, registry["spatial_key"])[rows]
-    folds = cross_fit_folds(labels[rows] if known else None, place, n_members)
+    own = None if individuals is None else individuals[rows]
+    folds = cross_fit_folds(labels[rows] if known else None, place, n_members, own)
     left_out = np.arange(n_members) % (folds.max() + 1)
     unseen[rows] = folds[:, None] == left_out
     return unseen

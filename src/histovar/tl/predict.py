@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from anndata import AnnData
+from numpy.typing import NDArray
 from pydantic import Field
 
 from histovar._arguments import (
@@ -182,6 +183,7 @@ def predict(
         inputs = histology(adata, config, **condition, key=key_added)
         numbers = torch.from_numpy(section_numbers(gate.sections(adata, where_from["library_key"]), adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
+        _warn_of_novelty(inputs.novelty.cpu().numpy(), gate.sections(adata, where_from["library_key"]))
         made = predictor(model, inputs, random_state, depth=totals, show_progress_bar=show_progress_bar)
 
     if copy:
@@ -198,10 +200,12 @@ def predict(
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
+            "trained_on_groups": np.array(registry.get("groups_stage2", []), dtype=str),
             "params": {
                 "use_rep": np.array(reps),
                 "spatial_key": where_from["spatial_key"],
                 "library_key": where_from["library_key"] or "",
+                "group_key": registry.get("group_key") or "",
                 "covariates": np.array(list(registry["covariates"]), dtype=str),
                 "decoding": decoding,
                 "units": units or "lognorm",
@@ -251,6 +255,19 @@ def _described(registry: dict[str, Any], units: Units | None, depth: str | float
         normalization = registry.get("normalization", {})
         return {"units": registry["units"] + at, "layer": registry["layer"], "normalization": normalization}
     return {"units": IN_WORDS[units] + at, "layer": units, "normalization": {}}
+
+
+def _warn_of_novelty(novelty: NDArray[np.floating], names: NDArray[np.str_] | None) -> None:
+    """Log a warning of sections that are unlike those of training."""
+    labels = np.full(len(novelty), "all spots") if names is None else names
+    found = {str(label): float(novelty[labels == label].max()) for label in np.unique(labels)}
+    unlike = {label: round(value, 2) for label, value in found.items() if value > 0}
+    if unlike:
+        logger.warning(
+            "histology unlike that of the training sections (novelty, 0 to 1): %s; predictions may be further off, and "
+            "intervals are wider",
+            unlike,
+        )
 
 
 def _known_section(adata: AnnData, library_key: str | None) -> str | None:

@@ -43,6 +43,7 @@ def train(
     use_rep: KeyOrKeys,
     layer: Key | None = None,
     library_key: Key | None = None,
+    group_key: Key | None = None,
     spatial_key: Key = "spatial",
     covariates: KeyList = (),
     config: InstanceOf[ModelConfig] | None = None,
@@ -59,7 +60,7 @@ def train(
 
     Parameters
     ----------
-    data, use_rep, layer, library_key, spatial_key, covariates, config, key_added, random_state, table_name
+    data, use_rep, layer, library_key, group_key, spatial_key, covariates, config, key_added, random_state, table_name
         As in :func:`train_stage1` and :func:`train_stage2`.
     stage1, stage2
         Training options of one stage alone.
@@ -99,7 +100,8 @@ def train(
         gate.check_enough_spots(adata, LEAST_SPOTS, "train and calibrate on (train_stage1 and train_stage2 take fewer)")
     if stored_niche(adata, keys, reps, wanted.n_neighbors, spatial_key, library_key) is None:
         gate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
-    shared: dict[str, Any] = {"library_key": library_key, "key_added": key_added}
+    gate.groups(adata, group_key, names)
+    shared: dict[str, Any] = {"library_key": library_key, "group_key": group_key, "key_added": key_added}
     with lock_directory(whole):
         of_stage1, of_stage2 = _with_resume(options_of_stages, resume)
         model = train_stage1(adata, layer=layer, config=config, **shared, **of_stage1)

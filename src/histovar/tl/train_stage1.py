@@ -36,6 +36,7 @@ def train_stage1(
     *,
     layer: Key | None = None,
     library_key: Key | None = None,
+    group_key: Key | None = None,
     config: InstanceOf[ModelConfig] | None = None,
     key_added: Prefix = DEFAULT_KEY,
     random_state: Seed = 0,
@@ -59,6 +60,9 @@ def train_stage1(
     config
         Configuration; :meth:`ModelConfig.default` for the panel by default. It decides the number of genes and the
         scales where they have not been chosen yet.
+    group_key
+        Column of ``obs`` with the individual (patient, animal), of whom a section is of one. Of three or more, one is
+        held out to watch training in place of a section.
     key_added
         Prefix of the slots of panel and scales.
     random_state
@@ -95,6 +99,7 @@ def train_stage1(
     keys = Keys(key_added)
     wanted = LOGNORM if layer is None else layer
     sections = Sections(adata, library_key, wanted)
+    individuals = gate.groups(adata, group_key, sections.names)
     gate.check_enough_spots(adata, 10, "train on")
     expression.check_layer(adata, layer)
     model_of_panel = _checked_config(adata, keys, config)
@@ -132,7 +137,9 @@ def train_stage1(
                 "units": expression.units(wanted, normalization),
                 "normalization": normalization.plain(),
             }
-            Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[sections.order])
+            order = sections.order
+            watched = None if individuals is None else individuals[order]
+            Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[order], watched)
     return model
 
 

@@ -11,6 +11,7 @@ from pydantic import InstanceOf
 
 from histovar._arguments import Key, KeyList, KeyOrKeys, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
+from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
@@ -35,6 +36,7 @@ def train_stage2(
     *,
     use_rep: KeyOrKeys,
     library_key: Key | None = None,
+    group_key: Key | None = None,
     spatial_key: Key = "spatial",
     covariates: KeyList = (),
     config: InstanceOf[ModelConfig] | None = None,
@@ -59,6 +61,10 @@ def train_stage2(
         fields.
     library_key
         Column of ``obs`` with the section. Neighbours are sought within it, and one section is held out to watch
+        training.
+    group_key
+        Column of ``obs`` with the individual (patient, animal), of whom a section is of one. The prior's folds, and
+        with them calibration, are then by individual, if there are two; of three or more, one is held out to watch
         training.
     spatial_key
         Key of ``obsm`` with coordinates, (n_obs, 2).
@@ -106,6 +112,8 @@ def train_stage2(
     place = gate.coordinates(adata, spatial_key)
     obsm = [*reps, spatial_key, keys.niche, keys.niche_source]
     sections = Sections(adata, library_key, layer, obsm, spatial_key)
+    individuals = gate.groups(adata, group_key, sections.names)
+    numbers = None if individuals is None else section_numbers(individuals, adata.n_obs)
     columns = gate.gene_columns(adata, model.registry["genes"])
     widths = check_embeddings(adata, reps)
     encoders = learn_covariates(adata, covariates)
@@ -129,7 +137,8 @@ def train_stage2(
         counts = counts_of_values(section.adata, columns, values, target_sum) if layer == LOGNORM else None
         panel, totals = (None, None) if counts is None else (torch.from_numpy(counts.panel), counts.totals)
         rows = section.rows
-        return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], panel, totals)
+        own = None if numbers is None else numbers[rows]
+        return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], own, panel, totals)
 
     trainee = _with_own_weights(model)
     with checkpoint_directory(checked), sections.scratch() as scratch:
@@ -149,6 +158,8 @@ def train_stage2(
             "covariates": encoders,
             "n_spots_stage2": adata.n_obs,
             "sections_stage2": [] if sections.names is None else np.unique(sections.names).tolist(),
+            "group_key": group_key,
+            "groups_stage2": [] if individuals is None else np.unique(individuals).tolist(),
             "images": scale_factors(adata.uns.get("spatial")),
         }
         Stage2Trainer(trainee, **trainer_options).fit(found, adata.n_obs, scratch)

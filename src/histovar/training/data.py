@@ -232,7 +232,7 @@ def _loader(dataset: Spots, batches: BatchSampler) -> DataLoader[Any]:
 
 
 def held_out_spots(
-    sections: NDArray[Any] | None, n_spots: int, random_state: int
+    sections: NDArray[Any] | None, n_spots: int, random_state: int, groups: NDArray[Any] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split the training spots into those learnt from and those on which training is watched.
 
@@ -244,16 +244,20 @@ def held_out_spots(
         Number of spots.
     random_state
         Seed.
+    groups
+        (n_spots,) individual of each spot, or None.
 
     Returns
     -------
     seen
         Rows to learn from.
     watched
-        Rows of one held-out section (at most ``WATCHED_SPOTS``, at random), or of a random tenth of the spots where
-        there is but one section.
+        Rows of one held-out individual of three or more, else of one held-out section (at most ``WATCHED_SPOTS``, at
+        random), or of a random tenth of the spots where there is but one section.
     """
     rng = np.random.default_rng(random_state)
+    if groups is not None and len(np.unique(groups)) > 2:  # of two, half of the spots would be lost
+        sections = groups
     names = np.unique(sections) if sections is not None else np.zeros(1)
     order = rng.permutation(n_spots)
     if sections is not None and len(names) > 1:
@@ -265,9 +269,12 @@ def held_out_spots(
 
 
 def cross_fit_folds(
-    sections: NDArray[Any] | None, coordinates: NDArray[np.floating], n_members: int
+    sections: NDArray[Any] | None,
+    coordinates: NDArray[np.floating],
+    n_members: int,
+    groups: NDArray[Any] | None = None,
 ) -> NDArray[np.int64]:
-    """Folds of the training spots for the prior: sections where there are enough, else strips of sections.
+    """Folds of the training spots for the prior: individuals, or sections where there are enough, else strips of them.
 
     Parameters
     ----------
@@ -277,15 +284,20 @@ def cross_fit_folds(
         (n_spots, 2).
     n_members
         Members of the prior, the largest possible number of folds.
+    groups
+        (n_spots,) individual of each spot, or None.
 
     Returns
     -------
     ndarray
-        (n_spots,) numbered from 0. With three sections or more a fold is a section (or several, where there
-        are more sections than members); otherwise sections are cut into strips along their longer axis, since random
-        spots would leave a spot's neighbours in the other folds.
+        (n_spots,) numbered from 0. With two individuals or more a fold is an individual (or several, where there are
+        more than members); else with three sections or more a fold is a section (or several); otherwise sections are
+        cut into strips along their longer axis, since random spots would leave a spot's neighbours in the other folds.
     """
     n_spots = len(coordinates)
+    individuals = section_numbers(groups, n_spots)
+    if individuals.max() > 0:
+        return individuals % max(n_members, 1)
     codes = section_numbers(sections, n_spots)
     n_sections = codes.max() + 1
     if n_sections >= 3 or n_members < 2:

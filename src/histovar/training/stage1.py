@@ -127,7 +127,13 @@ class Stage1Trainer:
         """Options as the user gave them, with the defaults of this stage, checked."""
         return TrainingOptions.checked(options, learning_rate=1e-4)
 
-    def fit(self, spots: Spots, groups: NDArray[np.integer], sections: NDArray[Any] | None = None) -> None:
+    def fit(
+        self,
+        spots: Spots,
+        groups: NDArray[np.integer],
+        sections: NDArray[Any] | None = None,
+        individuals: NDArray[Any] | None = None,
+    ) -> None:
         """Train, restore the best weights, count the codes and keep the history.
 
         Parameters
@@ -138,6 +144,8 @@ class Stage1Trainer:
             (n_scales, n_genes) nested gene groups.
         sections
             (n_spots,) section of each spot; one of them is held out to watch training.
+        individuals
+            (n_spots,) individual of each spot; of three or more one is held out in place of a section.
 
         Raises
         ------
@@ -148,7 +156,7 @@ class Stage1Trainer:
         """
         options, model = self.options, self.model
         model.set_training_stage(1)
-        seen, watched = held_out_spots(sections, len(spots), options.random_state)
+        seen, watched = held_out_spots(sections, len(spots), options.random_state, individuals)
         train = spots.take(seen)
         (sample,) = spots[sampled_spots(len(spots), options.random_state)]
         assert isinstance(sample, Tensor)

@@ -17,7 +17,7 @@ from histovar._spots import sampled_spots
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
-from histovar.model.observation import Composition, negative_log_likelihood
+from histovar.model.observation import negative_log_likelihood
 from histovar.model.weights import fingerprint
 
 from .callbacks import diverged
@@ -288,8 +288,7 @@ class Stage2Trainer:
         stage2.head.set_codes(model.stage1)
         stage2.head.gate.fill_(1)
         with seeded(options.random_state):
-            spots, sections, run = self._prepare(parts, n_spots, scratch)
-            seen, watched = held_out_spots(sections, n_spots, options.random_state)
+            spots, (seen, watched), run = self._prepare(parts, n_spots, scratch)
             module = Stage2Module(model, options)
             if run.state is None:
                 self._fit_prior(spots, run)
@@ -307,7 +306,7 @@ class Stage2Trainer:
                 validation,
                 options,
                 step="stage 2: tokens",
-                max_epochs=self._epochs(sections),
+                max_epochs=options.epochs(len(seen), self.steps, self.least_epochs),
                 run=run,
             )
         model.cpu().eval().requires_grad_(False)
@@ -327,16 +326,19 @@ class Stage2Trainer:
 
     def _prepare(
         self, parts: Iterable[Measured], n_spots: int, scratch: Path | None
-    ) -> tuple[Spots, NDArray[np.int64], StageRun]:
-        """Fit the condition, and put together what is learnt from, sections and checkpoints."""
+    ) -> tuple[Spots, tuple[NDArray[np.int64], NDArray[np.int64]], StageRun]:
+        """Fit the condition, and put together what is learnt from, which spots to watch, and checkpoints."""
         model, seed = self.model, self.options.random_state
         stage2 = model.var_stage
         digests = Digests()
         survey = surveyed(self._digested(parts, digests), n_spots, seed)
-        run = StageRun(self.options, self._identity(digests), self._epochs(survey.all_sections))
+        split = held_out_spots(survey.all_sections, n_spots, seed, survey.groups)
+        max_epochs = self.options.epochs(len(split[0]), self.steps, self.least_epochs)
+        run = StageRun(self.options, self._identity(digests), max_epochs)
         stage2.condition.fit(survey.histology, survey.sections, survey.moments)
-        sections, moments = survey.all_sections, survey.moments
-        folds = torch.from_numpy(cross_fit_folds(sections, survey.coordinates, model.config.n_members))
+        moments = survey.moments
+        by = survey.all_sections, survey.coordinates, model.config.n_members, survey.groups
+        folds = torch.from_numpy(cross_fit_folds(*by))
         totals = survey.total_counts
         if stage2.prior is not None:
             of_rates = survey.counts is not None and totals is not None
@@ -363,12 +365,7 @@ class Stage2Trainer:
                 room = measured.new_zeros(measured.shape if model.config.n_members else (len(measured), 0))
                 yield histology, tokens, measured, folds[rows], weights[rows], depths[rows], room
 
-        return collected(made(), n_spots, scratch), sections, run
-
-    def _epochs(self, sections: NDArray[np.int64]) -> int:
-        """Most epochs of the token model."""
-        seen, _ = held_out_spots(sections, len(sections), self.options.random_state)
-        return self.options.epochs(len(seen), self.steps, self.least_epochs)
+        return collected(made(), n_spots, scratch), split, run
 
     @property
     def _has_checkpoints(self) -> bool:
@@ -384,6 +381,7 @@ class Stage2Trainer:
                 digests.update("covariates", histology.covariates)
                 digests.update("expression", part.expression)
                 digests.update("sections", part.sections)
+                digests.update("groups", part.groups)
                 digests.update("total counts", part.total_counts)
             yield part
 
@@ -419,9 +417,10 @@ class Stage2Trainer:
             fit_depth(prior, features, totals.log(), folds)
             unseen = prior.out_of_fold(features, folds)
             observation.usual_disagreement.copy_(unseen.disagreement.mean())
-            composition = Composition(observation.base * unseen.mean, unseen.log_depth, torch.zeros(len(features)))
+            rates = observation.base * unseen.mean
+            composition = observation.composed(rates, unseen.log_depth, unseen.disagreement, histology.novelty)
             own = torch.Generator().manual_seed(self.options.random_state)
-            observation.fit(measured, totals[:, 0], composition, own)
+            observation.fit(measured, totals[:, 0], composition, folds, generator=own)
             observation.calibrated.fill_(False)
         else:
             fit_linear(prior, features, model.stage1.scales.standardize(measured), weights, folds)

@@ -30,6 +30,8 @@ class Measured(NamedTuple):
         (n_spots,) number of each spot's section.
     coordinates
         (n_spots, 2), for folds within sections.
+    groups
+        (n_spots,) number of each spot's individual, where known.
     counts
         (n_spots, n_genes), where `expression` is log-normalised counts.
     total_counts
@@ -40,6 +42,7 @@ class Measured(NamedTuple):
     expression: Tensor
     sections: NDArray[np.int64]
     coordinates: NDArray[np.floating]
+    groups: NDArray[np.int64] | None
     counts: Tensor | None
     total_counts: NDArray[np.floating] | None
 
@@ -55,7 +58,7 @@ class Survey(NamedTuple):
         Of a random sample of the spots, in their order.
     counts
         (n_genes,) sums over all spots, where there are counts.
-    all_sections, coordinates, total_counts
+    all_sections, groups, coordinates, total_counts
         Of all spots.
     """
 
@@ -64,6 +67,7 @@ class Survey(NamedTuple):
     sections: Tensor
     counts: Tensor | None
     all_sections: NDArray[np.int64]
+    groups: NDArray[np.int64] | None
     coordinates: NDArray[np.floating]
     total_counts: NDArray[np.floating] | None
 
@@ -84,12 +88,14 @@ def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Surv
     moments: dict[int, Moments] = {}
     light: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
 
+    individuals: list[NDArray[np.int64] | None] = []
     sums: list[Tensor | None] = []
 
     def chosen() -> Iterator[tuple[Histology]]:
         start = 0
         for part in parts:
             moments.update(Moments.by_section(part.histology, torch.from_numpy(part.sections)))
+            individuals.append(part.groups)
             sums.append(None if part.counts is None else part.counts.double().sum(0))
             light.append((part.sections, part.coordinates, part.total_counts))
             stop = start + len(part.sections)
@@ -101,6 +107,7 @@ def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Surv
     sections, coordinates, totals = zip(*light, strict=True)
     all_sections = np.concatenate(sections)
     known = [total for total in totals if total is not None]
+    grouped = [of_part for of_part in individuals if of_part is not None]
     counted = [of_part for of_part in sums if of_part is not None]
     return Survey(
         moments,
@@ -108,6 +115,7 @@ def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Surv
         torch.from_numpy(all_sections[sample]),
         torch.stack(counted).sum(0) if len(counted) == len(sums) else None,
         all_sections,
+        np.concatenate(grouped) if len(grouped) == len(individuals) else None,
         np.concatenate(coordinates),
         np.concatenate(known) if len(known) == len(totals) else None,
     )

@@ -70,7 +70,7 @@ def test_calibration_never_waits(model):
 def test_observation_never_waits(units, known):
     observation = Observation(N_GENES).to("meta")
     number = torch.empty(N_SPOTS, **NOWHERE)
-    composition = Composition(torch.empty(N_SPOTS, N_GENES, **NOWHERE), number, number)
+    composition = Composition(torch.empty(N_SPOTS, N_GENES, **NOWHERE), number, number, number)
     depth = number if known else None
     with NoDoubles():
         mean, std = observation.moments(composition, units, depth)

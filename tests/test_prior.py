@@ -95,7 +95,9 @@ def test_depth_goes_on_along_a_line_beyond_training():
         prior.depths.output.bias.zero_()
     far = torch.zeros(1, 8)
     far[0, 0] = -4
-    assert float(prior.log_depth(far).detach().mean()) == pytest.approx(8 - 4 / 2, abs=0.3)
+    near, novel = (prior.log_depth(far, torch.tensor([novelty])).detach() for novelty in (0.0, 1.0))
+    assert float(near.mean()) == pytest.approx(8 - 4 / 4, abs=0.2)
+    assert float(novel.mean()) == pytest.approx(8 - 4 * 3 / 4, abs=0.3)
 
 
 def test_rates_are_positive_however_far_the_line_goes():

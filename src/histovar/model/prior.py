@@ -19,8 +19,9 @@ from .linear import LinearPart
 LOG_RATE = 0.5
 # Least rate, relative to that of all training spots, which linear regression could take below zero.
 LEAST_RATE = 0.01
-# Hidden width of the perceptrons of depth, and how much of its prediction is ridge regression's.
-DEPTH_HIDDEN, DEPTH_SHARE = 64, 0.5
+# Hidden width of the perceptrons of depth. How much of its prediction is ridge regression's: of sections that are like
+# those of training, and how much more of sections that are like none.
+DEPTH_HIDDEN, LINEAR_DEPTH, MORE_LINEAR = 64, 0.25, 0.5
 # Spots for which what every cross-fitted member predicts is held at once.
 UNSEEN_AT_ONCE = 512
 
@@ -85,8 +86,8 @@ class ConditionalMeanPrior(nn.Module):
 
     Where the model learns from counts, that is every gene's rate, its share of a spot's total count, relative to that
     of all training spots; else standardised expression. Depth, the log total count, has perceptrons of its own, which
-    would otherwise learn little else, and the prediction is their mean with that of ridge regression: of tissue unlike
-    that of training a line goes on where perceptrons level off.
+    would otherwise learn little else. Some of its prediction is ridge regression's, the more the less a section is like
+    those of training: a line goes on where perceptrons level off.
 
     Each member sees one of the condition's views. The first ``config.n_members`` are cross-fitted: each never sees one
     fold of the training spots. So a training spot can be given the prediction of members that did not see it, which is
@@ -113,7 +114,6 @@ class ConditionalMeanPrior(nn.Module):
         self.linear = LinearPart(n, n_features, config.n_genes)
         self.depths = Ensemble(2 * n, n_in, DEPTH_HIDDEN, 1, *rates)
         self.linear_depth = LinearPart(n, n_features, 1)
-        self.linear_depth.share.fill_(DEPTH_SHARE)
         # Whether rates are predicted, and the number of folds; as numbers, too, which no device needs to be asked for.
         self.register_buffer("trained", torch.tensor([0, 1]))
         self.of_rates, self.n_folds = False, 1
@@ -172,11 +172,20 @@ class ConditionalMeanPrior(nn.Module):
         outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
         return outputs.clamp(min=LEAST_RATE) if self.of_rates else outputs
 
-    def log_depth(self, features: Tensor, *, cross_fitted: bool = False) -> Tensor:
-        """Log total count that every member expects, (n_members, n_spots); arguments as in :meth:`forward`."""
+    def log_depth(self, features: Tensor, novelty: Tensor, *, cross_fitted: bool = False) -> Tensor:
+        """Log total count that every member expects: (n_members, n_spots).
+
+        Parameters
+        ----------
+        features, cross_fitted
+            As in :meth:`forward`.
+        novelty
+            (n_spots,) how unlike those of training each spot's section is, 0 to 1.
+        """
         members = self._members(cross_fitted)
         outputs = self.depth_mean + self.depth_std * self.depths(self._seen(features, members), members)
-        return self.linear_depth(outputs, features, cross_fitted=cross_fitted)[..., 0]
+        linear = self.linear_depth.predict(features, cross_fitted=cross_fitted)
+        return torch.lerp(outputs[..., 0], linear[..., 0], LINEAR_DEPTH + MORE_LINEAR * novelty)
 
     def loss(
         self, features: Tensor, score: Callable[[Tensor], Tensor], folds: Tensor, log_totals: Tensor | None = None
@@ -212,7 +221,7 @@ class ConditionalMeanPrior(nn.Module):
             unseen = self._unseen(fold).to(features.dtype)
             members, n = self(some, cross_fitted=True), unseen.sum(0)[:, None]
             mean = torch.einsum("mng,mn->ng", members, unseen) / n
-            log_depth = (self.log_depth(some, cross_fitted=True) * unseen).sum(0) / n[:, 0]
+            log_depth = (self.log_depth(some, some.new_zeros(len(some)), cross_fitted=True) * unseen).sum(0) / n[:, 0]
             apart = disagreement(members, unseen) if self.of_rates else torch.zeros_like(log_depth)
             found.append(OutOfFold(mean, log_depth, apart))
         return OutOfFold(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -364,7 +364,9 @@ class TwoStageVARST(nn.Module):
     def conditional_mean(self, histology: Histology) -> Tensor:
         """Standardised expression that the prior expects, (n_spots, n_genes)."""
         features = self.var_stage.condition.features(histology)
-        return self.standardized_means(self._prior(features).mean(0), self._prior.log_depth(features).mean(0))
+        return self.standardized_means(
+            self._prior(features).mean(0), self._prior.log_depth(features, histology.novelty).mean(0)
+        )
 
     @torch.no_grad()
     def composition(self, histology: Histology, members: Tensor, unseen: Tensor | None = None) -> Composition:
@@ -380,7 +382,8 @@ class TwoStageVARST(nn.Module):
             (n_members,) which cross-fitted members these are; None for those that saw all training spots.
         """
         observation = self.var_stage.observation
-        each = self._prior.log_depth(self.var_stage.condition.features(histology), cross_fitted=unseen is not None)
+        features, novelty = self.var_stage.condition.features(histology), histology.novelty
+        each = self._prior.log_depth(features, novelty, cross_fitted=unseen is not None)
         log_depth = (each if unseen is None else each[unseen]).mean(0)
         apart = disagreement(members) if len(members) > 1 else torch.zeros_like(log_depth)
         return observation.composed(observation.base * members.mean(0), log_depth, apart, histology.novelty)
@@ -434,7 +437,7 @@ class TwoStageVARST(nn.Module):
                 members = self.prior_members(histology)
             if means is None:
                 assert members is not None
-                log_depth = stage2.prior.log_depth(stage2.condition.features(histology)).mean(0)
+                log_depth = stage2.prior.log_depth(stage2.condition.features(histology), histology.novelty).mean(0)
                 if decoding.mode == "sample":
                     each = self.standardized_means(members, log_depth)
                     n_spots = each.shape[1]

@@ -101,6 +101,13 @@ def train(
         ),
     ] = None,
     library_key: LibraryKey = None,
+    group_key: Annotated[
+        str | None,
+        typer.Option(
+            callback=not_empty,
+            help="Column of obs that names the individual (patient, animal): by it intervals are calibrated.",
+        ),
+    ] = None,
     spatial_key: SpatialKey = None,
     covariate: Annotated[
         list[str] | None,
@@ -171,6 +178,7 @@ def train(
         adata = _without(adata, library_key, hold_out)
     options: dict[str, Any] = {
         "library_key": library_key,
+        "group_key": group_key,
         "key_added": key_added,
         "random_state": seed,
         "max_epochs": epochs,

@@ -346,14 +346,21 @@ def test_sections_may_be_numbers(sections, gene, as_given):
         hv.pl.spatial(sections, gene, section=7)
 
 
-@pytest.mark.parametrize("section", ["", 0, False])
-def test_a_section_is_not_given_only_if_it_is_none(one, gene, section):
-    with pytest.raises(ValueError, match="section: no section"):
+@pytest.mark.parametrize(
+    ("section", "error", "message"),
+    [
+        ("", ValueError, "section: expected text that is not empty"),
+        (0, ValueError, "section: no section '0'"),
+        (False, TypeError, "section: expected text or a whole number or None, got False"),
+    ],
+)
+def test_a_section_is_not_given_only_if_it_is_none(one, gene, section, error, message):
+    with pytest.raises(error, match=message):
         hv.pl.spatial(one, gene, section=section)
 
 
 def test_an_empty_library_key_is_no_default(one, gene):
-    with pytest.raises(KeyError, match="library_key: no '' in obs"):
+    with pytest.raises(ValueError, match="library_key: expected text that is not empty, got ''"):
         hv.pl.spatial(one, gene, library_key="")
 
 

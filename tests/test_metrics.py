@@ -159,3 +159,12 @@ def test_noise_ceiling_of_genes_that_do_not_vary_or_are_all_noise():
     ceiling = metrics.noise_ceiling(counts)
     assert np.isnan(ceiling[1]) and ceiling[2] == 0 and (ceiling[[0, 3]] > 0.5).all()
     assert np.isnan(metrics.noise_ceiling(counts[:1])).all()
+
+
+def test_statistics_of_genes_are_compared_over_other_spots():
+    values = np.random.default_rng(0).random((30, 4))
+    twice = np.concatenate([values, values])
+    assert metrics.gene_correlation_error(twice, values) == pytest.approx(0, abs=1e-12)
+    assert metrics.relative_variance_distance(twice, values) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="measured: expected 4 genes, as in predicted, got 3"):
+        metrics.gene_correlation_error(twice, values[:, :3])

@@ -386,7 +386,7 @@ def test_numpy_scalars_train(prepared):
         ({"weight_decay": -0.1}, ValueError, "weight_decay: expected at least 0, got -0.1"),
         ({"gradient_clip_val": False}, TypeError, "gradient_clip_val: expected a number, got False"),
         ({"enable_progress_bar": "no"}, TypeError, "enable_progress_bar: expected True or False, got 'no'"),
-        ({"devices": 0}, ValueError, "devices: expected at least 1, .* got 0"),
+        ({"devices": 0}, ValueError, "devices: expected at least 1 .* got 0"),
         ({"devices": []}, ValueError, "devices: expected at least one device"),
         ({"num_nodes": 0}, ValueError, "num_nodes: expected at least 1, got 0"),
         ({"accelerator": "abacus"}, ValueError, "accelerator='abacus'"),

@@ -31,7 +31,7 @@ def test_epochs_are_cut_short_by_steps():
     assert TrainingOptions(batch_size=10).epochs(1000, 50) == 1
     short = TrainingOptions(batch_size=10, limit_train_batches=5)
     assert short.epochs(1000, 50) == 10 and short.epochs(30, 50) == 17
-    with pytest.raises(ValueError, match="limit_train_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="limit_train_batches: expected at least 1, got 0"):
         TrainingOptions(limit_train_batches=0)
 
 
@@ -142,8 +142,8 @@ def test_folds_do_not_tear_neighbours_apart():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"learning_rate": 0}, "learning_rate: expected more than 0, got 0"),
         ({"averaging_decay": 1}, "averaging_decay"),
     ],
 )

@@ -263,19 +263,25 @@ def _check(name: str, value: Any, argument: _Argument) -> Any:
     try:
         return argument.adapter.validate_python(value.item() if isinstance(value, np.generic) else value)
     except ValidationError as error:
-        # Of several, that which lies deepest: of `int | list`, the one of the list's item.
-        first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
-        kind = first["type"]
-        context = {k: int(v) if v in (0.0, 1.0) else v for k, v in first.get("ctx", {}).items()}  # 1 in place of 1.0
-        if kind == "value_error":
-            raise ValueError(f"{name}: {context['error']}") from None
-        expected = (
-            EXPECTED[kind].format(**context) if kind in EXPECTED else first["msg"].removeprefix("Input should be ")
-        )
-        of_other_type = kind.endswith("_type") or kind == "is_instance_of"
+        errors = error.errors(include_url=False)
+        # Of `int | list` given a list, only what is wrong with its item; of `str | int`, both.
+        deepest = max(len(e["loc"]) for e in errors)
+        errors = [e for e in errors if len(e["loc"]) == deepest]
+        if errors[0]["type"] == "value_error":
+            raise ValueError(f"{name}: {errors[0]['ctx']['error']}") from None
+        expected = " or ".join(dict.fromkeys(map(_expected, errors)))
+        of_other_type = all(e["type"].endswith("_type") or e["type"] == "is_instance_of" for e in errors)
         or_none = " or None" if argument.optional and of_other_type else ""
-        message = f"{name}: expected {expected}{or_none}, got {shown(first['input'])}"
+        message = f"{name}: expected {expected}{or_none}, got {shown(errors[0]['input'])}"
         raise (TypeError if of_other_type else ValueError)(message) from None
+
+
+def _expected(error: Mapping[str, Any]) -> str:
+    """What an error of pydantic expected, in words."""
+    context = {k: int(v) if v in (0.0, 1.0) else v for k, v in error.get("ctx", {}).items()}  # 1 in place of 1.0
+    if error["type"] in EXPECTED:
+        return EXPECTED[error["type"]].format(**context)
+    return str(error["msg"]).removeprefix("Input should be ")
 
 
 def _check_axes(arrays: Mapping[str, tuple[Shape | None, Any]]) -> None:

@@ -19,6 +19,8 @@ def _levels(values: NDArray[Any]) -> NDArray[Any]:
 
 Spots = Annotated[NDArray[Any], Shape(("spots",))]
 Matrix = Annotated[NDArray[Any], Shape(("spots", "genes"))]
+# Of the same genes, in spots that need not be those of other arguments.
+OtherSpots = Annotated[NDArray[Any], Shape(("other spots", "genes"))]
 # Of each spot and gene one value, or several draws.
 Values = Annotated[NDArray[Any], Shape(("spots", "genes", "samples"), optional=True)]
 Draws = Annotated[NDArray[Any], Shape(("spots", "genes", "samples"))]

@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 
 from histovar._arguments import KeyList, check_arguments
 
-from ._arrays import Matrix, Spots
+from ._arrays import Matrix, OtherSpots, Spots
 
 # A column whose standard deviation is below this share of its mean magnitude is constant up to rounding.
 CONSTANT = 1e-6
@@ -112,7 +112,7 @@ def _without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[
 
 
 @check_arguments
-def relative_variance_distance(predicted: Matrix, measured: Matrix) -> float:
+def relative_variance_distance(predicted: Matrix, measured: OtherSpots) -> float:
     """How far the genes' variances over the spots are from the measured ones.
 
     The mean over genes of ``((var(predicted) - var(measured)) / var(measured))**2``, the RVD of Zhu et al. 2025 (Stem).
@@ -122,7 +122,7 @@ def relative_variance_distance(predicted: Matrix, measured: Matrix) -> float:
     Parameters
     ----------
     predicted, measured
-        (n_spots, n_genes).
+        (n_spots, n_genes), of the same genes; spots may be others.
     """
     varies = ~is_constant(measured)
     if not varies.any():

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from histovar._arguments import check_arguments
 
-from ._arrays import Matrix, Values
+from ._arrays import OtherSpots, Values
 from .accuracy import is_constant
 
 
@@ -41,7 +41,7 @@ def gene_correlation(values: Values) -> NDArray[np.float64]:
 
 
 @check_arguments
-def gene_correlation_error(predicted: Values, measured: Matrix) -> float:
+def gene_correlation_error(predicted: Values, measured: OtherSpots) -> float:
     """Root mean square difference, over pairs of genes, of predicted and measured correlation.
 
     Parameters
@@ -49,7 +49,7 @@ def gene_correlation_error(predicted: Values, measured: Matrix) -> float:
     predicted
         (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws.
     measured
-        (n_spots, n_genes).
+        (n_spots, n_genes), of the same genes; spots may be others.
 
     Returns
     -------

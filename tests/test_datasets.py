@@ -494,3 +494,16 @@ def test_hest_leaves_out_images_without_scale_factor(tmp_path, uns, caplog):
     with caplog.at_level("INFO"):
         adata = hv.datasets.hest(tmp_path, embedding=None)
     assert adata.uns["spatial"] == {} and "slide A has no image with a scale factor" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"path": 3}, TypeError, "path: expected a path, got 3"),
+        ({"path": ".", "sections": "C2"}, TypeError, "sections: expected a list, got 'C2'"),
+        ({"path": ".", "image_width": -1}, ValueError, "image_width: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_of_her2st_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        hv.datasets.her2st(**options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import pandas as pd
 from anndata import AnnData
 from PIL.JpegImagePlugin import JpegImageFile
 from scipy import sparse
+
+from histovar._arguments import KeyList, Number, PathLike, check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ DIAMETER_OVER_PITCH = 0.5
 MOST_PIXELS = 400_000_000
 
 
-def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_width: int = 1000) -> AnnData:
+@check_arguments
+def her2st(path: PathLike, *, sections: KeyList | None = None, image_width: Number = 1000) -> AnnData:
     """Read the data set of Andersson et al. (2021, doi:10.1038/s41467-021-26271-2) from its published layout.
 
     Parameters
@@ -65,6 +67,8 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None, image_wid
     missing = sorted(set(wanted) - set(there))
     if missing:
         raise FileNotFoundError(f"sections: {missing} not found in {str(folder)!r}, which has {there}")
+    if sections is not None and not wanted:
+        raise ValueError("sections: expected at least one, got []")
     if not wanted:
         raise FileNotFoundError(f"path: no sections (*.tsv or *.tsv.gz) in {str(folder)!r}")
     parts = [_section(root, name) for name in wanted]

@@ -37,7 +37,7 @@ SPOTS_AT_ONCE = 256
 LEVELS = 199
 # How much sections of one individual, and individuals, differ: standard deviations of log rates and of log depth, over
 # 34 sections of eight patients of her2st (benchmarks/units.py). They weigh as much as one group of the training data.
-SECTIONS_APART, INDIVIDUALS_APART = (0.20, 0.18), (0.74, 0.66)
+SECTIONS_APART, INDIVIDUALS_APART = (0.17, 0.18), (0.74, 0.66)
 PRIOR_GROUPS = 1
 # Expected counts of a gene in a group, from which it tells how far the group is away.
 TELLING_COUNTS = 20.0

@@ -5,8 +5,8 @@ in every section of all patients: by which factor the panel's total in the middl
 training spots. ``histovar.anndata_io.expression`` warns of factors above any of these.
 
 Then, of the 200 most variable genes of all patients, the standard deviation of log rates (medians over genes) and of
-mean log depth, between sections of a patient and between patients: what ``histovar.model.observation`` expects before it
-has seen groups of its own.
+mean log depth, between sections of a patient and between patients: what ``histovar.model.observation`` expects before
+it has seen groups of its own.
 
     python benchmarks/units.py [--smoke]
 """

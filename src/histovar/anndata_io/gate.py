@@ -289,6 +289,43 @@ def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = 
     return groups.categories.astype(str).to_numpy().astype(str)[groups.codes]
 
 
+def groups(adata: AnnData, group_key: str | None, sections: NDArray[np.str_] | None) -> NDArray[np.str_] | None:
+    """Individual (patient, animal) of each spot, (n_obs,) strings; None without `group_key`.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    group_key
+        Column of ``obs``.
+    sections
+        (n_obs,) section of each spot, which is of one individual.
+
+    Raises
+    ------
+    KeyError
+        If the column is missing.
+    ValueError
+        If some spots have no individual, or a section has several.
+    """
+    if group_key is None:
+        return None
+    if group_key not in adata.obs:
+        raise KeyError(f"group_key: no {group_key!r} in obs, which has {list(adata.obs.columns)}")
+    column = adata.obs[group_key]
+    if column.isna().any():
+        raise ValueError(f"group_key: {int(column.isna().sum())} spots have no value in obs[{group_key!r}]")
+    names = column.astype(str).to_numpy().astype(str)
+    if sections is not None:
+        pairs = pd.DataFrame({"section": sections, "group": names}).drop_duplicates()
+        torn = pairs["section"][pairs["section"].duplicated()].tolist()
+        if torn:
+            raise ValueError(
+                f"group_key: section {torn[0]!r} is of several values of obs[{group_key!r}]; name another column"
+            )
+    return names
+
+
 def _check_single_slide(adata: AnnData, spatial_key: str) -> None:
     """Refuse, or warn of, several slides in an object that is taken to be one section."""
     images = adata.uns.get("spatial")

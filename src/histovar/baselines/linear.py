@@ -53,7 +53,7 @@ class TunedRidge(RegressorMixin, BaseEstimator):
             scoring="neg_mean_squared_error",
             cv=folds,
         )
-        self.model_ = search.fit(features, expression, groups=groups)
+        self.model_ = search.fit(features, expression, groups=groups if n_groups > 1 else None)
         return self
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:

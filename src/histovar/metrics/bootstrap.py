@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from histovar._arguments import Count, ListOf, Rate, Seed, check_arguments
+
+# More change nothing that one could see.
+MOST_RESAMPLES = 100_000
 
 
 @check_arguments
@@ -14,7 +20,7 @@ def bootstrap_interval(
     clusters: ListOf[str],
     *,
     confidence_level: Rate = 0.95,
-    n_resamples: Count = 1000,
+    n_resamples: Annotated[Count, Field(le=MOST_RESAMPLES)] = 1000,
     random_state: Seed = 0,
 ) -> pd.DataFrame:
     """Intervals of means over sections, by a bootstrap of whole clusters (percentile method).
@@ -41,6 +47,8 @@ def bootstrap_interval(
     DataFrame
         Rows ``low`` and ``high``; NaN for scores that are defined in fewer than 2 clusters.
     """
+    if not len(scores):
+        raise ValueError("scores: expected at least one row, got none")
     if len(clusters) != len(scores):
         raise ValueError(f"clusters: expected {len(scores)}, one a row of scores, got {len(clusters)}")
     names, which = np.unique(np.array(clusters, dtype=str), return_inverse=True)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
+from histovar._arguments import check_arguments
+
 DRAWS, GIVEN_DEPTH = " of draws", " given depth"
 # What is scored otherwise than the expected expression and its distribution.
 VARIANTS = {
@@ -262,6 +264,7 @@ METRICS = (
 )
 
 
+@check_arguments
 def describe() -> pd.DataFrame:
     """What every score of :func:`histovar.tl.evaluate` is.
 

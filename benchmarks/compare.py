@@ -3,7 +3,7 @@
     python benchmarks/compare.py her2st                    # leave one section out
     python benchmarks/compare.py mob                       # leave one mouse out
     python benchmarks/compare.py her2st --ablations        # histovar without one part at a time
-    python benchmarks/compare.py her2st --units log_counts # trained and scored on log1p of the counts themselves
+    python benchmarks/compare.py her2st --units lognorm log_counts  # and scored on log1p of the counts themselves
     python benchmarks/compare.py her2st --curve            # learning curve over the number of training spots
     python benchmarks/compare.py simulated --curve         # up to 20,000 simulated spots
     python benchmarks/compare.py her2st --shallow          # held-out section thinned to 650 counts, embeddings shifted
@@ -12,7 +12,9 @@
     python benchmarks/compare.py simulated --smoke         # minutes: to see that it runs
 
 Tables go to standard output and, with every score, to ``--out`` as CSV, with a plot. Named data sets are found by
-``--data`` or the environment variable HISTOVAR_DATA. Peak memory is that of the whole process so far, in the order run.
+``--data`` or the environment variable HISTOVAR_DATA. histovar learns from counts and is trained once for all
+``--units``, other methods are trained on a layer of each. Peak memory is that of the whole process so far, in the order
+run.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +57,7 @@ BASELINES = {
 RANDOM = {"MLP"}
 TRAINING = "training sections, measured"
 NOISE = "sampling noise of held-out spots"
-OURS = "histovar"
+OURS, REFERENCE = "histovar", "reference, cut"
 # The reference with one layer, a narrower feed-forward, fewer codes and in scale order, which two CPU cores can train.
 REFERENCE_CUT = {
     "width": 640,
@@ -63,10 +67,11 @@ REFERENCE_CUT = {
     "dropout": 0.1,
     "order": "scale",
 }
-COLUMNS = [
-    *("PCC-10", "PCC-50", "PCC-200", "PCC-partial", "Spearman", "MSE", "MAE", "RVD", "RVD of draws"),
-    *("correlation error", "correlation error of draws", "CRPS", "coverage 90", "training, s", "prediction, s", "GB"),
-]
+UNITS = ["lognorm", "log_counts"]
+# Registered scores, but for those that the table has no room for.
+LEFT_OUT = re.compile("PCC-all|n_|coverage (50|80|95)|width|PIT|uncertainty")
+SCORES = [name for name in hv.metrics.describe().index if not LEFT_OUT.match(name)]
+COLUMNS = [*SCORES, "training, s", "prediction, s", "GB"]
 
 
 @dataclass
@@ -103,6 +108,14 @@ ABLATIONS = {
 }
 
 
+METHODS_OF = {
+    "table": [OURS, *BASELINES, REFERENCE],
+    "ablations": [OURS, *ABLATIONS],
+    "curve": ["ridge, tuned", "MLP", OURS],
+    "shallow": ["ridge, tuned", "ridge, tuned, per section", "MLP", OURS],
+}
+
+
 def load(name: str, arguments: argparse.Namespace) -> Data:
     """A data set by name, or a file."""
     root = arguments.data
@@ -132,27 +145,33 @@ def splits(data: Data, n_folds: int | None) -> Iterator[tuple[str, ad.AnnData, a
         yield group, data.adata[(groups != group).to_numpy()].copy(), data.adata[(groups == group).to_numpy()].copy()
 
 
-def in_units(adata: ad.AnnData, units: str) -> str | None:
-    """The layer to train on: None is log-normalised counts."""
+def thinned(query: ad.AnnData, data: Data, depth: int) -> ad.AnnData:
+    """A stand-in for another patient: counts thinned to a median of `depth`, embeddings shifted."""
+    rng = np.random.default_rng(0)
+    counts = dense(query)
+    share = min(1.0, depth / np.median(counts.sum(1)))
+    query.X = sparse.csr_matrix(rng.binomial(counts.astype(int), share).astype(np.float32))
+    query.layers.pop("lognorm", None)
+    for key in data.use_rep:
+        values = np.asarray(query.obsm[key])
+        query.obsm[key] = values + (rng.normal(size=values.shape[1]) * values.std(0)).astype(values.dtype)
+    return query
+
+
+def layer_in(adata: ad.AnnData, units: str) -> str | None:
+    """The layer with expression in these units, added where needed; None is log-normalised counts."""
     if units == "lognorm":
         return None
     adata.layers["log_counts"] = adata.X.log1p() if sparse.issparse(adata.X) else np.log1p(adata.X)
     return "log_counts"
 
 
-def predictor(
-    method: str, train: ad.AnnData, data: Data, layer: str | None, seed: int, quick: dict[str, Any]
-) -> Callable[[ad.AnnData, int], Any]:
-    """Train a method; what is returned writes its prediction, with draws if it has any, under the method's name."""
-    shared: dict[str, Any] = {"use_rep": data.use_rep, "library_key": data.library_key}
-    if method in BASELINES:
-        name, standardize = BASELINES[method]
-        random_state = seed if METHODS[name].is_random else None
-        fitted = hv.tl.baseline(train, name, layer=layer, standardize=standardize, random_state=random_state, **shared)
-        return lambda query, draws: fitted.predict(query, key_added=method)
-    config, decoding, n_genes = None, "expected", int(train.var["histovar_panel"].sum())
-    if method == "reference, cut":
-        shared["use_rep"] = data.use_rep[:1]
+def configuration(method: str, train: ad.AnnData) -> tuple[hv.ModelConfig | None, str]:
+    """Configuration (None: the default) and decoding of histovar and its ablations; gene groups may be changed."""
+    if method == OURS:
+        return None, "expected"
+    n_genes = int(train.var["histovar_panel"].sum())
+    if method == REFERENCE:
         usual = hv.ModelConfig.default(n_genes)
         config = hv.ModelConfig.reference(
             n_genes=n_genes,
@@ -161,44 +180,116 @@ def predictor(
             encoder_hidden=usual.encoder_hidden,
             **REFERENCE_CUT,
         )
-    elif method != OURS:
-        ablation = ABLATIONS[method]
-        config, decoding = hv.ModelConfig.default(n_genes, **ablation.config), ablation.decoding
-        if ablation.shuffle_genes:
-            hv.pp.gene_scales(train)
-            panel = train.var["histovar_panel"].to_numpy()
-            groups = train.varm["histovar_scales"].copy()
-            finest = groups[panel, -1].copy()
-            groups[panel] = np.random.default_rng(0).permutation(groups[panel])
-            groups[panel, -1] = finest
-            train.varm["histovar_scales"] = groups
-    options = {"random_state": seed, "enable_progress_bar": False, **quick}
-    model = hv.tl.train(train, layer=layer, config=config, **shared, **options)
-    return lambda query, draws: hv.tl.predict(query, model, n_samples=draws, decoding=decoding, key_added=method)
+        return config, "expected"
+    ablation = ABLATIONS[method]
+    if ablation.shuffle_genes:
+        hv.pp.gene_scales(train)
+        panel = train.var["histovar_panel"].to_numpy()
+        groups = train.varm["histovar_scales"].copy()
+        finest = groups[panel, -1].copy()
+        groups[panel] = np.random.default_rng(0).permutation(groups[panel])
+        groups[panel, -1] = finest
+        train.varm["histovar_scales"] = groups
+    return hv.ModelConfig.default(n_genes, **ablation.config), ablation.decoding
 
 
-def run(
-    method: str, train: ad.AnnData, query: ad.AnnData, data: Data, layer: str | None, seed: int, quick: Any, draws: int
-) -> pd.Series:
-    """Scores, times and memory of one method on one split."""
+def predict_baseline(fitted: Any, method: str, query: ad.AnnData, draws: int) -> None:
+    """Predict; draws are of the distribution by which it is scored, normal, in which genes are independent."""
+    fitted.predict(query, key_added=method)
+    if draws:
+        predicted = hv.get.prediction(query, key=method)
+        mean, std = np.asarray(predicted.X), np.asarray(predicted.layers["std"])
+        noise = np.random.default_rng(0).standard_normal((*mean.shape, draws))
+        query.obsm[f"{method}_samples"] = (mean[..., None] + std[..., None] * noise).clip(0).astype(np.float32)
+
+
+def predictors(
+    method: str, train: ad.AnnData, data: Data, units: list[str], seed: int, quick: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[ad.AnnData, int], Any], float]]:
+    """Train a method: for each of the units, what writes its prediction under its name, and the seconds of training.
+
+    histovar learns from counts, and is trained once for all units. Methods that predict a layer, and those of its
+    ablations that do, are trained once for each.
+    """
+    shared: dict[str, Any] = {"use_rep": data.use_rep, "library_key": data.library_key}
+    if data.group_key != data.library_key:
+        shared["group_key"] = data.group_key
     begin = time.monotonic()
-    write = predictor(method, train.copy(), data, layer, seed, quick)
-    trained = time.monotonic()
+    if method in BASELINES:
+        name, standardize = BASELINES[method]
+        options: dict[str, Any] = {
+            "standardize": standardize,
+            "random_state": seed if METHODS[name].is_random else None,
+        }
+        for unit in units:
+            begin = time.monotonic()
+            fitted = hv.tl.baseline(train, name, layer=layer_in(train, unit), **shared, **options)
+            yield unit, partial(predict_baseline, fitted, method), time.monotonic() - begin
+        return
+    config, decoding = configuration(method, train)
+    if method == REFERENCE:
+        shared["use_rep"] = data.use_rep[:1]
+    of_counts = decoding == "expected" and (config is None or config.n_members > 0)
+    options = {"config": config, "random_state": seed, "enable_progress_bar": False, **quick}
+
+    def write(model: hv.TwoStageVARST, unit: str | None, query: ad.AnnData, draws: int) -> None:
+        hv.tl.predict(query, model, units=unit, n_samples=draws, decoding=decoding, key_added=method)
+
+    if of_counts:
+        model = hv.tl.train(train, **shared, **options)
+        seconds = time.monotonic() - begin
+        for unit in units:
+            yield unit, partial(write, model, unit), seconds
+        return
+    for unit in units:
+        begin = time.monotonic()
+        model = hv.tl.train(train, layer=layer_in(train, unit), **shared, **options)
+        yield unit, partial(write, model, None), time.monotonic() - begin
+
+
+def score(method: str, query: ad.AnnData, write: Callable[[ad.AnnData, int], Any], draws: int) -> pd.Series:
+    """Scores of one prediction, its seconds, and memory so far."""
+    query = query.copy()
+    begin = time.monotonic()
     write(query, 0)
     predicted = time.monotonic()
-    if draws and method == OURS:
-        write(query, draws)
     hv.tl.evaluate(query, key=method)
     scores = query.uns[method]["evaluation"].loc["mean"].copy()
-    scores["training, s"], scores["prediction, s"] = trained - begin, predicted - trained
+    if draws:
+        write(query, draws)
+        hv.tl.evaluate(query, key=method)
+        of_draws = query.uns[method]["evaluation"].loc["mean"].filter(like=" of draws")
+        scores = pd.concat([scores, of_draws])
+    scores["prediction, s"] = predicted - begin
     scores["threads"] = torch.get_num_threads()
     scores["GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return scores
 
 
+def run(
+    method: str, train: ad.AnnData, query: ad.AnnData, data: Data, units: list[str], seed: int, quick: Any, draws: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Train one method on one split, and score it in each of the units."""
+    for unit, write, seconds in predictors(method, train.copy(), data, units, seed, quick):
+        scores = score(method, query, write, draws)
+        yield unit, {**scores, "training, s": seconds}
+        print(f"{method}, seed {seed}, {unit}: PCC-200 {scores.get('PCC-200', scores['PCC-all']):.4f}", flush=True)
+
+
 def dense(adata: ad.AnnData) -> np.ndarray:
     """Its counts."""
     return adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)
+
+
+def of_coexpression(known: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+    """How the co-expression in some spots agrees with that measured in others."""
+    varies = ~hv.metrics.is_constant(measured)
+    pairs = np.triu_indices(varies.sum(), 1)
+    k, m = (hv.metrics.gene_correlation(values[:, varies])[pairs] for values in (known, measured))
+    return {
+        "correlation error": np.sqrt(((k - m) ** 2).mean()),
+        "gene-structure correlation": np.corrcoef(k, m)[0, 1],
+    }
 
 
 def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, units: str) -> pd.DataFrame:
@@ -221,11 +312,9 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
         counts = dense(query[query.obs[data.library_key] == section])
         total = counts.sum(1)
         values = in_units(counts)
-        rows[TRAINING].append({"correlation error": hv.metrics.gene_correlation_error(known, values)})
+        rows[TRAINING].append(of_coexpression(known, values))
         halves = np.array_split(np.random.default_rng(0).permutation(values), 2)
-        n = min(len(half) for half in halves)
-        apart = hv.metrics.gene_correlation_error(halves[0][:n], halves[1][:n])
-        rows[NOISE].append({"correlation error": apart / 2})
+        rows[NOISE].append({"correlation error": of_coexpression(*halves)["correlation error"] / 2})
         ceiling = hv.metrics.noise_ceiling(counts, columns, log_counts=units == "log_counts")
         ceiling = np.sort(ceiling[~np.isnan(ceiling)])[::-1]
         best = {f"PCC-{n}": ceiling[:n].mean() if n <= len(ceiling) else np.nan for n in (10, 50, 200)}
@@ -237,22 +326,27 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
     return pd.DataFrame({name: pd.DataFrame(found).mean() for name, found in rows.items()}).T
 
 
-def compare(data: Data, methods: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All methods on all splits: one row for each method, held-out group and seed."""
-    quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
+def folds(data: Data, arguments: argparse.Namespace) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
+    """Every split, with the panel in the training spots; held-out spots are thinned where asked for."""
     for group, train, query in splits(data, arguments.folds):
-        layer = in_units(train, arguments.units)
-        in_units(query, arguments.units)
         hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
+        print(f"held out: {group}", flush=True)
+        yield group, train, thinned(query, data, arguments.depth) if arguments.shallow else query
+
+
+def compare(data: Data, methods: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All methods on all splits: units, and one row for each method, held-out group and seed."""
+    quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
+    for group, train, query in folds(data, arguments):
         genes = train.var_names[train.var["histovar_panel"]].tolist()
-        for name, scores in bounds(train, query, genes, data, arguments.units).iterrows():
-            yield {"method": name, "held out": group, "seed": 0, **scores}
+        for unit in arguments.units:
+            for name, scores in bounds(train, query, genes, data, unit).iterrows():
+                yield unit, {"method": name, "held out": group, "seed": 0, **scores}
         for method in methods:
             for seed in range(arguments.seeds if method in RANDOM | {OURS} else 1):
                 draws = arguments.draws if seed == 0 else 0
-                scores = run(method, train, query, data, layer, seed, quick, draws)
-                yield {"method": method, "held out": group, "seed": seed, **scores}
-                print(f"{group} {method} {seed}: PCC-200 {scores.get('PCC-200', scores['PCC-all']):.4f}", flush=True)
+                for unit, scores in run(method, train, query, data, arguments.units, seed, quick, draws):
+                    yield unit, {"method": method, "held out": group, "seed": seed, **scores}
 
 
 def subsample(train: ad.AnnData, n_spots: int, data: Data) -> ad.AnnData:
@@ -263,70 +357,38 @@ def subsample(train: ad.AnnData, n_spots: int, data: Data) -> ad.AnnData:
     return train[np.lexsort((order, rank))[:n_spots]].copy()
 
 
-def learning_curve(data: Data, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Scores over the number of training spots, one row for each method, held-out group and number."""
+def learning_curve(
+    data: Data, methods: list[str], arguments: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Scores over the number of training spots: units, and a row for each method, held-out group and number."""
     quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
-    for group, train, query in splits(data, arguments.folds):
-        layer = in_units(train, arguments.units)
-        in_units(query, arguments.units)
-        hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
-        sizes = [n for n in arguments.sizes if n < train.n_obs] + [train.n_obs]
-        for n_spots in sizes:
+    for group, train, query in folds(data, arguments):
+        for n_spots in [n for n in arguments.sizes if n < train.n_obs] + [train.n_obs]:
             some = subsample(train, n_spots, data)
-            for method in arguments.methods or ["ridge, tuned", "MLP", OURS]:
-                scores = run(method, some, query, data, layer, 0, quick, 0)
-                yield {"method": method, "held out": group, "seed": 0, "spots": n_spots, **scores}
-                print(f"{group} {n_spots} {method}: PCC-200 {scores.get('PCC-200', scores['PCC-all']):.4f}", flush=True)
+            for method in methods:
+                for unit, scores in run(method, some, query, data, arguments.units, 0, quick, 0):
+                    yield unit, {"method": method, "held out": group, "seed": 0, "spots": n_spots, **scores}
 
 
-def shallow(data: Data, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A stand-in for another patient: counts of the held-out group thinned, its embeddings shifted.
-
-    Every method is trained on log-normalised and on raw log counts, and each is scored against both.
-    """
-    for group, train, query in splits(data, arguments.folds):
-        rng = np.random.default_rng(0)
-        counts = dense(query)
-        share = min(1.0, arguments.depth / np.median(counts.sum(1)))
-        counts = rng.binomial(counts.astype(int), share).astype(np.float32)
-        query.X = sparse.csr_matrix(counts)
-        for key in data.use_rep:
-            values = np.asarray(query.obsm[key])
-            query.obsm[key] = values + (rng.normal(size=values.shape[1]) * values.std(0)).astype(values.dtype)
-        hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
-        columns = query.var_names.get_indexer(train.var_names[train.var["histovar_panel"]])
-        total = counts.sum(1)
-        truths = {
-            "lognorm": np.log1p(counts / total.clip(1)[:, None] * 1e4)[:, columns],
-            "log counts": np.log1p(counts)[:, columns],
-        }
-        for units in ("lognorm", "log_counts"):
-            layer = in_units(train, units)
-            for method in arguments.methods or ["ridge, tuned", "ridge, tuned, per section", "MLP", OURS]:
-                predictor(method, train.copy(), data, layer, 0, {})(query, 0)
-                predicted = np.asarray(hv.get.prediction(query, key=method).X)
-                row: dict[str, Any] = {
-                    "method": f"{method}, of {units.replace('_', ' ')}",
-                    "held out": group,
-                    "seed": 0,
-                }
-                for name, truth in truths.items():
-                    row[f"PCC-200 {name}"] = hv.metrics.mean_pearson(predicted, truth)
-                    row[f"PCC-partial {name}"] = np.nanmean(hv.metrics.partial_pearson(predicted, truth, total))
-                yield row
+def interval(means: pd.Series) -> str:
+    """95 % interval of the mean over held-out groups, by a bootstrap of them."""
+    ends = hv.metrics.bootstrap_interval(means.to_frame("score"), [str(i) for i in range(len(means))])["score"]
+    return "" if ends.isna().any() else f"{ends['low']:.3f} to {ends['high']:.3f}"
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over held-out groups and seeds of every method, and the spread of its main score over each."""
     keys = ["method", "spots"] if "spots" in rows else ["method"]
     scores = [c for c in rows if c not in (*keys, "held out", "seed")]
-    kept = [c for c in COLUMNS if c in scores] if "MSE" in scores else scores
-    means = rows.groupby(keys, sort=False)[kept].mean()
-    main = next(c for c in ("PCC-200", "PCC-200 lognorm", "PCC-all") if c in scores)
-    groups = rows.groupby([*keys, "held out"], sort=False)[main].mean().groupby(keys, sort=False)
+    means = rows.groupby(keys, sort=False)[[c for c in COLUMNS if c in scores]].mean()
+    main = next(c for c in ("PCC-200", "PCC-all") if c in scores)
     seeds = rows.groupby([*keys, "seed"], sort=False)[main].mean().groupby(keys, sort=False)
-    means.insert(0, f"{main} by held-out", groups.apply(lambda s: " ".join(f"{v:.3f}" for v in s)))
-    means.insert(1, "sd over held-out", groups.std())
+    for place, name in enumerate(c for c in (main, "coverage 90", "coverage 90 given depth") if c in scores):
+        groups = rows.groupby([*keys, "held out"], sort=False)[name].mean().groupby(keys, sort=False)
+        means.insert(place, f"{name} by held-out", groups.apply(lambda s: " ".join(f"{v:.3f}" for v in s)))
+        if name == main:
+            error_bars = groups.apply(interval)
+    means.insert(1, "95 % interval", error_bars)
     means.insert(2, "sd over seeds", seeds.std())
     return means
 
@@ -364,7 +426,7 @@ def main() -> None:
     parser.add_argument("--use-rep", nargs="+", help="obsm keys of an h5ad file")
     parser.add_argument("--library-key", default="section")
     parser.add_argument("--group-key", help="obs column of what is left out; the section by default")
-    parser.add_argument("--units", choices=["lognorm", "log_counts"], default="lognorm")
+    parser.add_argument("--units", nargs="+", choices=UNITS, help="lognorm by default; both of --shallow")
     parser.add_argument("--methods", nargs="+", help="some methods alone")
     parser.add_argument("--update", action="store_true", help="keep what --out has of methods that are not run now")
     parser.add_argument("--ablations", action="store_true")
@@ -388,39 +450,27 @@ def main() -> None:
         print(f"no {arguments.dataset} in {arguments.data}: nothing measured; set HISTOVAR_DATA or --data")
         return
     data = load(arguments.dataset, arguments)
-    kind = (
-        "shallow"
-        if arguments.shallow
-        else "curve"
-        if arguments.curve
-        else "ablations"
-        if arguments.ablations
-        else "table"
-    )
-    print(
-        f"{data.name}: leave one {data.group_key} of {data.adata.obs[data.group_key].nunique()} out, {arguments.units}"
-    )
+    arguments.units = arguments.units or (UNITS if arguments.shallow else UNITS[:1])
+    kinds = {name: getattr(arguments, name) for name in ("shallow", "curve", "ablations")}
+    kind = next((name for name, asked in kinds.items() if asked), "table")
+    methods = arguments.methods or METHODS_OF[kind]
+    n_groups = data.adata.obs[data.group_key].nunique()
+    print(f"{data.name}: leave one {data.group_key} of {n_groups} out, {', '.join(arguments.units)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "_".join([data.name, kind] + (["log_counts"] if arguments.units == "log_counts" else []))
-    methods = arguments.methods or ([OURS, *ABLATIONS] if arguments.ablations else [OURS, *BASELINES, "reference, cut"])
-    found = (
-        shallow(data, arguments)
-        if arguments.shallow
-        else learning_curve(data, arguments)
-        if arguments.curve
-        else compare(data, methods, arguments)
-    )
-    path = arguments.out / f"{name}.csv"
-    before = pd.read_csv(path) if arguments.update and path.is_file() else pd.DataFrame({"method": []})
-    rows = pd.DataFrame()
-    for row in found:
-        rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
-        kept = before[~before["method"].isin(rows["method"])]
-        pd.concat([rows, kept], ignore_index=True).to_csv(path, index=False)
-    rows = pd.read_csv(path)
-    print(table(rows).to_string(float_format=lambda v: f"{v:.3f}"))
-    if "PCC-200" in rows and "PCC-partial" in rows:
-        plot(rows, arguments.out / f"{name}.png")
+    names = {unit: "_".join([data.name, kind, *([unit] if unit != "lognorm" else [])]) for unit in arguments.units}
+    paths = {unit: arguments.out / f"{name}.csv" for unit, name in names.items()}
+    nothing = pd.DataFrame({"method": []})
+    before = {u: pd.read_csv(path) if arguments.update and path.is_file() else nothing for u, path in paths.items()}
+    rows = dict.fromkeys(arguments.units, pd.DataFrame())
+    for unit, row in (learning_curve if kind == "curve" else compare)(data, methods, arguments):
+        rows[unit] = pd.concat([rows[unit], pd.DataFrame([row])], ignore_index=True)
+        kept = before[unit][~before[unit]["method"].isin(rows[unit]["method"])]
+        pd.concat([rows[unit], kept], ignore_index=True).to_csv(paths[unit], index=False)
+    for unit, path in paths.items():
+        of_unit = pd.read_csv(path)
+        print(f"\n{unit}\n{table(of_unit).to_string(float_format=lambda v: f'{v:.3f}')}")
+        if "PCC-200" in of_unit and "PCC-partial" in of_unit:
+            plot(of_unit, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

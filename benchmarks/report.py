@@ -15,11 +15,16 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
-from compare import NOISE, OURS, TRAINING, plot
+from compare import NOISE, OURS, TRAINING, interval, plot
 
 import histovar as hv
 
-MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "MSE", "RVD", "correlation error", "CRPS", "coverage 90"]
+SCORES = hv.metrics.describe()
+MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "R2", "MSE", "CRPS", "coverage 90"]
+DISTRIBUTION = ["coverage 90 top tenth", "PIT deviation", *SCORES.index[SCORES.index.str.endswith(" given depth")]]
+# Of expected expression and of draws.
+STRUCTURE = SCORES.index[SCORES.index.str.endswith(" of draws")].str.removesuffix(" of draws").tolist()
+ARROWS = {"higher is better": " ↑", "lower is better": " ↓"}
 BOUNDS = ["noise ceiling", "depth oracle", TRAINING, NOISE]
 DRAWS = ["RVD of draws", "correlation error of draws"]
 
@@ -28,10 +33,12 @@ HEAD = """# How good is it?
 Every number on this page was measured by `benchmarks/compare.py`; `benchmarks/report.py` wrote it and drew the maps.
 Methods see the same training spots, the same 200 most variable genes and the same embeddings. "PCC-200" is the mean
 over genes of the Pearson correlation over the held-out spots, "PCC-partial" the same after sequencing depth (log
-total count, linear and squared) was taken out of prediction and measurement. The *noise ceiling* is what binomial
-splitting of the counts says that a perfect predictor could reach; the *depth oracle* knows each spot's total count
-and nothing else. Methods "per section" standardise embeddings within sections, as histovar does. Settings were chosen
-on sections inside the training data. Training times are upper bounds, as runs shared the cores.
+total count, linear and squared) was taken out of prediction and measurement; the page [Scores](metrics.md) says what
+each column is. ↑ marks scores of which higher values are better, ↓ those of which lower ones are. Intervals are of the
+mean over held-out sections or individuals, by a bootstrap of them (95 %; of so few, rather too narrow). The *noise
+ceiling* is what binomial splitting of the counts says that a perfect predictor could reach; the *depth oracle* knows
+each spot's total count and nothing else. Methods "per section" standardise embeddings within sections. Settings were
+chosen on sections inside the training data. Training times are upper bounds, as runs shared the cores.
 """
 TEXTS = {
     "her2st_table": (
@@ -42,8 +49,8 @@ TEXTS = {
     ),
     "her2st_table_log_counts": (
         "## The same in raw log counts",
-        "As above, every method trained and scored on log1p of the counts themselves, in which depth is part of what "
-        "is to be predicted.",
+        "As above, scored on log1p of the counts themselves, in which depth is part of what is to be predicted. "
+        "histovar is the same model, which learnt from counts; other methods are trained anew on log1p of counts.",
     ),
     "mob_table": (
         "## Another individual",
@@ -51,13 +58,17 @@ TEXTS = {
     ),
     "mob_table_log_counts": (
         "## Another individual in raw log counts",
-        "As above, trained and scored on log1p of the counts.",
+        "As above, scored on log1p of the counts: histovar is the same model, other methods are trained anew.",
     ),
     "her2st_shallow": (
         "## A shallow section from elsewhere",
         "A stand-in for another patient: the held-out section's counts are thinned to a median of 650, and its "
-        "embeddings shifted by random amounts of one standard deviation. Each method is trained on log-normalised and "
-        "on raw log counts, and scored against both.",
+        "embeddings shifted by random amounts of one standard deviation. *Given depth*, every spot's total count is "
+        "known.",
+    ),
+    "her2st_shallow_log_counts": (
+        "## A shallow section from elsewhere, in raw log counts",
+        "As above: histovar is the same model, other methods are trained anew on log1p of counts.",
     ),
     "her2st_curve": (
         "## Few training spots",
@@ -91,29 +102,51 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def heading(score: str) -> str:
+    """A score's name with an arrow to where it is better."""
+    return score + ARROWS.get(SCORES["direction"].get(score, ""), "")
+
+
+def mean_and_draws(means: pd.DataFrame) -> pd.DataFrame:
+    """Scores of structure, of expected expression and of draws in one cell."""
+    cells = {}
+    for score in (s for s in STRUCTURE if s in means):
+        of_draws = means.get(f"{score} of draws", pd.Series(float("nan"), means.index))
+        pairs = zip(means[score], of_draws, strict=True)
+        cells[heading(score)] = [" / ".join(f"{v:.3f}" for v in pair if pd.notna(v)) for pair in pairs]
+    return pd.DataFrame(cells, index=means.index)
+
+
 def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     """One part of the page."""
     title, text = TEXTS[name]
     keys = ["spots", "method"] if "spots" in rows else ["method"]
     numbers = [c for c in rows if c not in (*keys, "held out", "seed")]
-    kept = [c for c in MAIN if c in numbers] or numbers
-    means = rows.groupby(keys, sort=False)[kept].mean()
-    if "spots" in rows:
-        means = means.sort_index()
-    else:
-        means = means.sort_values(means.columns[min(1, len(kept) - 1)], ascending=False)
-    parts = [title, text, markdown(means)]
-    groups = rows["held out"].unique()
     main = "PCC-200" if "PCC-200" in numbers else numbers[0]
+    means = rows.groupby(keys, sort=False)[numbers].mean()
+    means = means.sort_index() if "spots" in rows else means.sort_values(main, ascending=False)
+    groups = rows["held out"].unique()
+    shown = means[[c for c in MAIN if c in numbers] or numbers].rename(columns=heading)
+    if len(groups) > 1:
+        by_group = rows.groupby([*keys, "held out"], sort=False)[main].mean().groupby(keys, sort=False)
+        shown.insert(0, f"{main}, 95 %", by_group.apply(interval))
+    parts = [title, text, markdown(shown)]
+    if "spots" not in rows:
+        distribution = means[[c for c in DISTRIBUTION if c in numbers]].dropna(how="all").rename(columns=heading)
+        structure = mean_and_draws(means.loc[means[[c for c in STRUCTURE if c in numbers]].notna().any(axis=1)])
+        if distribution.shape[1]:
+            parts += ["The predicted distribution:", markdown(distribution)]
+        if structure.shape[1]:
+            parts += ["Variances, co-expression and patterns, of expected expression / of draws:", markdown(structure)]
     if "spots" not in rows and len(groups) > 1:
-        for score in [s for s in (main, "PCC-partial") if s in numbers]:
+        for score in (s for s in (main, "PCC-partial", "coverage 90", "coverage 90 given depth") if s in numbers):
             by_group = rows.groupby(["method", "held out"], sort=False)[score].mean().unstack()
             by_group = by_group.dropna(how="all").dropna(how="all", axis="columns")
             parts += [
                 f"{score} of every held-out group:",
                 markdown(by_group.loc[[m for m in means.index if m in by_group.index]]),
             ]
-            if OURS not in by_group.index:
+            if OURS not in by_group.index or score not in (main, "PCC-partial"):
                 continue
             rivals = by_group.drop(index=[OURS, *BOUNDS], errors="ignore")
             behind = [g for g in by_group if by_group.loc[OURS, g] < rivals[g].max()]

@@ -230,6 +230,21 @@ def test_prediction_and_its_scores_are_those_of_python(trained, query, capsys):
     assert ad.read_h5ad("out.h5ad").uns["histovar"]["params"]["decoding"] == "greedy"
 
 
+def test_scores_by_individual_are_those_of_python(trained, simulated, refusal, capsys):
+    both = simulated[simulated.obs["section"].isin(["S3", "S4"])].copy()
+    both.obs["animal"] = both.obs["section"].astype(str).map({"S3": "x", "S4": "y"})
+    hv.tl.predict(both, trained)
+    both.write_h5ad("both.h5ad")
+    run_app("evaluate", "both.h5ad", "--group-key", "animal", "--seed", 3)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["S3", "S4", "mean", "low", "high"]
+    hv.tl.evaluate(both, group_key="animal", random_state=3)
+    ends = both.uns["histovar"]["evaluation_interval"]["MSE"].tolist()
+    (line,) = [line for line in printed if line.startswith("MSE ") and "given" not in line]
+    assert [float(x) for x in line.split()[-2:]] == pytest.approx(ends, abs=1e-4)
+    assert "group_key: no 'patient' in obs" in refusal("evaluate", "both.h5ad", "--group-key", "patient")[2]
+
+
 def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simulated, refusal):
     for name in ("S1", "S4"):
         part = simulated[simulated.obs["section"] == name].copy()

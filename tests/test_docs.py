@@ -1,5 +1,6 @@
 """The guide keeps up with the code."""
 
+import runpy
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def test_api_lists_every_public_function(module):
     text = (ROOT / "docs" / "api.md").read_text()
     names = getattr(getattr(hv, module), "__all__", ["prediction"])
     assert all(f"{module}.{name}\n" in text for name in names)
+
+
+def test_page_of_scores_is_that_of_the_registry():
+    page = runpy.run_path(str(ROOT / "docs" / "metrics.py"))["page"]
+    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == page()
 
 
 def test_changelog_has_this_version():

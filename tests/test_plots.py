@@ -71,21 +71,32 @@ def test_training_codebook_and_metrics(scored, model, tmp_path):
     assert str(used) in ax.get_title()
     ax = hv.pl.metrics(scored)
     assert len(ax.lines[0].get_xdata()) == 30
+    assert "higher is better" in ax.get_ylabel()
+    errors = hv.pl.metrics(scored, score="crps")
+    assert errors.get_ylabel() == "crps, lower is better" and (np.diff(errors.lines[0].get_ydata()) >= 0).all()
+    covered = hv.pl.metrics(scored, score="coverage")
+    assert covered.get_ylabel() == "coverage, nearer to 0.9 is better"
+    assert (np.diff(np.abs(covered.lines[0].get_ydata() - 0.9)) >= 0).all()
+    with pytest.raises(ValueError, match="score: expected one of 'pearson'.*got 'accuracy'"):
+        hv.pl.metrics(scored, score="accuracy")
     untrained = hv.TwoStageVARST(model.config)
     for plot in (hv.pl.training, hv.pl.codebook):
         with pytest.raises(ValueError, match="model: "):
             plot(untrained)
 
 
-def test_calibration_plot_shows_coverage_of_what_there_is(query, model):
+def test_calibration_plot_shows_coverage_of_what_there_is(query, model, model_of_values):
     hv.tl.predict(query, model)
     left, right = hv.pl.calibration(query)
     promised, covered = left.get_lines()[1].get_data()
-    assert "normal, calibrated" in left.get_title()
+    assert "negative binomial, calibrated" in left.get_title()
     assert promised.min() < 0.1 and promised.max() > 0.9
     assert (np.diff(covered) > 0).all() and np.abs(covered - promised).max() < 0.25
     assert sum(p.get_height() * p.get_width() for p in right.patches) == pytest.approx(1)
-    hv.tl.predict(query, model, n_samples=25)
+    query.layers["values"] = query.layers["lognorm"]
+    hv.tl.predict(query, model_of_values)
+    assert "normal, calibrated" in hv.pl.calibration(query)[0].get_title()
+    hv.tl.predict(query, model_of_values, n_samples=25)
     assert "draws" in hv.pl.calibration(query)[0].get_title()
     with pytest.raises(ValueError, match="ax: expected 1 x 2 axes, got 1"):
         hv.pl.calibration(query, ax=plt.figure().add_subplot())

@@ -177,7 +177,8 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
     genes = {"predicted": "nothing", "measured": "nothing"}
     metrics = [
         *(Call(name, getattr(hv.metrics, name), both, genes) for name in
-          ("pearson", "spearman", "mean_pearson", "relative_variance_distance", "gene_correlation_error")),
+          ("pearson", "spearman", "r2", "mean_pearson", "relative_variance_distance", "gene_correlation_error",
+           "gene_structure_correlation")),
         *(Call(name, getattr(hv.metrics, name), {"values": matrix}, {"values": "array"})
           for name in ("is_constant", "gene_correlation")),
         Call("partial_pearson", hv.metrics.partial_pearson, {**both, "total_counts": np.arange(6)},
@@ -202,6 +203,17 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
              {"low": "nothing", "high": "nothing", "measured": "nothing"}),
         Call("pit", hv.metrics.pit, {**spread, "measured": matrix},
              {"quantiles": "nothing", "levels": "nothing", "measured": "nothing", "random_state": "seed"}),
+        Call("top_coverage", hv.metrics.top_coverage, {**both, "low": matrix, "high": matrix},
+             {**genes, "low": "nothing", "high": "nothing", "top": "share"}),
+        Call("morans_i", hv.metrics.morans_i, {"values": matrix, "neighbors": sparse.csr_matrix(np.ones((6, 6)))},
+             {"values": "nothing", "neighbors": "nothing"}),
+        Call("moran_agreement", hv.metrics.moran_agreement, {**both, "neighbors": sparse.csr_matrix(np.ones((6, 6)))},
+             {**genes, "neighbors": "nothing"}),
+        Call("bootstrap_interval", hv.metrics.bootstrap_interval,
+             {"scores": pd.DataFrame(matrix[:3]), "clusters": ["a", "a", "b"]},
+             {"scores": "nothing", "clusters": "nothing", "confidence_level": "rate", "n_resamples": "few",
+              "random_state": "seed"}),
+        Call("describe", hv.metrics.describe, {}, {}),
         Call("sample_quantiles", hv.metrics.sample_quantiles, {"samples": cube}, {"samples": "nothing"}),
     ]  # fmt: skip
     slides = scratch / "slides"
@@ -258,11 +270,13 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
                     random_state="seed", show_progress_bar="truth")),
         Call("tl.baseline", hv.tl.baseline, {"data": objects.training, "method": "mlp", **histology},
              shared(method="nothing", use_rep="nothing", **{**keys, "library_key": "?nothing"}, **layer,
+                    group_key="?nothing",
                     standardize="nothing", key_added="prefix", random_state="?seed"), slow=True),
         Call("tl.baseline, ridge_hest", hv.tl.baseline, {"data": objects.training, "method": "ridge_hest", **histology},
              {"random_state": "?nothing"}),
         Call("Baseline.predict", ridge.predict, {"data": objects.query}, shared(key_added="?prefix", copy="truth")),
-        Call("tl.evaluate", hv.tl.evaluate, {"data": objects.predicted}, shared(**key, **layer, **library)),
+        Call("tl.evaluate", hv.tl.evaluate, {"data": objects.predicted},
+             shared(**key, **layer, **library, group_key="?nothing", random_state="seed")),
         Call("tl.train_stage1", hv.tl.train_stage1, {"data": objects.prepared, **quick},
              shared(**layer, **library, config="?nothing", key_added="prefix", random_state="seed"), slow=True),
         Call("tl.train_stage2", hv.tl.train_stage2, {"data": objects.prepared, "model": model, **histology, **quick},
@@ -281,7 +295,8 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("pl.calibration", hv.pl.calibration, {"data": objects.predicted}, shared(**key, **layer, **plot)),
         Call("pl.gene_correlation", hv.pl.gene_correlation, {"data": objects.predicted},
              shared(**key, **layer, **plot)),
-        Call("pl.metrics", hv.pl.metrics, {"data": objects.predicted}, shared(**key, n_labels="number", **plot)),
+        Call("pl.metrics", hv.pl.metrics, {"data": objects.predicted},
+             shared(**key, score="nothing", n_labels="number", **plot)),
         Call("pl.codebook", hv.pl.codebook, {"model": model}, {"model": "nothing", **plot}),
         Call("pl.training", hv.pl.training, {"model": model}, {"model": "nothing", **plot}),
         Call("datasets.simulate", hv.datasets.simulate, {"n_sections": 1, "n_spots": 9, "n_genes": 5},
@@ -425,7 +440,13 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
             **{"--seed": "seed", "--gpus": "zero gpus", "--out": "directory"},
         },
     ),
-    "evaluate": (["predicted.h5ad"], dict.fromkeys(("--library-key", "--key", "--layer", "--out"), "nothing")),
+    "evaluate": (
+        ["predicted.h5ad"],
+        {
+            **dict.fromkeys(("--library-key", "--group-key", "--key", "--layer", "--out"), "nothing"),
+            **{"--seed": "seed"},
+        },
+    ),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),
     "info": ([], {"model": "nothing"}),
 }

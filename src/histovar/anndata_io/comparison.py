@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import numpy as np
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
+from scipy import sparse
 
 from histovar import metrics
 from histovar._keys import LOGNORM, Keys
 from histovar.model.observation import SPOTS_AT_ONCE, Composition
 
 from . import expression, gate, slots
+from .neighbors import Neighborhoods
 from .prediction import (
     Composed,
     predicted_genes,
@@ -28,6 +31,10 @@ from .prediction import (
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a distribution.
 LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
+# Neighbours of a spot by which its place in a pattern is told: on a hexagonal grid, all that touch it.
+N_NEIGHBORS = 6
+
+logger = logging.getLogger(__name__)
 
 
 class Comparison(NamedTuple):
@@ -84,6 +91,33 @@ def read_measured(
                 f"{trained.n_genes}; normalise before genes are dropped"
             )
     return expression.expression(adata, layer, columns).values
+
+
+def read_individuals(
+    adata: AnnData, keys: Keys, group_key: str | None, sections: NDArray[np.str_] | None
+) -> NDArray[np.str_] | None:
+    """Individual of each spot, by a column that is named, or else by that of training, where the object has it.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`gate.groups`; one section alone must be of one individual, too.
+    """
+    if group_key is None:
+        of_training = str(slots.record(adata, keys)["params"].get("group_key", ""))
+        group_key = of_training if of_training and of_training in adata.obs else None
+    return gate.groups(adata, group_key, np.full(adata.n_obs, "all") if sections is None else sections)
+
+
+def read_neighbors(adata: AnnData, keys: Keys, sections: NDArray[np.str_] | None) -> sparse.csr_matrix | None:
+    """Graph of each spot's nearest neighbours within its section; None, with a warning, without usable coordinates."""
+    spatial_key = str(slots.record(adata, keys)["params"]["spatial_key"])
+    try:
+        place = gate.coordinates(adata, spatial_key)
+    except (KeyError, ValueError) as error:
+        logger.warning("without scores of spatial structure, as coordinates cannot be used: %s", error.args[0])
+        return None
+    return Neighborhoods.of(place, sections, (N_NEIGHBORS,)).graphs[0]
 
 
 def read_distribution(

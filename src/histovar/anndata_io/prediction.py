@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histovar._keys import Keys
+from histovar.metrics import METRICS
 from histovar.model.observation import RATE_TOTAL, Composition, Observation, Units
 
 from . import fingerprint, gate, slots
@@ -24,11 +25,11 @@ from .matrix import dense, is_lazy
 logger = logging.getLogger(__name__)
 
 # Entries of `uns` and columns of `var` that `tl.evaluate` writes.
-EVALUATION = ("evaluation", "evaluated_distribution")
+EVALUATION = ("evaluation", "evaluation_groups", "evaluation_interval", "evaluated_distribution")
 # What is predicted of spots as such: total count, relative variance of rates beyond that of training spots, how many
 # times as far the depth may be off, and how unlike those of training the section is (0 to 1).
 SPOT_COLUMNS = ("total_count", "excess", "depth_spread", "novelty")
-SCORES = ("pearson", "spearman", "mse", "mae", "crps", "coverage", "constant", "partial_pearson")
+SCORES = tuple(metric.gene_score for metric in METRICS if metric.gene_score)
 
 
 class Prediction(NamedTuple):

@@ -38,22 +38,22 @@ class HestRidge(RegressorMixin, BaseEstimator):
 
 
 class TunedRidge(RegressorMixin, BaseEstimator):
-    """Ridge regression on standardised features, the penalty chosen by leaving training sections out.
+    """Ridge regression on standardised features, the penalty chosen by leaving training groups out.
 
-    The penalty is one of eleven from 10 to 1,000,000; where there is but one section, five folds of spots choose it.
+    The penalty is one of eleven from 10 to 1,000,000; where there is but one group, five folds of spots choose it.
     """
 
-    def fit(self, features: NDArray[Any], expression: NDArray[Any], sections: NDArray[Any] | None = None) -> Self:
-        """Fit to (n_spots, n_features) and (n_spots, n_genes), with the section of each spot."""
-        n_sections = 1 if sections is None else len(np.unique(sections))
-        folds = GroupKFold(min(n_sections, 5)) if n_sections > 1 else KFold(5, shuffle=True, random_state=0)
+    def fit(self, features: NDArray[Any], expression: NDArray[Any], groups: NDArray[Any] | None = None) -> Self:
+        """Fit to (n_spots, n_features) and (n_spots, n_genes), with the individual or section of each spot."""
+        n_groups = 1 if groups is None else len(np.unique(groups))
+        folds = GroupKFold(min(n_groups, 5)) if n_groups > 1 else KFold(5, shuffle=True, random_state=0)
         search = GridSearchCV(
             make_pipeline(StandardScaler(), Ridge()),
             {"ridge__alpha": PENALTIES},
             scoring="neg_mean_squared_error",
             cv=folds,
         )
-        self.model_ = search.fit(features, expression, groups=sections)
+        self.model_ = search.fit(features, expression, groups=groups if n_groups > 1 else None)
         return self
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:

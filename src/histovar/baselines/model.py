@@ -79,6 +79,8 @@ class Baseline:
         Whether features are standardised within sections first.
     random_state
         Seed.
+    group_key
+        Column of ``obs`` with the individual, by which folds are made.
 
     Attributes
     ----------
@@ -97,10 +99,13 @@ class Baseline:
     spatial_key: str
     standardize: Standardize
     random_state: int
+    group_key: str | None = None
     widths: list[int] | None = field(default=None, init=False)
 
     def fit(self, adata: AnnData, expression: NDArray[np.floating]) -> Self:
-        """Fit, once without a third of the training spots (whole sections), whose errors give `std`, and once on all.
+        """Fit, once without a third of the training spots, whose errors give `std`, and once on all.
+
+        The third is of whole individuals where there are several, else of whole sections.
 
         Parameters
         ----------
@@ -111,16 +116,19 @@ class Baseline:
         """
         labels = self._labels(adata)
         self.sections = [] if self.library_key is None else np.unique(labels).tolist()
+        individuals = gate.groups(adata, self.group_key, None if self.library_key is None else labels)
+        self.groups = [] if individuals is None else np.unique(individuals).tolist()
+        groups = labels if individuals is None or len(self.groups) < 2 else individuals
         features = self.features(adata)
         self.widths = [int(adata.obsm[key].shape[1]) for key in self.use_rep]
         estimator = METHODS[self.method].make(self.random_state)
-        n_sections = len(np.unique(labels))
-        splits: Any = GroupKFold(min(3, n_sections)) if n_sections > 1 else KFold(3, shuffle=True, random_state=0)
-        seen, left = next(splits.split(features, groups=labels))
-        fitted = _fit(clone(estimator), features[seen], expression[seen], labels[seen])
+        n_groups = len(np.unique(groups))
+        splits: Any = GroupKFold(min(3, n_groups)) if n_groups > 1 else KFold(3, shuffle=True, random_state=0)
+        seen, left = next(splits.split(features, groups=groups))
+        fitted = _fit(clone(estimator), features[seen], expression[seen], labels[seen], groups[seen])
         errors = expression[left] - _predict(fitted, features[left], labels[left])
         self.std = np.sqrt((errors**2).mean(0))
-        self.estimator = _fit(estimator, features, expression, labels)
+        self.estimator = _fit(estimator, features, expression, labels, groups)
         return self
 
     def _labels(self, adata: AnnData) -> NDArray[np.str_]:
@@ -195,11 +203,13 @@ class Baseline:
             "calibrated": False,
             "quantiles": np.array([]),
             "trained_on": np.array(self.sections, dtype=str),
+            "trained_on_groups": np.array(self.groups, dtype=str),
             "params": {
                 "method": self.method,
                 "use_rep": np.array(self.use_rep),
                 "spatial_key": self.spatial_key,
                 "library_key": self.library_key or "",
+                "group_key": self.group_key or "",
                 "standardize": self.standardize,
             },
         }
@@ -208,16 +218,16 @@ class Baseline:
         return adata if copy else None
 
 
-def _takes_sections(function: Any) -> bool:
-    return "sections" in inspect.signature(function).parameters
+def _taken(function: Any, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that a function takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _fit(estimator: Any, features: Any, expression: Any, labels: Any) -> Any:
-    more = {"sections": labels} if _takes_sections(estimator.fit) else {}
-    return estimator.fit(features, expression, **more)
+def _fit(estimator: Any, features: Any, expression: Any, sections: Any, groups: Any) -> Any:
+    return estimator.fit(features, expression, **_taken(estimator.fit, sections=sections, groups=groups))
 
 
-def _predict(estimator: Any, features: Any, labels: Any) -> NDArray[Any]:
-    more = {"sections": labels} if _takes_sections(estimator.predict) else {}
-    predicted: NDArray[Any] = estimator.predict(features, **more)
+def _predict(estimator: Any, features: Any, sections: Any) -> NDArray[Any]:
+    predicted: NDArray[Any] = estimator.predict(features, **_taken(estimator.predict, sections=sections))
     return predicted

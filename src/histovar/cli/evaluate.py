@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import outputs
-from .options import FILES, PATH, LibraryKey, not_empty
+from .options import FILES, PATH, GroupKey, LibraryKey, Seed, not_empty
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -21,6 +21,7 @@ def evaluate(
         typer.Argument(help="Predicted sections with measured expression, as .h5ad files or .zarr stores.", **FILES),
     ],
     library_key: LibraryKey = None,
+    group_key: GroupKey = None,
     key: Annotated[
         str, typer.Option(callback=not_empty, help="Name of the prediction to score, the --key-added of predict.")
     ] = "histovar",
@@ -34,10 +35,13 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="CSV file for the scores of every gene.", **PATH)
     ] = None,
+    seed: Seed = 0,
 ) -> None:
     """Score predictions against measured expression."""
     if out is not None:
         outputs.check_scores(out, inputs)
+    import pandas as pd
+
     from histovar import tl
     from histovar.anndata_io import files
 
@@ -48,8 +52,10 @@ def evaluate(
     if library_key is None and len(parts) > 1:
         library_key = files.SECTION
     adata = files.combine_files(parts, paths, files.SECTION if library_key is None else library_key)
-    scores = tl.evaluate(adata, key=key, layer=layer, library_key=library_key)
-    typer.echo(adata.uns[key]["evaluation"].round(4).to_string())
+    columns = {"library_key": library_key, "group_key": group_key}
+    scores = tl.evaluate(adata, key=key, layer=layer, **columns, random_state=seed)
+    written = adata.uns[key]
+    typer.echo(pd.concat([written["evaluation"], written["evaluation_interval"]]).T.round(4).to_string())
     if out is not None:
         outputs.write_scores(scores, out)
         typer.echo(f"scores written to {out}")
@@ -73,8 +79,8 @@ def _library_key(parts: Sequence[AnnData], paths: Sequence[Path], key: str) -> s
             raise KeyError(
                 f"{str(path)!r} has no prediction {key!r}; run histovar predict first, or name it with --key"
             )
-        for entry in ("genes", "layer", "units", "quantiles", "trained_on"):
-            if not np.array_equal(record[entry], records[0][entry]):
+        for entry in ("genes", "layer", "units", "quantiles", "trained_on", "trained_on_groups"):
+            if not np.array_equal(record.get(entry, []), records[0].get(entry, [])):
                 raise ValueError(
                     f"{str(path)!r} and {str(paths[0])!r} were predicted by other models or with other options: "
                     f"{entry!r} differs; evaluate them one by one"

@@ -64,6 +64,15 @@ LibraryKey = Annotated[
         "A file without it is one section, named after the file.",
     ),
 ]
+GroupKey = Annotated[
+    str | None,
+    typer.Option(
+        "--group-key",
+        "--group_key",
+        callback=not_empty,
+        help="Column of obs that names the individual (patient, animal) of each section; that of training by default.",
+    ),
+]
 SpatialKey = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,8 @@ from ._arrays import Matrix, OtherSpots, Spots
 CONSTANT = 1e-6
 # Numbers of best genes whose mean correlation is given.
 BEST = (10, 50, 200)
+# Means that a summary has where the table has the column.
+OPTIONAL = {"R2": "r2", "PCC-partial": "partial_pearson"}
 
 
 @check_arguments
@@ -112,6 +114,31 @@ def _without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[
 
 
 @check_arguments
+def r2(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
+    """Coefficient of determination of every gene: the share of its variance over the spots that is predicted.
+
+    ``1 - sum((predicted - measured)**2) / sum((measured - mean(measured))**2)`` (Wright 1921). Unlike a correlation it
+    sees level and scale: it is 0 for the gene's mean, and negative for what is farther away.
+
+    Parameters
+    ----------
+    predicted, measured
+        (n_spots, n_genes).
+
+    Returns
+    -------
+    ndarray
+        (n_genes,); NaN where :func:`pearson` is.
+    """
+    p, m = (np.asarray(x, dtype=np.float64) for x in (predicted, measured))
+    undefined = np.isnan(pearson(p, m))
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite values: NaN
+        total = ((m - m.mean(0)) ** 2).sum(0) if len(m) else np.zeros(m.shape[1])
+        share: NDArray[np.float64] = 1 - ((p - m) ** 2).sum(0) / np.where(undefined, 1, total)
+    return np.where(undefined, np.nan, share)
+
+
+@check_arguments
 def relative_variance_distance(predicted: Matrix, measured: OtherSpots) -> float:
     """How far the genes' variances over the spots are from the measured ones.
 
@@ -161,9 +188,9 @@ def per_gene(
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae`` and ``constant``, whether the prediction is
+        Indexed by gene: ``pearson``, ``spearman``, ``r2``, ``mse``, ``mae`` and ``constant``, whether the prediction is
         constant and the correlation therefore 0; with `total_counts` also ``partial_pearson``. Correlations are NaN
-        where they are undefined (:func:`pearson`).
+        where they are undefined (:func:`pearson`), and so is ``r2``.
     """
     if len(genes) != predicted.shape[1]:
         raise ValueError(f"genes: expected {predicted.shape[1]} names, as in predicted, got {len(genes)}")
@@ -172,6 +199,7 @@ def per_gene(
     columns = {
         "pearson": correlation,
         "spearman": spearman(predicted, measured),
+        "r2": r2(predicted, measured),
         "mse": (error**2).mean(0),
         "mae": np.abs(error).mean(0),
         "constant": is_constant(predicted) & ~np.isnan(correlation),
@@ -195,9 +223,9 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
     dict
         ``PCC-10``, ``PCC-50`` and ``PCC-200``, mean Pearson of the best 10, 50, 200 genes (of all that are defined,
         where those are fewer): left out if the panel has fewer genes. Means over the genes for which they are defined:
-        ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``PCC-partial`` where there is ``partial_pearson``. Numbers of
-        genes: ``n_genes``; ``n_constant``, whose prediction is constant, which count as 0; ``n_undefined``, whose
-        Pearson correlation is undefined, which are left out.
+        ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``R2`` and ``PCC-partial`` where there are ``r2`` and
+        ``partial_pearson``. Numbers of genes: ``n_genes``; ``n_constant``, whose prediction is constant, which count
+        as 0; ``n_undefined``, whose Pearson correlation is undefined, which are left out.
 
     Raises
     ------
@@ -214,7 +242,7 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
         "Spearman": float(scores["spearman"].mean()),
         "MSE": float(scores["mse"].mean()),
         "MAE": float(scores["mae"].mean()),
-        **({"PCC-partial": float(scores["partial_pearson"].mean())} if "partial_pearson" in scores else {}),
+        **{name: float(scores[of].mean()) for name, of in OPTIONAL.items() if of in scores},
         "n_genes": len(scores),
         "n_constant": int(scores["constant"].sum()),
         "n_undefined": len(scores) - len(ranked),

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from histovar._arguments import check_arguments
 
-from ._arrays import OtherSpots, Values
-from .accuracy import is_constant
+from ._arrays import Matrix, OtherSpots, Values
+from .accuracy import is_constant, pearson
 
 
 @check_arguments
@@ -63,3 +63,34 @@ def gene_correlation_error(predicted: Values, measured: OtherSpots) -> float:
     p, m = (gene_correlation(np.asarray(x)[:, varies]) for x in (predicted, measured))
     pairs = np.triu_indices(len(m), 1)
     return float(np.sqrt(((p - m)[pairs] ** 2).mean()))
+
+
+@check_arguments
+def gene_structure_correlation(predicted: Values, measured: Matrix) -> float:
+    """Pearson correlation, over pairs of genes, of predicted and measured gene-gene correlation (Mantel 1967).
+
+    Whether the same genes go together, more or less strongly: a conditional mean, without the noise of counts, has
+    larger correlations than were measured, which :func:`gene_correlation_error` holds against it and this does not.
+
+    Parameters
+    ----------
+    predicted
+        (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws, whose matrices are averaged.
+    measured
+        (n_spots, n_genes).
+
+    Returns
+    -------
+    float
+        Over all pairs of genes whose measurement varies; NaN if there are fewer than 3 such genes, or all pairs are
+        measured to correlate alike. Genes predicted as constant count as uncorrelated with all others; genes with NaN
+        are left out.
+    """
+    cube, truth = np.asarray(predicted), np.asarray(measured)
+    finite = np.isfinite(cube).all(0)
+    kept = ~is_constant(truth) & np.isfinite(truth).all(0) & (finite.all(1) if cube.ndim == 3 else finite)
+    if kept.sum() < 3:
+        return float("nan")
+    pairs = np.triu_indices(int(kept.sum()), 1)
+    p, m = (gene_correlation(values[:, kept])[pairs] for values in (cube, truth))
+    return float(pearson(p[:, None], m[:, None])[0])

@@ -121,6 +121,34 @@ def coverage(low: Matrix, high: Matrix, measured: Matrix) -> NDArray[np.float64]
 
 
 @check_arguments
+def top_coverage(
+    low: Matrix, high: Matrix, measured: Matrix, predicted: Matrix, top: Share = 0.1
+) -> NDArray[np.float64]:
+    """Coverage among the spots with a gene's highest predictions, where marginal coverage may hide that it fails.
+
+    Parameters
+    ----------
+    low, high, measured
+        As in :func:`coverage`, (n_spots, n_genes).
+    predicted
+        (n_spots, n_genes), by which spots are chosen: those at or above its quantile of 1 - `top`.
+    top
+        Share of the spots.
+
+    Returns
+    -------
+    ndarray
+        (n_genes,); NaN where a value is NaN.
+    """
+    p, y = np.asarray(predicted), np.asarray(measured)
+    if not len(p):
+        return np.full(p.shape[1], np.nan)
+    chosen = p >= np.quantile(p, 1 - top, axis=0)
+    covered = (y >= low) & (y <= high) & chosen
+    return np.where(np.isnan(low + high + y + p).any(0), np.nan, covered.sum(0) / chosen.sum(0).clip(min=1))
+
+
+@check_arguments
 def pit(quantiles: Quantiles, levels: Levels, measured: Matrix, random_state: Seed = 0) -> NDArray[np.float64]:
     """Probability integral transform: the level at which the measured value lies; uniform if calibrated.
 

@@ -41,7 +41,8 @@ def calibration(
     ----------
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to, with measured expression. The
-        distribution is taken from draws where there are any, else from quantiles, else as normal.
+        distribution is that of the predicted counts where the model learnt from counts, else of draws where there are
+        any, else of quantiles, else normal.
     key
         Prefix of the slots.
     layer

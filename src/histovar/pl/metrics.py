@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from pydantic import AfterValidator
 
-from histovar._arguments import Key, Number, check_arguments
+from histovar._arguments import Key, Number, check_arguments, refuse_value
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
+from histovar.metrics import METRICS
 
 from ._figure import FigureFile, figure_of, finish, new_axes
+
+SCORES = {metric.gene_score: metric for metric in METRICS if metric.gene_score and metric.gene_score != "constant"}
+
+
+def _score(value: str) -> str:
+    return value if value in SCORES else refuse_value(f"one of {', '.join(map(repr, SCORES))}")
+
+
+Score = Annotated[str, AfterValidator(_score)]
 
 
 @check_arguments
@@ -19,13 +32,14 @@ def metrics(
     data: Data,
     *,
     key: Prefix = DEFAULT_KEY,
+    score: Score = "pearson",
     n_labels: Number = 8,
     ax: Axes | None = None,
     show: bool = False,
     save: FigureFile | None = None,
     table_name: Key | None = None,
 ) -> Axes:
-    """Pearson correlation of every gene for which it is defined, ranked, the best genes named.
+    """Plot a score of every gene for which it is defined, ranked, the best genes named.
 
     Parameters
     ----------
@@ -33,6 +47,9 @@ def metrics(
         AnnData or SpatialData that :func:`histovar.tl.evaluate` has written to.
     key
         Prefix of the slots.
+    score
+        Which of those that :func:`histovar.tl.evaluate` gives of every gene. Genes are ranked by how near they come to
+        the best value that it can have (:func:`histovar.metrics.describe`).
     n_labels
         How many of the best genes to name.
     ax
@@ -57,7 +74,8 @@ def metrics(
     """
     adata = gate.table(data, table_name, writes=False)
     keys = Keys(key)
-    column = keys.score("pearson")
+    metric = SCORES[score]
+    column = keys.score(score)
     if column not in adata.var:
         raise KeyError(f"key: no {column!r} in var; call histovar.tl.evaluate(adata, key={key!r}) first")
     errors = keys.score("mse")
@@ -65,7 +83,8 @@ def metrics(
         raise ValueError(
             f"key: var has no {errors!r}, or no numbers in {column!r}; call histovar.tl.evaluate(adata, key={key!r})"
         )
-    scores = adata.var[column].dropna().sort_values(ascending=False)
+    scores = adata.var[column].dropna()
+    scores = scores.loc[(scores - metric.best).abs().sort_values(kind="stable").index]
     n_undefined = int(adata.var[errors].notna().sum()) - len(scores)
     ax = new_axes(ax, (7, 4))
     rank = np.arange(1, len(scores) + 1)
@@ -80,7 +99,7 @@ def metrics(
     ax.text(0.98, 0.97, named, transform=ax.transAxes, ha="right", va="top", fontsize=8, family="monospace")
     ax.set(
         xlabel="gene, by rank",
-        ylabel="Pearson correlation",
+        ylabel=f"{score}, {metric.direction}",
         title=f"{len(scores)} genes" + (f", {n_undefined} undefined" if n_undefined else ""),
         xlim=(1, max(2, len(scores))),
     )

@@ -27,6 +27,7 @@ def baseline(
     use_rep: KeyOrKeys,
     layer: Key | None = None,
     library_key: Key | None = None,
+    group_key: Key | None = None,
     spatial_key: Key = "spatial",
     standardize: Standardize = "training",
     key_added: Prefix = DEFAULT_KEY,
@@ -45,13 +46,16 @@ def baseline(
         AnnData or SpatialData of the training sections.
     method
         ``"ridge_hest"`` (HEST-Benchmark's recipe: 256 components, fixed penalty), ``"ridge"`` (penalty chosen by
-        leaving training sections out), ``"pls"`` (15 components), ``"kernel_ridge"``, ``"knn"`` (retrieval in
-        embedding space), ``"mlp"`` (mean of four heavily regularised perceptrons), ``"mfbp"`` (attention to a pooled
-        context of the section), ``"var_st"`` (genes as an image, next-scale transformer).
+        leaving training sections, or individuals, out), ``"pls"`` (15 components), ``"kernel_ridge"``, ``"knn"``
+        (retrieval in embedding space), ``"mlp"`` (mean of four heavily regularised perceptrons), ``"mfbp"`` (attention
+        to a pooled context of the section), ``"var_st"`` (genes as an image, next-scale transformer).
         ``"ridge_hest"``, ``"mfbp"`` and ``"var_st"`` see the first embedding alone, the others all of them and the
         means of the first over 8 and 24 neighbours (``"mlp"`` those of the further ones over 8, too).
     use_rep, library_key, spatial_key
         As in :func:`train_stage2`.
+    group_key
+        Column of ``obs`` with the individual (patient, animal) of each section. Where there are several, individuals
+        in place of sections are left out to choose the penalty of ``"ridge"`` and to measure the standard deviation.
     layer
         Layer to predict; log-normalised counts by default.
     standardize
@@ -84,6 +88,7 @@ def baseline(
     for key in reps:
         gate.embedding(adata, key)
     names = gate.sections(adata, library_key, spatial_key)
+    gate.groups(adata, group_key, names)
     niche = METHODS[method].niche
     if niche is not None:
         gate.coordinates(adata, spatial_key)
@@ -98,9 +103,8 @@ def baseline(
     values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
     normalization = expression.common_normalization(totals, layer, adata.n_vars, len(genes))
     seed = 0 if random_state is None else random_state
-    made = Baseline(method, genes, layer, normalization, reps, library_key, spatial_key, standardize, seed).fit(
-        adata, values
-    )
+    where_from = (reps, library_key, spatial_key)
+    made = Baseline(method, genes, layer, normalization, *where_from, standardize, seed, group_key).fit(adata, values)
     logger.info(
         "%s trained on %d spots of %s: errors of spots left out have a standard deviation of %.3f",
         method,

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 
 from histovar import metrics
-from histovar._arguments import Key, check_arguments
+from histovar._arguments import Key, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.comparison import GivenDepth, read_comparison, read_distribution, read_given_depth
+from histovar.anndata_io.comparison import (
+    GivenDepth,
+    read_comparison,
+    read_distribution,
+    read_given_depth,
+    read_individuals,
+    read_neighbors,
+)
 from histovar.anndata_io.expression import add_lognorm, total_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.prediction import EVALUATION, read_draws, score_slots
+from histovar.metrics.registry import DRAWS, GIVEN_DEPTH
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,8 @@ def evaluate(
     key: Prefix = DEFAULT_KEY,
     layer: Key | None = None,
     library_key: Key | None = None,
+    group_key: Key | None = None,
+    random_state: Seed = 0,
     table_name: Key | None = None,
 ) -> pd.DataFrame:
     """Score a prediction where expression was measured.
@@ -46,77 +58,98 @@ def evaluate(
     library_key
         Column of ``obs`` with the section; that of :func:`predict` by default. Scores are taken within sections and
         averaged over them.
+    group_key
+        Column of ``obs`` with the individual (patient, animal) of each section; that of training by default, where the
+        object has it.
+    random_state
+        Seed of the bootstrap, and of the levels drawn where several are as likely (:func:`histovar.metrics.pit`).
     table_name
         Table of a SpatialData.
 
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``mse``, ``mae``, ``crps`` and ``coverage`` of 90 % intervals, means
-        over the sections, and ``constant``, whether the prediction is constant in any section (its correlation then
-        counts as 0). Where X holds counts also ``partial_pearson``, with depth taken out of both sides. Also written to
+        Indexed by gene: ``pearson``, ``spearman``, ``r2``, ``mse``, ``mae``, ``crps``, ``coverage`` of 90 % intervals,
+        over all spots and (``coverage_top_tenth``) over the tenth with the gene's highest predictions, means over the
+        sections; and ``constant``, whether the prediction is constant in any section (its correlation then counts as
+        0). Where X holds counts also ``partial_pearson``, with depth taken out of both sides. Also written to
         ``var[f"{key}_pearson"]`` and so on.
+
+        ``uns[key]["evaluation"]`` gets a DataFrame with a row for each section and their ``mean``;
+        ``uns[key]["evaluation_interval"]`` one with rows ``low`` and ``high``, between which the mean over all such
+        sections lies with a confidence of 95 %: a bootstrap of individuals, or of sections where no individuals are
+        known (:func:`histovar.metrics.bootstrap_interval`), NaN where there is but one;
+        ``uns[key]["evaluation_groups"]``, where individuals are known, means over the sections of each. Their columns
+        are described by :func:`histovar.metrics.describe`.
+
+        Scores of the distribution are taken of the predicted counts (negative binomial) where the model learnt from
+        counts, else of the draws where there are any, else of the quantiles where they reach from 0.025 to 0.975, else
+        of normal distributions; ``uns[key]["evaluated_distribution"]`` says of which. Columns that end in ``of draws``
+        are there where there are draws. Where the model learnt from counts and X holds counts, those that end in
+        ``given depth`` are of what it predicts once every spot's total count is known: the predictive check, in which
+        only the composition is judged. Moran's I needs coordinates; neighbours are the 6 nearest spots of the section.
 
         Scores that are undefined are NaN, left out of all means, and warned of: correlations in a section of one spot
         (``partial_pearson``: of up to 4), and of genes whose measurement does not vary in the section.
 
-        ``uns[key]["evaluation"]`` gets a DataFrame with a row for each section and their ``mean``. Of accuracy:
-        ``PCC-10``, ``PCC-50``, ``PCC-200``, ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, ``PCC-partial``, ``n_genes``,
-        ``n_constant``, ``n_undefined`` (:func:`histovar.metrics.summary`). Of variation and co-expression: ``RVD`` and
-        ``correlation error`` of the expected expression, and of the draws, where there are any. Of uncertainty:
-        ``CRPS``; ``coverage`` and ``width`` of 50, 80, 90 and 95 % intervals; ``PIT deviation``, the mean distance of
-        the PIT's distribution from uniform; ``uncertainty PCC``, the correlation of standard deviation with absolute
-        error over the spots, mean over the genes. They are taken of the predicted counts (negative binomial) where the
-        model learnt from counts, else of the draws where there are any, else of the quantiles where they reach from
-        0.025 to 0.975, else of normal distributions; ``uns[key]["evaluated_distribution"]`` says of which.
-
-        Where the model learnt from counts and X holds counts, scores that end in ``given depth`` are of what it
-        predicts once every spot's total count is known: the predictive check, in which only the composition is judged.
-
     Raises
     ------
     KeyError
-        If there is no prediction, no such layer, or genes of the panel are missing.
+        If there is no prediction, no such layer or column, or genes of the panel are missing.
     ValueError
-        If measured expression is negative or not finite, or in other units than the prediction.
+        If measured expression is negative or not finite, or in other units than the prediction; if a section is of
+        several individuals.
     """
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key)
     slots.check_free(adata, keys, score_slots(keys))
     genes, layer, predicted, std, measured, names = read_comparison(adata, keys, layer, library_key)
+    individuals = read_individuals(adata, keys, group_key, names)
     stored = slots.record(adata, keys)
     counts = total_counts(adata)
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = read_draws(adata, keys, len(genes))
     given = read_given_depth(adata, keys, counts)
+    neighbors = read_neighbors(adata, keys, names)
     labels = np.full(adata.n_obs, "all") if names is None else names
-    tables, rows, n_spots = {}, {}, {}
-    for label in np.unique(labels):
+    tables, rows, n_spots, individual_of = {}, {}, {}, {}
+    for label in np.unique(labels).tolist():
         spots = labels == label
-        truth = measured[spots]
-        table = metrics.per_gene(predicted[spots], truth, genes, None if counts is None else counts[spots])
-        spread = _distribution(quantiles[spots], levels, truth)
-        table["crps"], table["coverage"] = spread.pop("crps"), spread.pop("coverage")
-        table["uncertainty"] = metrics.pearson(std[spots], np.abs(predicted[spots] - truth))
-        rows[str(label)] = {
+        truth, mean = measured[spots], predicted[spots]
+        graph = None if neighbors is None else neighbors[spots][:, spots]
+        totals = None if counts is None else counts[spots]
+        table = metrics.per_gene(mean, truth, genes, totals)
+        of_genes, of_distribution = _distribution(mean, quantiles[spots], levels, truth, random_state)
+        uncertainty = metrics.pearson(std[spots], np.abs(mean - truth))
+        rows[label] = {
             **metrics.summary(table),
-            **_variation(predicted[spots], truth, ""),
-            **({} if samples is None else _variation(samples[spots], truth, " of draws")),
-            "CRPS": float(table["crps"].mean()),
-            **spread,
-            "uncertainty PCC": float(table.pop("uncertainty").mean()),
-            **({} if given is None else _given_depth(given, spots, truth, genes)),
+            **_structure(mean, truth, graph),
+            **({} if samples is None else _named(_structure(samples[spots], truth, graph), DRAWS)),
+            **of_distribution,
+            "uncertainty PCC": float(pd.Series(uncertainty).mean()),
+            **({} if given is None else _named(_given_depth(given, spots, truth, totals, random_state), GIVEN_DEPTH)),
         }
-        tables[str(label)] = table
-        n_spots[str(label)] = len(truth)
-    trained_on = {str(s) for s in np.asarray(stored.get("trained_on", [])).ravel()}
-    seen = sorted(set(tables) & trained_on)
-    if seen:
-        logger.warning("sections %s were among those trained on: their scores are not those of unseen tissue", seen)
-    _warn_of_undefined(tables, n_spots)
-    summary = pd.DataFrame(rows).T
-    summary.loc["mean"] = summary.mean()
-    summary.index.name = "section"
+        tables[label] = table.assign(**of_genes)
+        n_spots[label] = len(truth)
+        individual_of[label] = label if individuals is None else str(individuals[spots][0])
+    sections = pd.DataFrame(rows).T
+    sections = sections[sorted(sections, key=metrics.describe().index.get_loc)]
+    sections.index.name = "section"
+    clusters = [individual_of[label] for label in sections.index]
+    summary = sections.copy()
+    summary.loc["mean"] = sections.mean()
+    entries = {
+        "evaluation": summary,
+        "evaluation_interval": metrics.bootstrap_interval(sections, clusters, random_state=random_state),
+        "evaluated_distribution": kind,
+    }
+    if individuals is not None:
+        entries["evaluation_groups"] = sections.groupby(pd.Index(clusters, name="group")).mean()
+    trained_on = _warn_of_training(stored, sections.index, [] if individuals is None else clusters)
+    _warn_of_undefined(tables, sections, n_spots)
+    if len(set(clusters)) == 1:
+        what = "section" if individuals is None else "individual"
+        logger.info("scores have no intervals: all spots are of one %s, %r", what, clusters[0])
     everything = pd.concat(tables)
     scores = everything.drop(columns="constant").groupby(level=1).mean().loc[genes]
     scores["constant"] = everything["constant"].groupby(level=1).any().loc[genes]
@@ -128,34 +161,58 @@ def evaluate(
         columns["var", keys.score(name)] = scores[name].reindex(adata.var_names)
         if scores[name].dtype == bool:
             columns["var", keys.score(name)] = scores[name].reindex(adata.var_names, fill_value=False).astype(bool)
-    slots.write(adata, keys, columns, {"evaluation": summary, "evaluated_distribution": kind})
-    mean = summary.loc["mean"]
-    best = [f"{c} {mean[c]:.3f}" for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if pd.notna(mean.get(c))]
+    slots.write(adata, keys, columns, entries)
+    average = summary.loc["mean"]
+    best = [f"{c} {average[c]:.3f}" for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if pd.notna(average.get(c))]
     logger.info(
         "evaluated on %s, trained on %s: %s, MSE %.3f, 90 %% intervals cover %.0f %%, %d constant predictions",
         sorted(tables),
-        sorted(trained_on),
+        trained_on,
         ", ".join(best) or "no correlation is defined",
-        mean["MSE"],
-        100 * mean["coverage 90"],
-        int(summary.drop(index="mean")["n_constant"].sum()),
+        average["MSE"],
+        100 * average["coverage 90"],
+        int(sections["n_constant"].sum()),
     )
     return scores
 
 
+def _warn_of_training(stored: Mapping[str, Any], sections: Iterable[str], individuals: Iterable[str]) -> list[str]:
+    """Warn of sections and individuals that were trained on; returns the sections of training."""
+    trained_on, trained_on_groups = (
+        {str(name) for name in np.asarray(stored.get(entry, [])).ravel()}
+        for entry in ("trained_on", "trained_on_groups")
+    )
+    seen, seen_groups = sorted(set(sections) & trained_on), sorted(set(individuals) & trained_on_groups)
+    if seen:
+        logger.warning("sections %s were among those trained on: their scores are not those of unseen tissue", seen)
+    if seen_groups:
+        logger.warning(
+            "individuals %s were among those trained on: their scores are not those of unseen individuals", seen_groups
+        )
+    return sorted(trained_on)
+
+
 def _given_depth(
-    given: GivenDepth, spots: NDArray[np.bool_], measured: NDArray[Any], genes: list[str]
+    given: GivenDepth,
+    spots: NDArray[np.bool_],
+    measured: NDArray[Any],
+    totals: NDArray[Any] | None,
+    random_state: int,
 ) -> dict[str, float]:
     """Scores of what is predicted of a section when its spots' total counts are known: the predictive check."""
-    accuracy = metrics.summary(metrics.per_gene(given.mean[spots], measured, genes))
-    spread = _distribution(given.quantiles[spots], given.levels, measured)
-    spread.pop("coverage")
-    found = {"CRPS": float(spread.pop("crps").mean()), **spread}
-    found |= {name: accuracy[name] for name in ("PCC-200", "PCC-all", "MSE") if name in accuracy}
-    return {f"{name} given depth": value for name, value in found.items() if not name.startswith("width")}
+    mean = given.mean[spots]
+    genes = [str(i) for i in range(mean.shape[1])]
+    accuracy = metrics.summary(metrics.per_gene(mean, measured, genes, totals))
+    _, spread = _distribution(mean, given.quantiles[spots], given.levels, measured, random_state)
+    scored = {metric.name for metric in metrics.METRICS if GIVEN_DEPTH in metric.variants}
+    return {name: value for name, value in {**accuracy, **spread}.items() if name in scored}
 
 
-def _warn_of_undefined(tables: dict[str, pd.DataFrame], n_spots: dict[str, int]) -> None:
+def _named(scores: dict[str, float], suffix: str) -> dict[str, float]:
+    return {f"{name}{suffix}": value for name, value in scores.items()}
+
+
+def _warn_of_undefined(tables: dict[str, pd.DataFrame], sections: pd.DataFrame, n_spots: dict[str, int]) -> None:
     """Log one warning that says which correlations of which sections are undefined, and why."""
     reasons = []
     single = [s for s in tables if n_spots[s] == 1]
@@ -175,20 +232,30 @@ def _warn_of_undefined(tables: dict[str, pd.DataFrame], n_spots: dict[str, int])
     few = [s for s, table in others.items() if n_spots[s] <= 4 and "partial_pearson" in table]
     if few:
         reasons.append(f"PCC-partial in {_names(few)}, of fewer than 5 spots")
+    for name in ("gene-structure correlation", "Moran correlation"):
+        undefined = [s for s in others if name in sections and np.isnan(sections.loc[s, name])]
+        if undefined:
+            reasons.append(f"{name} in {_names(undefined)}, of too few genes that vary or too few spots")
     if any(explained.values()):
         reasons.append(f"PCC-partial of genes that depth alone explains ({_counts(explained)})")
     if reasons:
         logger.warning("undefined, and left out of the means: %s", "; ".join(reasons))
 
 
-def _variation(predicted: NDArray[Any], measured: NDArray[Any], what: str) -> dict[str, float]:
-    """How variances and correlations of genes compare, of one value a spot or of draws."""
+def _structure(
+    predicted: NDArray[Any], measured: NDArray[Any], neighbors: sparse.csr_matrix | None
+) -> dict[str, float]:
+    """How variances, co-expression and patterns of genes compare, of one value a spot or of draws."""
     draws = np.moveaxis(predicted, 2, 0) if predicted.ndim == 3 else predicted[None]
-    distances = [metrics.relative_variance_distance(draw, measured) for draw in draws]
-    return {
-        f"RVD{what}": float(np.mean(distances)),
-        f"correlation error{what}": metrics.gene_correlation_error(predicted, measured),
+    scores = {
+        "RVD": float(np.mean([metrics.relative_variance_distance(draw, measured) for draw in draws])),
+        "correlation error": metrics.gene_correlation_error(predicted, measured),
+        "gene-structure correlation": metrics.gene_structure_correlation(predicted, measured),
     }
+    if neighbors is not None:
+        correlation, error = metrics.moran_agreement(predicted, measured, neighbors)
+        scores |= {"Moran correlation": correlation, "Moran error": error}
+    return scores
 
 
 def _names(names: list[str]) -> str:
@@ -204,20 +271,24 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} in {name!r}" for n, name in some[:SECTIONS_NAMED]) + more
 
 
-def _distribution(quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArray[Any]) -> dict[str, Any]:
-    """Scores of the predicted distribution: ``crps`` and ``coverage`` of each gene, the rest means over genes.
+def _distribution(
+    predicted: NDArray[Any], quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArray[Any], random_state: int
+) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    """Scores of the predicted distribution: those of each gene, and means over the genes.
 
     The PIT of a single spot has no distribution: its deviation is NaN.
     """
-    scores: dict[str, Any] = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
+    of_genes = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
+    scores = {"CRPS": of_genes["crps"]}
     for share in metrics.INTERVALS:
         low, high = metrics.interval(quantiles, levels, share)
-        covered = metrics.coverage(low, high, measured)
-        scores[f"coverage {100 * share:.0f}"] = float(pd.Series(covered).mean())
-        scores[f"width {100 * share:.0f}"] = float(pd.Series((high - low).mean(0)).mean())
+        name = f"{100 * share:.0f}"
+        scores[f"coverage {name}"] = metrics.coverage(low, high, measured)
+        scores[f"width {name}"] = (high - low).mean(0)
         if share == 0.9:
-            scores["coverage"] = covered
-    place = np.sort(metrics.pit(quantiles, levels, measured), axis=0)
+            scores["coverage 90 top tenth"] = metrics.top_coverage(low, high, measured, predicted, 0.1)
+    of_genes |= {"coverage": scores["coverage 90"], "coverage_top_tenth": scores["coverage 90 top tenth"]}
+    place = np.sort(metrics.pit(quantiles, levels, measured, random_state), axis=0)
     even = (np.arange(len(place)) + 0.5) / len(place)
-    scores["PIT deviation"] = float(np.abs(place - even[:, None]).mean()) if len(place) > 1 else float("nan")
-    return scores
+    deviation = float(np.abs(place - even[:, None]).mean()) if len(place) > 1 else float("nan")
+    return of_genes, {**{name: float(pd.Series(v).mean()) for name, v in scores.items()}, "PIT deviation": deviation}

@@ -1,0 +1,286 @@
+"""Every score that :func:`histovar.tl.evaluate` writes, registered once: meaning, formula, source, unit, best value.
+
+The columns of its tables and their order, the page "Scores" of the documentation, the direction that plots name, and
+the columns of the benchmarks' tables are made from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import pandas as pd
+
+from histovar._arguments import check_arguments
+
+DRAWS, GIVEN_DEPTH = " of draws", " given depth"
+# What is scored otherwise than the expected expression and its distribution.
+VARIANTS = {
+    DRAWS: "the mean over joint draws, where there are any",
+    GIVEN_DEPTH: "the prediction once every spot's total count is known",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    r"""A score of a section, or the mean over the genes for which it is defined.
+
+    Parameters
+    ----------
+    name
+        Column of ``uns[key]["evaluation"]``.
+    meaning
+        What it is, in a sentence.
+    formula
+        In LaTeX. Of spot :math:`i` and gene :math:`g`: :math:`\hat y` predicted, :math:`y` measured.
+    source
+        Who defined it.
+    unit
+        Of its values; ``"expression"`` is the unit of what is predicted.
+    best
+        Value of a perfect prediction, None of a mere number.
+    gene_score
+        Name of the score of each gene whose mean it is (column of what ``tl.evaluate`` returns), where there is one.
+    variants
+        Of :data:`VARIANTS`, those that are scored, too, in columns whose names end so.
+    """
+
+    name: str
+    meaning: str
+    formula: str
+    source: str
+    unit: str
+    best: float | None
+    gene_score: str = ""
+    variants: tuple[str, ...] = ()
+
+    @property
+    def direction(self) -> str:
+        """Which values are better; none is above a best value of 1, or below one of 0."""
+        if self.best is None:
+            return ""
+        return {1.0: "higher is better", 0.0: "lower is better"}.get(self.best, f"nearer to {self.best:g} is better")
+
+
+def _best_genes(n: int, variants: tuple[str, ...] = ()) -> Metric:
+    meaning = f"Pearson correlation over the spots, mean of the best {n} genes"
+    formula = rf"\frac1{{{n}}} \sum_{{g \in \text{{best {n}}}}} \rho_g"
+    return Metric(f"PCC-{n}", meaning, formula, "Zhu et al. 2025 (Stem)", "none", 1.0, variants=variants)
+
+
+def _coverage(percent: int, gene_score: str = "") -> Metric:
+    return Metric(
+        f"coverage {percent}",
+        f"share of spots whose measured value lies in the central {percent} % interval",
+        rf"\frac1n \sum_i [\,q_{{{(100 - percent) / 2:g}\%}} \le y_{{ig}} \le q_{{{(100 + percent) / 2:g}\%}}\,]",
+        "Gneiting et al. 2007",
+        "share of spots",
+        percent / 100,
+        gene_score,
+        (GIVEN_DEPTH,),
+    )
+
+
+def _width(percent: int) -> Metric:
+    return Metric(
+        f"width {percent}",
+        f"width of the central {percent} % interval; of two that cover as promised, the narrower is better",
+        rf"\frac1n \sum_i (q_{{{(100 + percent) / 2:g}\%}} - q_{{{(100 - percent) / 2:g}\%}})",
+        "Gneiting et al. 2007",
+        "expression",
+        0.0,
+    )
+
+
+METRICS = (
+    _best_genes(10),
+    _best_genes(50),
+    _best_genes(200, (GIVEN_DEPTH,)),
+    Metric(
+        "PCC-all",
+        "Pearson correlation over the spots",
+        r"\rho_g = \operatorname{corr}_i(\hat y_{ig}, y_{ig})",
+        "Pearson 1895",
+        "none",
+        1.0,
+        "pearson",
+        (GIVEN_DEPTH,),
+    ),
+    Metric(
+        "PCC-partial",
+        "Pearson correlation with sequencing depth taken out of both sides",
+        r"\operatorname{corr}_i(\hat y_{ig}, y_{ig} \mid \log(1 + N_i), \log^2(1 + N_i))",
+        "Fisher 1924",
+        "none",
+        1.0,
+        "partial_pearson",
+        (GIVEN_DEPTH,),
+    ),
+    Metric(
+        "Spearman",
+        "Pearson correlation of the ranks",
+        r"\operatorname{corr}_i(\operatorname{rank} \hat y_{ig}, \operatorname{rank} y_{ig})",
+        "Spearman 1904",
+        "none",
+        1.0,
+        "spearman",
+    ),
+    Metric(
+        "R2",
+        "coefficient of determination: share of the measured variance that the prediction explains; below 0 where the "
+        "gene's mean would have been nearer",
+        r"1 - \sum_i (\hat y_{ig} - y_{ig})^2 / \sum_i (y_{ig} - \bar y_g)^2",
+        "Wright 1921",
+        "none",
+        1.0,
+        "r2",
+        (GIVEN_DEPTH,),
+    ),
+    Metric(
+        "MSE",
+        "mean squared error",
+        r"\frac1n \sum_i (\hat y_{ig} - y_{ig})^2",
+        "Gauss 1823",
+        "squared expression",
+        0.0,
+        "mse",
+        (GIVEN_DEPTH,),
+    ),
+    Metric(
+        "MAE",
+        "mean absolute error",
+        r"\frac1n \sum_i \lvert \hat y_{ig} - y_{ig} \rvert",
+        "Laplace 1774",
+        "expression",
+        0.0,
+        "mae",
+    ),
+    Metric("n_genes", "number of genes", "", "", "genes", None),
+    Metric(
+        "n_constant",
+        "number of genes whose prediction is constant: their correlations count as 0",
+        "",
+        "",
+        "genes",
+        0.0,
+        "constant",
+    ),
+    Metric(
+        "n_undefined",
+        "number of genes whose correlation is undefined, mostly as their measurement does not vary; left out of means",
+        "",
+        "",
+        "genes",
+        None,
+    ),
+    Metric(
+        "RVD",
+        "relative variance distance: how far variances over the spots are from those measured",
+        r"\frac1G \sum_g ((\operatorname{var} \hat y_g - \operatorname{var} y_g) / \operatorname{var} y_g)^2",
+        "Zhu et al. 2025 (Stem)",
+        "none",
+        0.0,
+        variants=(DRAWS,),
+    ),
+    Metric(
+        "correlation error",
+        "root mean square difference of predicted and measured gene-gene correlations",
+        r"\sqrt{\operatorname{mean}_{g<h} (\hat r_{gh} - r_{gh})^2}",
+        "Jöreskog & Sörbom 1981 (root mean square residual)",
+        "none",
+        0.0,
+        variants=(DRAWS,),
+    ),
+    Metric(
+        "gene-structure correlation",
+        "correlation of the predicted and the measured matrix of gene-gene correlations: whether the same genes go "
+        "together",
+        r"\operatorname{corr}_{g<h}(\hat r_{gh}, r_{gh})",
+        "Mantel 1967",
+        "none",
+        1.0,
+        variants=(DRAWS,),
+    ),
+    Metric(
+        "Moran correlation",
+        "correlation over the genes of Moran's I of prediction and measurement: whether the same genes form patterns",
+        r"\operatorname{corr}_g(I(\hat y_g), I(y_g)),\ "
+        r"I(x) = \frac{n}{\sum_{ij} w_{ij}} \frac{\sum_{ij} w_{ij} z_i z_j}{\sum_i z_i^2},\ z = x - \bar x",
+        "Moran 1950",
+        "none",
+        1.0,
+        variants=(DRAWS,),
+    ),
+    Metric(
+        "Moran error",
+        "mean absolute difference of Moran's I of prediction and measurement: whether patterns are as smooth",
+        r"\frac1G \sum_g \lvert I(\hat y_g) - I(y_g) \rvert",
+        "Moran 1950",
+        "none",
+        0.0,
+        variants=(DRAWS,),
+    ),
+    Metric(
+        "CRPS",
+        "continuous ranked probability score of the predicted distribution: the absolute error, of a distribution",
+        r"\frac1n \sum_i \int (F_{ig}(x) - [\,x \ge y_{ig}\,])^2\, dx",
+        "Gneiting & Raftery 2007",
+        "expression",
+        0.0,
+        "crps",
+        (GIVEN_DEPTH,),
+    ),
+    _coverage(50),
+    _width(50),
+    _coverage(80),
+    _width(80),
+    _coverage(90, "coverage"),
+    _width(90),
+    replace(
+        _coverage(90, "coverage_top_tenth"),
+        name="coverage 90 top tenth",
+        meaning="coverage of the central 90 % interval among the tenth of a gene's spots with the highest prediction",
+        formula=r"\operatorname{mean}_{i:\, \hat y_{ig} \ge Q_{90\%}(\hat y_g)} [\,q_{5\%} \le y_{ig} \le q_{95\%}\,]",
+        source="Jin & Ren 2024 (selection-conditional coverage)",
+    ),
+    _coverage(95),
+    _width(95),
+    Metric(
+        "PIT deviation",
+        "mean distance of the levels at which measured values lie (probability integral transform) from uniform",
+        r"\operatorname{mean}_i \lvert u_{(i)g} - (i - \tfrac12) / n \rvert,\ u_{ig} = F_{ig}(y_{ig})",
+        "Dawid 1984; randomised as Czado et al. 2009",
+        "none",
+        0.0,
+        variants=(GIVEN_DEPTH,),
+    ),
+    Metric(
+        "uncertainty PCC",
+        "Pearson correlation over the spots of standard deviation and absolute error",
+        r"\operatorname{corr}_i(\sigma_{ig}, \lvert \hat y_{ig} - y_{ig} \rvert)",
+        "Pearson 1895",
+        "none",
+        1.0,
+    ),
+)
+
+
+@check_arguments
+def describe() -> pd.DataFrame:
+    """What every score of :func:`histovar.tl.evaluate` is.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by the column of ``uns[key]["evaluation"]``, in its order: ``meaning``, ``formula`` (LaTeX), ``source``,
+        ``unit``, ``best`` (NaN of mere numbers), ``direction`` (``"higher is better"``, ``"lower is better"``,
+        ``"nearer to 0.9 is better"``) and ``gene_score``, the column of the scores of genes, if any.
+    """
+    suffixed = [
+        replace(metric, name=metric.name + suffix, meaning=f"{metric.meaning}; {what}", gene_score="")
+        for suffix, what in VARIANTS.items()
+        for metric in METRICS
+        if suffix in metric.variants
+    ]
+    rows = [{**asdict(metric), "direction": metric.direction} for metric in (*METRICS, *suffixed)]
+    columns = ["meaning", "formula", "source", "unit", "best", "direction", "gene_score"]
+    return pd.DataFrame(rows).set_index("name")[columns].astype({"best": float})

@@ -312,6 +312,18 @@ def test_measurements_in_other_units_are_refused(query, model):
     refuse(query, hv.tl.evaluate, ValueError, "X must hold counts, for counts to be compared")
 
 
+def test_records_that_were_changed_are_refused(query, model):
+    hv.tl.predict(query, model)
+    cut = query.copy()
+    cut.obsm["histovar_rates"] = cut.obsm["histovar_rates"][:, :4]
+    for call in (hv.tl.evaluate, hv.get.prediction):
+        refuse(cut, call, ValueError, r"obsm\['histovar_rates'\] holds float32 of shape \(60, 4\), expected .* 60 x 30")
+    query.uns["histovar"]["observation"]["dispersion"] = np.ones(3)
+    refuse(
+        query, hv.tl.evaluate, ValueError, r"uns\['histovar'\]\['observation'\]\['dispersion'\] holds .* predict again"
+    )
+
+
 # Learning from counts, or from values
 
 

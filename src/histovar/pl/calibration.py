@@ -41,7 +41,8 @@ def calibration(
     ----------
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to, with measured expression. The
-        distribution is taken from draws where there are any, else from quantiles, else as normal.
+        distribution is that of counts (negative binomial) where the model learnt from them, else taken from draws where
+        there are any, else from quantiles, else as normal.
     key
         Prefix of the slots.
     layer

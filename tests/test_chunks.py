@@ -192,6 +192,8 @@ def test_unfinished_predictions_of_another_input_are_not_continued(command, load
         ValueError, match=rf"out.zarr.part' has {n_done} chunks of .* that differs in n_samples; finish"
     ):
         app([*command, "--n-samples", "2"], standalone_mode=False)
+    with pytest.raises(ValueError, match=rf"out.zarr.part' has {n_done} chunks of .* that differs in depth, units"):
+        app([*command, "--units", "counts", "--depth", "1000"], standalone_mode=False)
     store = zarr.open_group(tmp_path / "in.zarr", mode="r+")
     before = store[f"obsm/{KEY}"][:]
     store[f"obsm/{KEY}"][:3] = before[3:6]

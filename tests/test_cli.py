@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,8 +18,10 @@ import histovar as hv
 from histovar.cli import app, main
 from histovar.cli.predict import Decoding as DecodingChoice
 from histovar.cli.predict import Precision as PrecisionChoice
+from histovar.cli.predict import Units as UnitsChoice
 from histovar.model.card import content_digest
 from histovar.model.decoding import Mode
+from histovar.model.observation import Units
 from histovar.model.two_stage import Precision
 
 from .conftest import QUICK
@@ -104,7 +107,7 @@ def test_the_reference_command_lines(histovar, hest_layout, query, tmp_path):
     code, out, _ = histovar("evaluate", "out.h5ad", "--out", "scores.csv")
     assert code == 0 and "PCC-10" in out and (tmp_path / "scores.csv").is_file()
     code, out, _ = histovar("info", "two")
-    assert code == 0 and "log1p(counts per 10,000)" in out and "'X_uni': 16" in out
+    assert code == 0 and "log1p(counts per 10,000)" in out and "'X_uni': 16" in out and "learnt from  counts\n" in out
 
 
 @pytest.mark.parametrize(
@@ -245,6 +248,35 @@ def test_scores_by_individual_are_those_of_python(trained, simulated, refusal, c
     assert "group_key: no 'patient' in obs" in refusal("evaluate", "both.h5ad", "--group-key", "patient")[2]
 
 
+@pytest.mark.parametrize("depth", ["2500", "total", None])
+def test_units_and_depth_are_those_of_python(trained, query, depth, capsys):
+    query.obs["total"] = np.asarray(query.X.sum(1)).ravel()
+    query.write_h5ad("query.h5ad")
+    query.write_zarr("query.zarr")
+    options = [] if depth is None else ["--depth", depth]
+    hv.tl.predict(query, trained, units="log_counts", depth=2500 if depth == "2500" else depth)
+    for name in ("query.h5ad", "query.zarr"):
+        out = f"out_{name}"
+        run_app("predict", name, "-m", "model", "-o", out, "--units", "log_counts", *options)
+        made = ad.read_zarr(out) if out.endswith("zarr") else ad.read_h5ad(out)
+        np.testing.assert_allclose(hv.get.prediction(made).X, query.obsm["histovar"], atol=1e-4)
+        assert made.uns["histovar"]["units"] == query.uns["histovar"]["units"]
+        capsys.readouterr()
+    run_app("evaluate", "out_query.h5ad")
+    hv.tl.evaluate(query)
+    mse = query.uns["histovar"]["evaluation"].loc["S4", "MSE"]
+    assert f" {mse:.4f} " in capsys.readouterr().out
+
+
+def test_info_says_what_a_model_learnt_from(trained, model_of_values, capsys):
+    model_of_values.save("of_values")
+    model_of_values.save_stage("stage1", 1)
+    for path, learnt in (("model", "learnt from  counts"), ("of_values", "learnt from  values"), ("stage1", None)):
+        run_app("info", path)
+        out = capsys.readouterr().out
+        assert learnt in out if learnt else "learnt from" not in out
+
+
 def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simulated, refusal):
     for name in ("S1", "S4"):
         part = simulated[simulated.obs["section"] == name].copy()
@@ -295,6 +327,14 @@ def test_calibration_with_held_out_sections(trained, query):
         (["predict", "query.h5ad", "--temperature", "0"], "0 is not more than 0"),
         (["predict", "query.h5ad", "--top-p", "0"], "0 is not more than 0"),
         (["predict", "query.h5ad", "--scheduler", "tcp://x"], "--scheduler is for one .zarr store"),
+        (["predict", "query.h5ad", "-m", "model", "--units", "cpm"], "--units"),
+        (["predict", "query.h5ad", "-m", "model", "--depth", ""], "--depth"),
+        (["predict", "query.h5ad", "-m", "model", "--depth", "0"], "depth: expected a column of obs or a number from"),
+        (["predict", "query.zarr", "-m", "model", "-o", "o.zarr", "--depth", "totals"], "depth: no 'totals' in obs"),
+        (
+            ["predict", "query.h5ad", "-m", "model", "--decoding", "greedy", "--units", "counts"],
+            "units, depth: only with",
+        ),
         (["predict", "notes.txt", "-m", "model"], "'notes.txt' is not AnnData"),
         (["predict", "query.h5ad", "-m", "model", "--quantile", "0.5", "--decoding", "greedy"], "quantiles"),
         (["demo", "--n-spots", "3"], "--n-spots"),
@@ -380,7 +420,8 @@ def test_a_card_cannot_write_to_the_terminal(trained, capsys):
 
 
 def test_choices_are_those_of_python():
-    assert set(DecodingChoice) == set(get_args(Mode)) and set(PrecisionChoice) == set(get_args(Precision))
+    for ours, theirs in ((DecodingChoice, Mode), (PrecisionChoice, Precision), (UnitsChoice, Units)):
+        assert set(ours) == set(get_args(theirs))
 
 
 def test_interrupted_training_says_so(tmp_path):

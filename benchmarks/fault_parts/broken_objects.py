@@ -40,6 +40,7 @@ COUNTED = ("pp.gene_panel", "tl.tokenize", "tl.calibrate", "tl.baseline")
 PANELLED = ("pp.gene_scales", "tl.train", "tl.train_stage1", "tl.baseline")
 RECORDED = ("pp.gene_panel", "pp.gene_scales", "pp.niche", "tl.tokenize", "tl.predict", "tl.evaluate", "get.prediction",
             "pl.spatial", "pl.calibration", "pl.gene_correlation")  # fmt: skip
+NEEDED = ("histovar", "histovar_std")
 PREDICTED = ("tl.evaluate", "get.prediction", "pl.spatial", "pl.calibration", "pl.gene_correlation")
 
 
@@ -138,6 +139,7 @@ def breakages() -> dict[str, Breakage]:
         "panel",
         "scales",
         "lognorm",
+        "observation",
         "version",
         "trained_on",
     ):
@@ -204,7 +206,7 @@ def breakages() -> dict[str, Breakage]:
         ),
         "no image entry": Breakage(lambda a: a.uns.update(spatial={}), (xy,), harmless=True),
     }
-    for name in ("histovar", "histovar_std", "histovar_samples"):
+    for name in ("histovar", "histovar_std", "histovar_samples", "histovar_rates", "histovar_spots"):
         for label, make in (
             ("text", lambda x: np.full(x.shape, "a")),
             ("one axis", lambda x: x.reshape(len(x), -1)[:, 0]),
@@ -213,7 +215,7 @@ def breakages() -> dict[str, Breakage]:
         ):
             found[f"prediction {name}: {label}"] = Breakage(put("obsm", name, make), (name, "samples"))
         found[f"prediction {name}: missing"] = Breakage(
-            lambda a, name=name: a.obsm.pop(name, None), (name,), () if name.endswith("samples") else PREDICTED
+            lambda a, name=name: a.obsm.pop(name, None), (name,), PREDICTED if name in NEEDED else ()
         )
     pixels, factor = np.zeros((9, 9, 3)), "tissue_hires_scalef"
     images: dict[str, Any] = {

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
-from ._limits import MOST_RANDOM_STATE
+from ._limits import MOST_DEPTH, MOST_RANDOM_STATE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,7 +141,7 @@ def _depth(value: Any) -> str | float:
         return value or refuse_value("text that is not empty")
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
         refuse_type("a column of obs or a number")
-    return float(value) if 0 < value < np.inf else refuse_value("a column of obs or a positive number")
+    return float(value) if 1 <= value <= MOST_DEPTH else refuse_value("a column of obs or a number from 1 to 1e9")
 
 
 def _not_bool(value: Any) -> Any:

@@ -31,6 +31,8 @@ from .prediction import (
 
 # Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a distribution.
 LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
+# Units of predictions that are compared with what X holds.
+OF_COUNTS = ("log_counts", "counts", "rates")
 # Neighbours of a spot by which its place in a pattern is told: on a hexagonal grid, all that touch it.
 N_NEIGHBORS = 6
 
@@ -79,8 +81,12 @@ def read_measured(
         As :func:`read_comparison`.
     """
     columns = gate.gene_columns(adata, genes)
-    if layer in ("counts", "log_counts", "rates") and layer not in adata.layers:
-        return expression.from_counts(adata, layer, columns)
+    predicted = str(slots.record(adata, keys)["layer"])
+    if predicted in OF_COUNTS:
+        if layer == LOGNORM:
+            raise ValueError(f"layer: {layer!r} is in other units, the prediction is of {predicted}; leave layer out")
+        if layer == predicted and layer not in adata.layers:
+            return expression.from_counts(adata, layer, columns)
     trained = predicted_normalization(adata, keys)
     if len(genes) == len(predicted_genes(adata, keys)):
         return expression.read_expression(adata, layer, columns, sections=sections, trained=trained)

@@ -377,7 +377,8 @@ def counts_of_values(
 ) -> Counts | None:
     """The counts of X, if log-normalised values are those of these very counts; else None.
 
-    Total counts are those by which the values were normalised, so that genes may have been dropped since.
+    Total counts are those by which the values were normalised, so that genes may have been dropped since. The values
+    then do not tell to what sum, which is taken to be 10,000.
 
     Parameters
     ----------
@@ -386,9 +387,9 @@ def counts_of_values(
     values
         (n_spots, n_genes) of the same spots.
     target_sum
-        Counts that every spot was normalised to; 0 where that is not so.
+        Counts that every spot was normalised to; 0 where that is not known.
     """
-    counts = panel_counts(adata, columns, rows) if target_sum else None
+    counts, target_sum = panel_counts(adata, columns, rows), target_sum or TARGET_SUM
     if counts is None:
         return None
     normalized = np.expm1(values.astype(np.float64)).sum(1)

@@ -16,6 +16,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._keys import DEFAULT_KEY, Keys
+from histovar._limits import MOST_DEPTH
 
 from .matrix import dense, dense_float32
 
@@ -418,24 +419,26 @@ def depth(adata: AnnData, value: str | float) -> NDArray[np.float32]:
     KeyError
         If the column is missing.
     ValueError
-        If it is not numeric, or holds values that are missing, negative or not finite.
+        If it is not numeric, or holds values that are missing, negative or too large.
     """
     if not isinstance(value, str):
-        values = np.full(adata.n_obs, value, np.float32)
-    elif value not in adata.obs:
+        return np.full(adata.n_obs, value, np.float32)
+    if value not in adata.obs:
         raise KeyError(
             f"depth: no {value!r} in obs, which has {list(adata.obs.columns)}; total counts are "
             "scanpy.pp.calculate_qc_metrics' 'total_counts'"
         )
-    else:
-        column = adata.obs[value]
-        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-            raise ValueError(f"depth: obs[{value!r}] must hold total counts, got {column.dtype}")
-        values = column.to_numpy(np.float32, na_value=np.nan)
-    wrong = int((~(np.isfinite(values) & (values >= 0))).sum())
+    column = adata.obs[value]
+    if column.dtype.kind not in "fiu":
+        raise ValueError(f"depth: obs[{value!r}] must hold total counts, got {column.dtype}")
+    values = column.to_numpy(np.float64, na_value=np.nan)
+    wrong = int((~((values >= 0) & (values <= MOST_DEPTH))).sum())
     if wrong:
-        raise ValueError(f"depth: {wrong} of {adata.n_obs} spots have a total count that is negative or not finite")
-    return values
+        raise ValueError(
+            f"depth: obs[{value!r}] is missing, negative or more than {MOST_DEPTH:.0e} in {wrong} of {adata.n_obs} "
+            "spots; it must hold total counts"
+        )
+    return values.astype(np.float32)
 
 
 def check_counts(values: NDArray[Any], what: str, mend: str) -> None:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Entries of `uns` and columns of `var` that `tl.evaluate` writes.
 EVALUATION = ("evaluation", "evaluation_groups", "evaluation_interval", "evaluated_distribution")
+# Entry of `uns` with what predicted distributions are made with, of a model that learnt from counts.
+OBSERVATION = "observation"
 # What is predicted of spots as such: total count, relative variance of rates beyond that of training spots, how many
 # times as far the depth may be off, and how unlike those of training the section is (0 to 1).
 SPOT_COLUMNS = ("total_count", "excess", "depth_spread", "novelty")
@@ -48,7 +50,7 @@ class Prediction(NamedTuple):
     rates
         (n_obs, n_genes): composition in counts per 10,000, of a model that learnt from counts; or None.
     spots
-        (n_obs, 3): :data:`SPOT_COLUMNS`, of the same; or None.
+        (n_obs, 4): :data:`SPOT_COLUMNS`, of the same; or None.
     """
 
     mean: Any
@@ -93,7 +95,7 @@ def write_prediction(
 ) -> None:
     """Write predicted expression: layers where the object's genes are exactly the panel, else ``obsm``.
 
-    Scores of an earlier prediction are dropped.
+    All that an earlier prediction left, and its scores, is dropped.
 
     Parameters
     ----------
@@ -130,7 +132,7 @@ def write_prediction(
     source = _source(adata, entries["params"], identity)
     if source is not None:
         found["obsm", keys.source] = source
-    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], EVALUATION)
+    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], (*EVALUATION, OBSERVATION))
     tokens = {} if made.tokens is None else {"tokens": "predicted"}
     slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str), "identity": identity})
 
@@ -208,24 +210,44 @@ class Composed(NamedTuple):
 
 
 def read_composed(adata: AnnData, keys: Keys) -> Composed | None:
-    """The composition that was predicted, and how counts come from it; None of other predictions.
+    """The composition that was predicted, and how counts come from it.
+
+    None of other predictions, and where those of models that differ in it were joined.
 
     Raises
     ------
-    KeyError, ValueError
+    KeyError
         If a column of total counts is gone.
+    ValueError
+        If what was written, or that column, was changed.
     """
-    stored = slots.record(adata, keys)
-    if "observation" not in stored or keys.rates not in adata.obsm or keys.spots not in adata.obsm:
+    stored, n_genes = slots.record(adata, keys), len(predicted_genes(adata, keys))
+    found, made_with = read_rates(adata, keys, n_genes), stored.get(OBSERVATION, {})
+    expected = Observation(n_genes).plain()
+    if found is None or not expected.keys() <= made_with.keys():
         return None
-    rates = torch.from_numpy(np.array(adata.obsm[keys.rates], np.float32)) / RATE_TOTAL
-    spots = torch.from_numpy(np.array(adata.obsm[keys.spots], np.float32))
+    for name, like in expected.items():
+        _numbers(made_with[name], f"uns[{keys.uns!r}][{OBSERVATION!r}][{name!r}]", like.shape)
+    rates, spots = (torch.from_numpy(np.array(values, np.float32)) for values in found)
     params = stored["params"]
     depth = params["depth_key"] or (float(params["depth"]) or None)
     totals = None if depth is None else torch.from_numpy(gate.depth(adata, depth)).clamp(min=1)
-    units = params["units"]
-    composition = Composition(rates, spots[:, 0].log(), spots[:, 1], spots[:, 2])
-    return Composed(Observation.from_plain(stored["observation"]), composition, units, totals)
+    composition = Composition(rates / RATE_TOTAL, spots[:, 0].log(), spots[:, 1], spots[:, 2])
+    return Composed(Observation.from_plain(made_with), composition, params["units"], totals)
+
+
+def read_rates(adata: AnnData, keys: Keys, n_genes: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Predicted rates, (n_obs, n_genes), and :data:`SPOT_COLUMNS`, (n_obs, 4), of a model that learnt from counts.
+
+    Raises
+    ------
+    ValueError
+        If they are of another shape, or no numbers.
+    """
+    if keys.rates not in adata.obsm or keys.spots not in adata.obsm:
+        return None
+    rates = _numbers(adata.obsm[keys.rates], f"obsm[{keys.rates!r}]", (adata.n_obs, n_genes))
+    return rates, _numbers(adata.obsm[keys.spots], f"obsm[{keys.spots!r}]", (adata.n_obs, len(SPOT_COLUMNS)))
 
 
 def read_draws(adata: AnnData, keys: Keys, n_genes: int) -> NDArray[Any] | None:
@@ -324,7 +346,7 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
     if not isinstance(params, Mapping):
         params = {}
     needed = {"genes", "units", "layer", "params", *(["quantiles"] if keys.quantiles in adata.obsm else [])}
-    needed |= {"library_key", "spatial_key", "use_rep"}
+    needed |= {"library_key", "spatial_key", "use_rep", *(["depth", "depth_key"] if OBSERVATION in stored else [])}
     if not needed <= {*stored, *params}:
         if keys.mean in adata.layers or keys.mean in adata.obsm:
             raise KeyError(
@@ -336,7 +358,7 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
             f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "
             f"key_added={keys.prefix!r})"
         )
-    expected = {"normalization": Mapping, "identity": str}
+    expected = {"normalization": Mapping, OBSERVATION: Mapping, "identity": str}
     for name, kind in expected.items():
         if name in stored and not (isinstance(stored[name], kind) and (kind is Mapping or stored[name].isdecimal())):
             raise ValueError(f"key: uns[{keys.uns!r}][{name!r}] is not what histovar wrote; predict again")

@@ -13,11 +13,13 @@ from .text import printable
 
 def info(model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)]) -> None:
     """Say what a saved model was trained on and what it needs, and check that it is whole."""
+    from histovar import TwoStageVARST
     from histovar.model.card import read_card
     from histovar.model.checkpoint import verify
 
-    sha256 = verify(model)
-    for name, value in {**_summary(read_card(model)), "SHA-256": sha256}.items():
+    sha256, stage2 = verify(model), TwoStageVARST.load(model).stage2
+    learnt = {} if stage2 is None else {"learnt from": "counts" if stage2.of_counts else "values"}
+    for name, value in {**_summary(read_card(model)), **learnt, "SHA-256": sha256}.items():
         typer.echo(f"{name:>15}  {printable(str(value))}")
 
 

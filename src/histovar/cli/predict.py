@@ -42,11 +42,29 @@ class Decoding(StrEnum):
     sample = "sample"
 
 
+class Units(StrEnum):
+    """Units of :func:`histovar.tl.predict`."""
+
+    lognorm = "lognorm"
+    log_counts = "log_counts"
+    counts = "counts"
+    rates = "rates"
+
+
 class Precision(StrEnum):
     """Precisions of :func:`histovar.tl.predict`."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+def _column_or_number(value: str | None) -> str | float | None:
+    """A text that is a number, as one."""
+    not_empty(value)
+    try:
+        return value if value is None else float(value)
+    except ValueError:
+        return value
 
 
 def predict(
@@ -62,6 +80,22 @@ def predict(
     library_key: LibraryKey = None,
     spatial_key: SpatialKey = None,
     key_added: KeyAdded = "histovar",
+    units: Annotated[
+        Units | None,
+        typer.Option(
+            help="Of a model that learnt from counts. lognorm: log1p of counts per as many as in training. log_counts: "
+            "log1p of counts. counts. rates: counts per 10,000 without the noise of counting. Those of training by "
+            "default.",
+        ),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            callback=_column_or_number,
+            help="Total count at which to predict: a column of obs with each spot's own, or a number for all spots, so "
+            "that maps of sections compare. What histology tells of it by default.",
+        ),
+    ] = None,
     quantile: Annotated[
         list[float] | None,
         typer.Option(
@@ -141,6 +175,8 @@ def predict(
         "use_rep": use_rep if use_rep else None,
         "library_key": library_key,
         "spatial_key": spatial_key,
+        "units": units and units.value,
+        "depth": depth,
         "decoding": decoding.value,
         "n_samples": n_samples,
         "quantiles": list(quantile or []),

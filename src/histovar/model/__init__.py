@@ -5,6 +5,7 @@ from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
 from .decoding import Decoding, Generation
 from .head import TokenHead
+from .observation import Composition, Observation
 from .prior import ConditionalMeanPrior
 from .quantizer import SharedVectorQuantizer
 from .scales import GeneScales, group_genes
@@ -14,6 +15,7 @@ from .vqvae import MultiScaleDecoder, MultiScaleEncoder, MultiScaleGeneVQVAE, St
 
 __all__ = [
     "Calibration",
+    "Composition",
     "ConditionProcessor",
     "ConditionalMeanPrior",
     "Decoding",
@@ -25,6 +27,7 @@ __all__ = [
     "MultiScaleDecoder",
     "MultiScaleEncoder",
     "MultiScaleGeneVQVAE",
+    "Observation",
     "SharedVectorQuantizer",
     "Stage1Losses",
     "TokenHead",

@@ -115,8 +115,8 @@ class Observation(nn.Module):
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         """An observation model of what :meth:`plain` gave."""
         observation = cls(len(values["dispersion"]))
-        for name, value in values.items():
-            observation.get_buffer(name).copy_(torch.as_tensor(np.asarray(value)))
+        for name in observation.plain():
+            observation.get_buffer(name).copy_(torch.as_tensor(np.asarray(values[name])))
         return observation
 
     def _depths(self, composition: Composition, depth: Tensor | None) -> list[tuple[float, Tensor]]:

@@ -41,8 +41,8 @@ def calibration(
     ----------
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to, with measured expression. The
-        distribution is that of the predicted counts where the model learnt from counts, else of draws where there are
-        any, else of quantiles, else normal.
+        distribution is that of counts (negative binomial) where the model learnt from them, else taken from draws where
+        there are any, else from quantiles, else as normal.
     key
         Prefix of the slots.
     layer

@@ -22,7 +22,7 @@ def niche(
     data: Data,
     *,
     use_rep: KeyOrKeys,
-    n_neighbors: Annotated[Increasing, Field(min_length=1)] = (8, 48),
+    n_neighbors: Annotated[Increasing, Field(min_length=1)] = (8, 24, 48),
     library_key: Key | None = None,
     spatial_key: Key = "spatial",
     key_added: Prefix = DEFAULT_KEY,

@@ -162,7 +162,7 @@ def _check_finite(made: Prediction, inputs: Histology, first_row: int) -> None:
     """Refuse a prediction that is not finite, and say of which spots and why that may be."""
     n_spots = len(inputs.novelty)
     bad = np.zeros(n_spots, bool)
-    for values in (made.mean, made.std, made.samples, made.quantiles):
+    for values in made:
         if values is not None:
             bad |= ~np.isfinite(values.reshape(n_spots, -1)).all(1)
     rows = np.flatnonzero(bad)

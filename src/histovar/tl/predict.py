@@ -32,7 +32,7 @@ from histovar.anndata_io import gate, slots
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.lazy import is_lazy
-from histovar.anndata_io.prediction import prediction_slots, write_prediction
+from histovar.anndata_io.prediction import OBSERVATION, prediction_slots, write_prediction
 from histovar.model import Decoding
 from histovar.model.decoding import Mode
 from histovar.model.observation import Units
@@ -89,10 +89,10 @@ def predict(
         counts per as many as in training; ``"log_counts"``, log1p of counts; ``"counts"``; ``"rates"``, counts per
         10,000 with the noise of counting taken out.
     depth
-        Total count of each spot, as which counts and their logarithms are predicted: a column of ``obs`` (of total
-        counts over all genes that were measured in training: each spot's own, to check the prediction against what was
-        measured); a number, as if all spots were sequenced to it, so that maps of sections compare; None predicts it
-        from histology, and takes its uncertainty into account.
+        Total count of each spot, over all genes that were measured in training, at which to predict: a column of
+        ``obs`` (each spot's own, to check the prediction against what was measured); a number from 1 to 1e9, as if all
+        spots were sequenced to it, so that maps of sections compare; None predicts it from histology, and takes its
+        uncertainty into account. Only of a model that learnt from counts; rates are the same at any.
     decoding
         ``"expected"`` (best for maps), ``"greedy"`` or ``"sample"``, a single draw.
     n_samples
@@ -125,18 +125,26 @@ def predict(
     Returns
     -------
     AnnData or None
-        Writes, in the units of the training layer, expected expression and standard deviation: float32
-        ``layers[key_added]`` and ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel,
-        ``obsm`` of the same names otherwise, a column a gene in the order of ``uns[key_added]["genes"]`` (dask arrays
-        where embeddings are such); :func:`histovar.get.prediction` has them under the genes' names. Further
-        ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens), ``obsm[f"{key_added}_source"]``, a fingerprint of what each
-        spot was predicted from, by which it is known when that has changed,
-        where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
-        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. The standard deviation is that of the tokens'
-        distribution and of the disagreement between members together. If the model is calibrated (:func:`calibrate`)
-        and decoding is ``"expected"``, standard deviation, draws and quantiles are calibrated ones, and
-        ``uns[key_added]["calibrated"]`` is true. Negative values, which expression cannot have, are
-        set to 0. See :func:`histovar.get.prediction`.
+        Writes expected expression and standard deviation: float32 ``layers[key_added]`` and
+        ``layers[f"{key_added}_std"]`` where the object's genes are exactly the panel, ``obsm`` of the same names
+        otherwise, a column a gene in the order of ``uns[key_added]["genes"]`` (dask arrays where embeddings are such);
+        :func:`histovar.get.prediction` has them under the genes' names. Further ``obsm[f"{key_added}_tokens"]`` (n_obs,
+        n_tokens), ``obsm[f"{key_added}_source"]``, a fingerprint of what each spot was predicted from, by which it is
+        known when that has changed, where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
+        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. Slots of an earlier prediction with this prefix are
+        replaced, or dropped where there is nothing new for them.
+
+        Of a model that learnt from counts, where decoding is ``"expected"``, also ``obsm[f"{key_added}_rates"]``
+        (n_obs, n_genes), counts per 10,000 in the order of the panel, ``obsm[f"{key_added}_spots"]`` (n_obs, 3), the
+        spot's predicted total count, how much more than usual members disagree on its rates (relative variance) and how
+        unlike those of training its section is (0 to 1), and ``uns[key_added]["observation"]``, by which distributions
+        of counts are made from these. The standard deviation is that of negative binomial counts, of the members'
+        disagreement and, where `depth` is None, of the depth; of rates, that of what histology does not tell of them.
+
+        Of other models the standard deviation is that of the tokens' distribution and of the disagreement between
+        members together. If the model is calibrated (:func:`calibrate`) and decoding is ``"expected"``, standard
+        deviation, draws and quantiles are calibrated ones, and ``uns[key_added]["calibrated"]`` is true. Negative
+        values, which expression cannot have, are set to 0.
 
     Raises
     ------
@@ -196,7 +204,7 @@ def predict(
         made,
         {
             **_described(registry, units, depth),
-            **({"observation": model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
+            **({OBSERVATION: model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),

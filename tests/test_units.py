@@ -312,6 +312,24 @@ def test_measurements_in_other_units_are_refused(query, model):
     refuse(query, hv.tl.evaluate, ValueError, "X must hold counts, for counts to be compared")
 
 
+def test_predictions_named_like_their_units_are_not_taken_for_measured(query, model):
+    query = query[:, model.registry["genes"]].copy()
+    for units in ("counts", "rates"):
+        hv.tl.predict(query, model, units=units, key_added=units)
+        assert units in query.layers
+        assert hv.tl.evaluate(query, key=units)["pearson"].max() < 0.99
+
+
+def test_a_layer_named_like_units_is_a_layer(training, query):
+    for adata in (training, query):
+        adata.layers["counts"] = adata.X.copy()
+        adata.X = None
+    model = hv.tl.train(training, layer="counts", **OPTIONS)
+    hv.tl.predict(query, model)
+    assert not model.stage2.of_counts and query.uns["histovar"]["units"] == "counts"
+    assert hv.tl.evaluate(query)["pearson"].mean() > 0.1
+
+
 def test_records_that_were_changed_are_refused(query, model):
     hv.tl.predict(query, model)
     cut = query.copy()

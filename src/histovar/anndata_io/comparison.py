@@ -81,11 +81,11 @@ def read_measured(
         As :func:`read_comparison`.
     """
     columns = gate.gene_columns(adata, genes)
-    predicted = str(slots.record(adata, keys)["layer"])
+    predicted = str(slots.record(adata, keys)["params"].get("units", LOGNORM))
     if predicted in OF_COUNTS:
         if layer == LOGNORM:
             raise ValueError(f"layer: {layer!r} is in other units, the prediction is of {predicted}; leave layer out")
-        if layer == predicted and layer not in adata.layers:
+        if layer == predicted:  # which is no layer; one of that name may be a prediction
             return expression.from_counts(adata, layer, columns)
     trained = predicted_normalization(adata, keys)
     if len(genes) == len(predicted_genes(adata, keys)):

@@ -97,10 +97,11 @@ def predict(
         ``"expected"`` (best for maps), ``"greedy"`` or ``"sample"``, a single draw.
     n_samples
         Joint draws of each spot to add, which keep co-expression. Each draw is of tokens given one member of the model,
-        so that they hold both what the tokens' distribution says and what the members disagree on.
+        so that they hold both what the tokens' distribution says and what the members disagree on. Where the model
+        learnt from counts, or is calibrated, draws keep these ranks and take values of the predicted distribution.
     quantiles
-        Quantiles to add, such as ``(0.05, 0.95)``: calibrated ones if the model is calibrated, else those of the draws,
-        which needs `n_samples`.
+        Quantiles to add, such as ``(0.05, 0.95)``: those of the predicted distribution where the model learnt from
+        counts or is calibrated, else those of the draws, which needs `n_samples`.
     temperature, top_k, top_p
         Of sampling; see :class:`histovar.model.Decoding`.
     key_added

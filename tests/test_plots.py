@@ -93,6 +93,7 @@ def test_calibration_plot_shows_coverage_of_what_there_is(query, model, model_of
     assert promised.min() < 0.1 and promised.max() > 0.9
     assert (np.diff(covered) > 0).all() and np.abs(covered - promised).max() < 0.25
     assert sum(p.get_height() * p.get_width() for p in right.patches) == pytest.approx(1)
+    hv.tl.evaluate(query)  # which adds the layer
     query.layers["values"] = query.layers["lognorm"]
     hv.tl.predict(query, model_of_values)
     assert "normal, calibrated" in hv.pl.calibration(query)[0].get_title()

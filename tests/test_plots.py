@@ -86,7 +86,7 @@ def test_training_codebook_and_metrics(scored, model, tmp_path):
 
 
 def test_calibration_plot_shows_coverage_of_what_there_is(query, model, model_of_values):
-    query.layers["values"] = query.X.multiply(1e4 / query.X.sum(1)[:, None]).tocsr().log1p()
+    query.layers["values"] = hv.tl.tokenize(query, model, copy=True).layers["lognorm"]
     for trained, options, kind in (
         (model, {}, "negative binomial"),
         (model, {"n_samples": 25}, "negative binomial"),

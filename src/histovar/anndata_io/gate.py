@@ -321,7 +321,7 @@ def groups(adata: AnnData, group_key: str | None, sections: NDArray[np.str_] | N
         torn = pairs["section"][pairs["section"].duplicated()].tolist()
         if torn:
             raise ValueError(
-                f"group_key: section {torn[0]!r} is of several values of obs[{group_key!r}]; name another column"
+                f"group_key: section {torn[0]!r} has several values of obs[{group_key!r}]; name another column"
             )
     return names
 

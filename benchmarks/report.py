@@ -15,15 +15,15 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
-from compare import NOISE, OURS, TRAINING, interval, plot
+from compare import NOISE, OURS, SCORES, TRAINING, interval, plot
 
 import histovar as hv
 
-SCORES = hv.metrics.describe()
+DIRECTIONS = hv.metrics.describe()["direction"]
 MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "R2", "MSE", "CRPS", "coverage 90"]
-DISTRIBUTION = ["coverage 90 top tenth", "PIT deviation", *SCORES.index[SCORES.index.str.endswith(" given depth")]]
+DISTRIBUTION = ["coverage 90 top tenth", *(name for name in SCORES if name.endswith(" given depth"))]
 # Of expected expression and of draws.
-STRUCTURE = SCORES.index[SCORES.index.str.endswith(" of draws")].str.removesuffix(" of draws").tolist()
+STRUCTURE = [name.removesuffix(" of draws") for name in SCORES if name.endswith(" of draws")]
 ARROWS = {"higher is better": " ↑", "lower is better": " ↓"}
 BOUNDS = ["noise ceiling", "depth oracle", TRAINING, NOISE]
 DRAWS = ["RVD of draws", "correlation error of draws"]
@@ -104,7 +104,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def heading(score: str) -> str:
     """A score's name with an arrow to where it is better."""
-    return score + ARROWS.get(SCORES["direction"].get(score, ""), "")
+    return score + ARROWS.get(DIRECTIONS.get(score, ""), "")
 
 
 def mean_and_draws(means: pd.DataFrame) -> pd.DataFrame:

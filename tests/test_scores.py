@@ -128,7 +128,7 @@ def test_individuals_that_were_trained_on_are_named(cohort, unseen, caplog):
 
 def test_sections_of_several_individuals_are_refused(unseen):
     unseen.obs.loc[unseen.obs_names[0], "patient"] = "d"
-    with pytest.raises(ValueError, match="group_key: section 'S3' is of several"):
+    with pytest.raises(ValueError, match="group_key: section 'S3' has several"):
         hv.tl.evaluate(unseen, key="ridge")
     with pytest.raises(KeyError, match="group_key: no 'animal' in obs"):
         hv.tl.evaluate(unseen, key="ridge", group_key="animal")

@@ -132,9 +132,9 @@ def test_held_out_spots():
 def test_folds_do_not_tear_neighbours_apart():
     sections = np.repeat(["a", "b", "c"], 20)
     place = np.random.default_rng(0).uniform(size=(60, 2)) * [10, 1]
-    folds = cross_fit_folds(sections, place, 6)
+    folds = cross_fit_folds(sections, place, 9)
     assert all(len(set(folds[sections == s])) == 1 for s in "abc") and len(set(folds)) == 3
-    strips = cross_fit_folds(None, place, 6)
+    strips = cross_fit_folds(None, place, 9)
     assert sorted(set(strips)) == [0, 1, 2, 3]
     assert max(place[strips == 0, 0]) < min(place[strips == 3, 0])
 

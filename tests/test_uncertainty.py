@@ -146,7 +146,7 @@ def test_without_calibration_quantiles_need_draws(query, loaded_of_values):
     middle = np.median(query.obsm["histovar_samples"], axis=2)
     np.testing.assert_allclose(query.obsm["histovar_quantiles"][:, :, 0], middle, atol=1e-5)
     hv.tl.calibrate(query, loaded)
-    assert loaded.registry["calibration"] == {"sections": ["S4"], "n_spots": 60}
+    assert loaded.registry["calibration"] == {"sections": ["S4"], "n_spots": 60, "groups": []}
     hv.tl.predict(query, loaded, quantiles=(0.05, 0.95))
     assert query.uns["histovar"]["calibrated"]
 
@@ -219,5 +219,5 @@ def test_stain_is_taken_out_of_a_section_whether_training_had_it_or_not():
 
     model, other = hv.tl.train(training, **options), hv.tl.train(stained(training, 0), **options)
     clean = score(model, query)
-    assert score(other, stained(query, 1)) > 0.85 * clean
+    assert score(other, stained(query, 1)) > 0.8 * clean  # a third of the members see the stain
     assert score(model, stained(query, 1)) > 0.75 * clean

@@ -364,8 +364,35 @@ def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDA
     if units == "log_counts":
         return np.log1p(counts.panel)
     if units == "rates":
-        return (counts.panel * (TARGET_SUM / counts.totals.clip(min=1))[:, None]).astype(np.float32)
+        totals = spot_totals(adata, columns)
+        assert totals is not None
+        return (counts.panel * (TARGET_SUM / totals.clip(min=1))[:, None]).astype(np.float32)
     return counts.panel
+
+
+def spot_totals(
+    adata: AnnData, columns: NDArray[np.integer], target_sum: float = TARGET_SUM
+) -> NDArray[np.float64] | None:
+    """Total count of every spot over all genes that were measured; None where X holds no counts.
+
+    By ``layers["lognorm"]``, where that is of the counts in X, since genes may have been dropped after it was made;
+    else the sums of X.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    columns
+        Genes by which to tell.
+    target_sum
+        Counts that every spot was normalised to.
+    """
+    counts = panel_counts(adata, columns)
+    if counts is None or LOGNORM not in adata.layers:
+        return None if counts is None else counts.totals
+    values = dense_float32(take_rows(adata.layers[LOGNORM], np.arange(adata.n_obs))[:, columns])
+    found = counts_of_values(adata, columns, values, target_sum)
+    return counts.totals if found is None else found.totals
 
 
 def counts_of_values(

@@ -281,9 +281,14 @@ def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = 
         return None
     if library_key not in adata.obs:
         raise KeyError(f"library_key: no {library_key!r} in obs, which has {list(adata.obs.columns)}")
-    column = adata.obs[library_key]
+    return _labels(adata, library_key, "library_key")
+
+
+def _labels(adata: AnnData, key: str, name: str) -> NDArray[np.str_]:
+    """A column of ``obs`` as text."""
+    column = adata.obs[key]
     if column.isna().any():
-        raise ValueError(f"library_key: {int(column.isna().sum())} spots have no value in obs[{library_key!r}]")
+        raise ValueError(f"{name}: {int(column.isna().sum())} spots have no value in obs[{key!r}]")
     if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
         column = column.astype(np.int64)  # whole numbers become 1.0 where tables are joined
     groups = column.astype("category").cat
@@ -313,10 +318,7 @@ def groups(adata: AnnData, group_key: str | None, sections: NDArray[np.str_] | N
         return None
     if group_key not in adata.obs:
         raise KeyError(f"group_key: no {group_key!r} in obs, which has {list(adata.obs.columns)}")
-    column = adata.obs[group_key]
-    if column.isna().any():
-        raise ValueError(f"group_key: {int(column.isna().sum())} spots have no value in obs[{group_key!r}]")
-    names = column.astype(str).to_numpy().astype(str)
+    names = _labels(adata, group_key, "group_key")
     if sections is not None:
         pairs = pd.DataFrame({"section": sections, "group": names}).drop_duplicates()
         torn = pairs["section"][pairs["section"].duplicated()].tolist()

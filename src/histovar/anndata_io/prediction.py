@@ -151,6 +151,7 @@ def _source(adata: AnnData, params: Mapping[str, Any], identity: str) -> NDArray
         return None
     library_key = str(params["library_key"]) or None
     covariates = [str(name) for name in np.asarray(params.get("covariates", ())).ravel()]
+    covariates += [str(params["depth_key"])] if params.get("depth_key") else []
     source = source_fingerprint(adata, reps, str(params["spatial_key"]), library_key, covariates)
     return np.hstack([source, np.full_like(source, int(identity))])
 

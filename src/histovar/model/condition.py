@@ -149,13 +149,13 @@ class ConditionProcessor(nn.Module):
     def views(self) -> list[list[range]]:
         """Columns of :meth:`features` that members of the prior take, equally many each, in the order to take them.
 
-        Of three neighbourhoods or more a view has the smallest and one of the others. Each of these is seen by the
-        first of ``config.statistics``, the widest by the second, too.
+        With ``standardize="auto"`` and three neighbourhoods or more a view has the smallest and one of the others. Each
+        of these is seen by the first of ``config.statistics``, the widest by the second, too. Else views have all.
         """
         config = self.config
         columns = [range(a, b) for a, b in pairwise([0, *accumulate(self.feature_widths)])]
         n_sources, step = len(config.projected_dims), 1 + len(config.n_neighbors)
-        wide = range(2, step) if step > 3 else [0]
+        wide = range(2, step) if step > 3 and config.standardize == "auto" else [0]
 
         def view(statistics: int, neighborhood: int) -> list[range]:
             first = statistics * n_sources
@@ -198,7 +198,8 @@ class ConditionProcessor(nn.Module):
             getattr(self, f"centre_{i}").copy_((shares * means).sum(0))
             getattr(self, f"spread_{i}").copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
         shifts = torch.stack([self._shift(own.means[0]) for own in moments.values()])
-        self.familiar.copy_((2 * shifts.mean()).clamp(min=FAMILIAR))
+        # About twice as far as another section is to be expected, of few: their mean lies near each of them.
+        self.familiar.copy_((4 * shifts.mean()).clamp(min=FAMILIAR))
         for k, statistics in enumerate(self.config.statistics):
             for i, source in enumerate(self._standardized(histology, sections, moments, statistics)):
                 projection = getattr(self, f"projection_{i}")[k]

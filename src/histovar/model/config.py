@@ -64,7 +64,8 @@ class ModelConfig:
     standardize
         Of ``condition="pca"``: ``"section"`` standardises by the section's own mean and standard deviation, which takes
         stain and scanner out; ``"training"`` by those of training, which keeps what sets a section's tissue apart;
-        ``"auto"`` does not bet on either: two thirds of the prior's members take the section's own, a third training's.
+        ``"auto"`` does not bet on either: of three neighbourhoods, two thirds of the prior's members take the section's
+        own, a third training's; of fewer, half of them.
     n_pcs
         Principal components kept of each source.
     width, n_layers, n_heads, feedforward, dropout
@@ -122,7 +123,7 @@ class ModelConfig:
     order: Literal["scale", "token"] = "scale"
     attention_limit: Number = 64
     style: Literal["modern", "reference"] = "modern"
-    n_members: Number = 6
+    n_members: Number = 9
     prior_hidden: Count = 256
     prior_dropout: Rate = 0.5
     prior_input_dropout: Rate = 0.2

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import norm, t
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Units = Literal["lognorm", "log_counts", "counts", "rates"]
 
@@ -24,11 +25,15 @@ EULER = 0.5772156649015329
 DEPTH_LEVELS, DEPTH_NODES = 100, 5
 # Largest change of a log rate that tokens may make.
 LARGEST_SHIFT = 1.0
+# Expected counts of a gene, of which counting is no noise.
+NO_END = 1e6
 # Points that stand for a distribution, evenly spaced in probability.
 POINTS = 200
-# Counts up to which distributions are summed; where they reach further, or zero is less likely than that, they are
-# smooth enough for a gamma distribution.
+# Counts up to which distributions are summed; where they reach further, by steps of several counts. Where zero is less
+# likely than that, they are smooth enough for a gamma distribution.
 SUMMED, LEAST_ZERO = 128, math.exp(-60)
+# Standard deviations above the mean up to which they are summed.
+REACH = 6.0
 # Probabilities of counts that are held at once.
 AT_ONCE = 2**24
 # Spots whose distributions are held at once.
@@ -38,11 +43,13 @@ LEVELS = 199
 # How much sections of one individual, and individuals, differ: standard deviations of log rates and of log depth, over
 # 34 sections of eight patients of her2st (benchmarks/units.py). They weigh as much as one group of the training data.
 SECTIONS_APART, INDIVIDUALS_APART = (0.17, 0.18), (0.74, 0.66)
-PRIOR_GROUPS = 1
+PRIOR_GROUPS, PATIENTS = 1, 8
 # Expected counts of a gene in a group, from which it tells how far the group is away.
 TELLING_COUNTS = 20.0
 # Bounds of a gene's dispersion.
 SMALLEST_DISPERSION, LARGEST_DISPERSION = 1e-4, 100.0
+# Values that are tried of its logarithm, in rounds.
+SEARCH = (15, 5, 5, 5)
 
 
 class Composition(NamedTuple):
@@ -122,10 +129,10 @@ class Observation(nn.Module):
     def _depths(self, composition: Composition, depth: Tensor | None) -> list[tuple[float, Tensor]]:
         """Total counts (n_spots, 1) and their weights: the one that is known, or nodes of what may be."""
         if depth is not None:
-            return [(1.0, depth.to(composition.rates)[:, None])]
+            return [(1.0, depth.to(composition.rates).clamp(min=1)[:, None])]
         errors = self.depth_errors.view(DEPTH_NODES, -1).mean(1)
         log_depth, spread = composition.log_depth, composition.depth_spread
-        return [(1 / DEPTH_NODES, (log_depth + spread * error).exp()[:, None]) for error in errors]
+        return [(1 / DEPTH_NODES, (log_depth + spread * error).exp().clamp(min=1)[:, None]) for error in errors]
 
     def composed(self, rates: Tensor, log_depth: Tensor, disagreement: Tensor, novelty: Tensor) -> Composition:
         """Rates and depth with what makes them less certain than those of training spots.
@@ -203,7 +210,9 @@ class Observation(nn.Module):
         """
         rates, relative = composition.rates, self.dispersion + composition.excess[:, None]
         if units == "rates":
-            return RATE_TOTAL * rates[..., None] * gamma_quantiles(1 / relative, _levels(POINTS, rates))
+            # As counts of a spot that is sequenced to no end.
+            counts = count_quantiles(torch.full_like(rates, NO_END), relative, _levels(POINTS, rates))
+            return RATE_TOTAL * rates[..., None] * (counts / NO_END)
         totals = [total for _, total in self._depths(composition, depth)]
         levels = _levels(POINTS // len(totals), rates)
         found = rates.new_empty(*rates.shape, POINTS)
@@ -221,8 +230,10 @@ class Observation(nn.Module):
             found[:, genes] = torch.cat(values, 2).sort(2).values
         return found
 
-    def _groups_apart(self, counts: Tensor, expected: Tensor, groups: Tensor, known: float) -> tuple[float, Tensor]:
-        """Standard deviation of groups' log rates about those expected, and genes' dispersions within groups."""
+    def _groups_apart(
+        self, counts: Tensor, expected: Tensor, excess: Tensor, groups: Tensor, known: float
+    ) -> tuple[float, Tensor, int]:
+        """Standard deviation of groups' log rates about those expected, genes' dispersions within, number of groups."""
         n_groups = int(groups.max()) + 1
         sums, expectations, noise = (counts.new_zeros(n_groups, counts.shape[1]) for _ in range(3))
         sums.index_add_(0, groups, counts)
@@ -231,11 +242,12 @@ class Observation(nn.Module):
         telling = expectations > TELLING_COUNTS
         shifts = torch.where(telling, (sums.clamp(min=1) / expectations.clamp(min=1)).log(), 0.0)
         noise = torch.where(telling, noise / expectations.square().clamp(min=1), 0.0)
-        n_telling = telling.sum(1).clamp(min=1)
-        variance = _pooled(((shifts.square() - noise).sum(1) / n_telling).clamp(min=0), known)
+        of_groups = telling.any(1)
+        squares = ((shifts.square() - noise).sum(1) / telling.sum(1).clamp(min=1)).clamp(min=0)
+        variance = _pooled(squares[of_groups], known)
         kept = variance / (variance + noise)
         adjusted = expected * (kept * shifts).exp()[groups]
-        return math.sqrt(variance), fitted_dispersion(counts, adjusted)
+        return math.sqrt(variance), fitted_dispersion(counts, adjusted, excess), int(of_groups.sum())
 
     def at_levels(self, points: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
         """Calibrated quantiles, from :meth:`points`: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
@@ -252,16 +264,17 @@ class Observation(nn.Module):
         counts: Tensor,
         totals: Tensor,
         composition: Composition,
-        groups: Tensor,
+        groups: Tensor | None,
         *,
         of_individuals: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         """Learn dispersion, error of the depth and calibration from spots that the prediction has not seen.
 
-        Errors are of spots and of whole groups: of K groups, and as much as one group weighs of what is known of
-        others, the variance between groups is estimated, and enters predictions of a new group by the 5 % quantile of
-        Student's t with K + 1 degrees of freedom in place of the normal one.
+        Errors are of spots and of whole groups. The variance between groups is the mean of what is found of each and,
+        weighing as one more, of what is known of others; it enters predictions of a new group by the 95 % quantile of
+        Student's t in place of the normal one, with a degree of freedom for each group and for each but one of the
+        patients of whom it is known.
 
         Parameters
         ----------
@@ -272,7 +285,8 @@ class Observation(nn.Module):
         composition
             What is predicted of them.
         groups
-            (n_spots,) number of each spot's section, or individual.
+            (n_spots,) number of each spot's section, or individual; None where the prediction has seen other spots of
+            them, which tells nothing of how far groups are apart.
         of_individuals
             Which.
         generator
@@ -280,7 +294,7 @@ class Observation(nn.Module):
         """
         expected = composition.rates * totals[:, None]
         known = INDIVIDUALS_APART if of_individuals else SECTIONS_APART
-        self.dispersion.copy_(fitted_dispersion(counts, expected))
+        self.dispersion.copy_(fitted_dispersion(counts, expected, composition.excess))
         places = torch.cat(
             [
                 randomised_levels(
@@ -296,10 +310,12 @@ class Observation(nn.Module):
         some = some[:: max(1, len(some) // 2**22)]
         self.levels.copy_(torch.quantile(some, even))
         # Intervals that hold for spots of groups as these are now made to hold for a new group.
-        rates_apart, within = self._groups_apart(counts, expected, groups, known[0])
-        depth_apart, errors = _depths_apart(totals.clamp(min=1).log() - composition.log_depth, groups, known[1])
-        n_groups = int(groups.max()) + 1
-        inflation = float((t.ppf(0.95, n_groups + PRIOR_GROUPS) / norm.ppf(0.95)) ** 2)
+        errors = (totals.clamp(min=1).log() - composition.log_depth) / composition.depth_spread
+        (rates_apart, depth_apart), within, n_groups = known, self.dispersion, 0
+        if groups is not None:
+            rates_apart, within, n_groups = self._groups_apart(counts, expected, composition.excess, groups, known[0])
+            depth_apart, errors = _depths_apart(errors, groups, known[1])
+        inflation = float((t.ppf(0.95, n_groups + PATIENTS - 1) / norm.ppf(0.95)) ** 2)
         self.apart.copy_(torch.tensor([rates_apart, depth_apart]))
         self.dispersion.copy_(within + inflation * rates_apart**2)
         spread = (1 + inflation * depth_apart**2 / errors.square().mean().clamp(min=1e-6)).sqrt()
@@ -345,6 +361,14 @@ def count_quantiles(mean: Tensor, dispersion: Tensor, levels: Tensor) -> Tensor:
     levels
         (n_levels,), increasing.
     """
+    zero = (-(1 / dispersion) * (mean * dispersion).log1p()).exp()
+    # X / step has its variance as a negative binomial of another dispersion.
+    reach = mean + REACH * (mean + dispersion * mean.square()).sqrt()
+    step = (reach / SUMMED).ceil().clamp(min=1)
+    smooth_shape = mean / (1 + mean * dispersion)
+    smooth = mean[..., None] * gamma_quantiles(smooth_shape, levels)
+    mean = mean / step
+    dispersion = (dispersion - (1 - 1 / step) / mean.clamp(min=1e-12)).clamp(min=SMALLEST_DISPERSION)
     shape = 1 / dispersion
     odds = mean * dispersion
     k = torch.arange(SUMMED - 1, device=mean.device)
@@ -352,10 +376,18 @@ def count_quantiles(mean: Tensor, dispersion: Tensor, levels: Tensor) -> Tensor:
     ratios = (shape[..., None] + k) / (k + 1) * (odds / (1 + odds))[..., None]
     probabilities = torch.cat([log_zero.exp()[..., None], ratios], -1).cumprod(-1)
     cumulative = probabilities.cumsum(-1)
-    exact = torch.searchsorted(cumulative, levels.expand(*mean.shape, -1).contiguous()).to(mean.dtype)
-    smooth = mean[..., None] * gamma_quantiles(mean / (1 + odds), levels)
-    summed = (cumulative[..., -1:] > levels[-1]) & (log_zero.exp() > LEAST_ZERO)[..., None]
-    return torch.where(summed, exact, smooth)
+    wanted = levels.expand(*mean.shape, -1).contiguous()
+    steps = torch.searchsorted(cumulative, wanted).clamp(max=SUMMED - 1)
+    # Of steps of several counts, where between the middles of two the level lies; zero by its own probability.
+    above = cumulative.gather(-1, steps)
+    below = F.pad(cumulative, (1, 0)).gather(-1, steps)
+    share = ((wanted - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
+    between = (step[..., None] * (steps - 0.5 + share)).clamp(min=0).round()
+    exact = torch.where(step[..., None] == 1, steps.to(mean.dtype), between)
+    exact = torch.where(wanted <= zero[..., None], 0.0, exact)
+    is_smooth = (log_zero.exp() <= LEAST_ZERO) | ((step > 1) & (smooth_shape > 1))
+    summed = (cumulative[..., -1:] > levels[-1]) & ~is_smooth[..., None]
+    return torch.where(summed, exact, smooth.round())
 
 
 def randomised_levels(points: Tensor, measured: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -412,18 +444,28 @@ def negative_log_likelihood(counts: Tensor, mean: Tensor, dispersion: Tensor) ->
     return torch.xlogy(counts + shape, 1 + mean * dispersion) - torch.xlogy(counts, mean * dispersion) - constant
 
 
-@torch.enable_grad()
-def fitted_dispersion(counts: Tensor, mean: Tensor) -> Tensor:
-    """Dispersion of each gene, by maximum likelihood given the means: (n_spots, n_genes) to (n_genes,)."""
-    log_dispersion = torch.zeros(counts.shape[1], requires_grad=True, device=counts.device)
-    optimizer = torch.optim.LBFGS([log_dispersion], max_iter=100, line_search_fn="strong_wolfe")
-    bounds = math.log(SMALLEST_DISPERSION), math.log(LARGEST_DISPERSION)
+def fitted_dispersion(counts: Tensor, mean: Tensor, excess: Tensor | None = None) -> Tensor:
+    """Dispersion of each gene, by maximum likelihood given the means: (n_spots, n_genes) to (n_genes,).
 
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = negative_log_likelihood(counts, mean, log_dispersion.clamp(*bounds).exp()).mean()
-        loss.backward()
-        return float(loss.detach())
+    A search on the logarithm, over all of its range and then ever closer about the best.
 
-    optimizer.step(closure)
-    return log_dispersion.detach().clamp(*bounds).exp()
+    Parameters
+    ----------
+    counts, mean
+        (n_spots, n_genes).
+    excess
+        (n_spots,) relative variance that each spot has beyond.
+    """
+    more = 0.0 if excess is None or not bool(excess.any()) else excess[:, None]
+
+    def loss(log_dispersion: Tensor) -> Tensor:
+        return negative_log_likelihood(counts, mean, log_dispersion.exp() + more).mean(0)
+
+    low, high = math.log(SMALLEST_DISPERSION), math.log(LARGEST_DISPERSION)
+    best, width = counts.new_full((counts.shape[1],), (low + high) / 2), (high - low) / 2
+    for n_steps in SEARCH:
+        tried = torch.stack([(best + width * place).clamp(low, high) for place in torch.linspace(-1, 1, n_steps)])
+        losses = torch.stack([loss(candidate) for candidate in tried])
+        best = tried.gather(0, losses.nan_to_num(torch.inf).argmin(0, keepdim=True))[0]
+        width = 2 * width / (n_steps - 1)
+    return best.exp()

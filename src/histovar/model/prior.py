@@ -145,7 +145,8 @@ class ConditionalMeanPrior(nn.Module):
     def _seen(self, features: Tensor, members: slice) -> Tensor:
         """What each member sees of the features; cross-fitted ones so that each fold is left out by several views."""
         n, n_views = self.config.n_members, len(self.views)
-        views = [m // self.n_folds % n_views for m in range(n)] + [m % n_views for m in range(n)]
+        cross_fitted = [(m // self.n_folds + m % self.n_folds) % n_views for m in range(n)]
+        views = cross_fitted + [m % n_views for m in range(n)]
         seen = [torch.cat([features[:, part.start : part.stop] for part in view], 1) for view in self.views]
         return torch.stack([seen[view] for view in views[members]])
 
@@ -223,7 +224,7 @@ class ConditionalMeanPrior(nn.Module):
             mean = torch.einsum("mng,mn->ng", members, unseen) / n
             log_depth = (self.log_depth(some, some.new_zeros(len(some)), cross_fitted=True) * unseen).sum(0) / n[:, 0]
             apart = disagreement(members, unseen) if self.of_rates else torch.zeros_like(log_depth)
-            found.append(OutOfFold(mean, log_depth, apart))
+            found.append(OutOfFold(mean, log_depth, apart, n[:, 0]))
         return OutOfFold(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def _unseen(self, folds: Tensor) -> Tensor:
@@ -238,11 +239,12 @@ def _read_trained(prior: ConditionalMeanPrior, _: object) -> None:
 
 
 class OutOfFold(NamedTuple):
-    """Mean prediction of members, (n_spots, n_genes), log depth and disagreement, (n_spots,)."""
+    """Mean prediction of members, (n_spots, n_genes), log depth, disagreement and number of them, (n_spots,)."""
 
     mean: Tensor
     log_depth: Tensor
     disagreement: Tensor
+    n_members: Tensor
 
 
 def disagreement(members: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -385,8 +385,10 @@ class TwoStageVARST(nn.Module):
         features, novelty = self.var_stage.condition.features(histology), histology.novelty
         each = self._prior.log_depth(features, novelty, cross_fitted=unseen is not None)
         log_depth = (each if unseen is None else each[unseen]).mean(0)
-        apart = disagreement(members) if len(members) > 1 else torch.zeros_like(log_depth)
-        return observation.composed(observation.base * members.mean(0), log_depth, apart, histology.novelty)
+        rates = observation.base * members.mean(0)
+        if unseen is not None or len(members) < 2:  # spots of training are as certain as those of training
+            return Composition(rates, log_depth, torch.zeros_like(log_depth), torch.ones_like(log_depth))
+        return observation.composed(rates, log_depth, disagreement(members), histology.novelty)
 
     @torch.no_grad()
     def predict(

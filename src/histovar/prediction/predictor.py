@@ -143,7 +143,9 @@ class Predictor:
             cube = observation.at_levels(points, self.quantiles)
         if self.n_samples:
             ranks = self._draws(model, batch, generator).argsort(2).argsort(2)
-            levels = (torch.arange(self.n_samples, device=mean.device) + 0.5) / self.n_samples
+            # One at random of each of so many equal parts.
+            place = torch.rand(self.n_samples, generator=generator, device=mean.device)
+            levels = (torch.arange(self.n_samples, device=mean.device) + place) / self.n_samples
             draws = observation.at_levels(points, levels).gather(2, ranks)
         _, log_depth, excess, depth_spread = composition
         spots = torch.stack([log_depth.exp(), excess, depth_spread, batch.novelty], 1)

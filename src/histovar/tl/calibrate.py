@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ def calibrate(
     model: Trained,
     library_key: Key | None = None,
     *,
+    group_key: Key | None = None,
     key_added: Prefix = DEFAULT_KEY,
     batch_size: Count = 64,
     device: Device = "auto",
@@ -68,6 +70,9 @@ def calibrate(
         A model with both stages trained; its calibration is set in place.
     library_key
         Column of ``obs`` with the section; that of training by default.
+    group_key
+        Column of ``obs`` with the individual (patient, animal); that of training by default. Intervals are then made to
+        hold for another individual.
     key_added
         Prefix of the slots, for niche features computed before.
     batch_size
@@ -101,12 +106,12 @@ def calibrate(
     obsm = [*registry["use_rep"], spatial_key, keys.niche, keys.niche_source]
     sections = Sections(adata, library_key, layer, obsm, spatial_key)
     names = sections.names
-    group_key = registry.get("group_key")
-    individuals = gate.groups(adata, group_key if group_key in adata.obs else None, names)
+    individuals = _individuals(adata, model, group_key, names)
+    unseen = _unseen_members(adata, model, names)
     tested = [] if individuals is None else np.unique(individuals).tolist()
-    by_individual = len(tested) > 1
+    # Of a single individual that was trained on, sections are what there is to compare.
+    by_individual = len(tested) > 1 or (len(tested) == 1 and not unseen.any())
     numbers_of_groups = section_numbers(individuals, adata.n_obs) if by_individual else sections.numbers
-    unseen = _unseen_members(adata, model, names, individuals)
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     home = model.device
 
@@ -150,7 +155,7 @@ def calibrate(
     inputs, measured, totals, members_unseen, group_numbers = gathered_rows(sections.map(aligned), len(chosen))
     if layer == LOGNORM:
         add_lognorm(adata)
-    unseen = members_unseen.numpy()
+    unseen, numbers = members_unseen.numpy(), group_numbers.numpy()
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
         kinds = np.unique(unseen, axis=0)
@@ -177,8 +182,9 @@ def calibrate(
         composition = Composition(*predicted)
         generator = torch.Generator().manual_seed(random_state)
         known = totals[order].clamp(min=1)
-        groups = group_numbers[order].unique(return_inverse=True)[1]
-        observation.fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
+        groups = group_numbers[order].unique(return_inverse=True)[1] if _are_whole(unseen, numbers) else None
+        observation.cpu().fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
+        observation.to(home)
     else:
         stage2.calibration.fit(truth, *predicted)
     labels = [] if names is None else np.unique(names).tolist()
@@ -193,9 +199,22 @@ def calibrate(
     )
 
 
-def _unseen_members(
-    adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None, individuals: NDArray[np.str_] | None
-) -> NDArray[np.bool_]:
+def _individuals(
+    adata: AnnData, model: TwoStageVARST, group_key: str | None, names: NDArray[np.str_] | None
+) -> NDArray[np.str_] | None:
+    """Individual of each spot, by a column that is named, or by that of training where the object has it."""
+    if group_key is None and model.registry.get("group_key") in adata.obs:
+        group_key = model.registry["group_key"]
+    return gate.groups(adata, group_key, names)
+
+
+def _are_whole(unseen: NDArray[np.bool_], groups: NDArray[np.integer]) -> bool:
+    """Whether the members that predict a spot have seen no other spot of its group."""
+    pairs = np.unique(np.column_stack([groups, unseen]), axis=0)
+    return len(pairs) == len(np.unique(groups))
+
+
+def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None) -> NDArray[np.bool_]:
     """Which cross-fitted members predict each spot, having not seen it; none of a held-out spot: (n_obs, n_members)."""
     registry, n_members = model.registry, model.config.n_members
     known = registry["sections_stage2"]
@@ -217,8 +236,41 @@ def _unseen_members(
         )
     rows = np.flatnonzero(trained_on)
     place = gate.coordinates(adata, registry["spatial_key"])[rows]
+    n_folds = model.var_stage.prior.n_folds if model.var_stage.prior is not None else 1
+    individuals = _trained_individuals(adata, registry, names)
     own = None if individuals is None else individuals[rows]
     folds = cross_fit_folds(labels[rows] if known else None, place, n_members, own)
+    if folds.max() + 1 != n_folds:
+        raise ValueError(
+            "model: it is not known which of its members have seen which of these spots, as of models of earlier "
+            "versions; calibrate on held-out sections"
+        )
     left_out = np.arange(n_members) % (folds.max() + 1)
     unseen[rows] = folds[:, None] == left_out
     return unseen
+
+
+def _trained_individuals(
+    adata: AnnData, registry: dict[str, Any], names: NDArray[np.str_] | None
+) -> NDArray[np.str_] | None:
+    """Individual of each spot as in training.
+
+    Raises
+    ------
+    KeyError
+        If the column is missing.
+    ValueError
+        If it names others.
+    """
+    trained = registry.get("groups_stage2") or []
+    if not trained:
+        return None
+    individuals = gate.groups(adata, registry["group_key"], names)
+    assert individuals is not None
+    unknown = sorted(set(trained) - set(map(str, np.unique(individuals))))
+    if unknown:
+        raise ValueError(
+            f"group_key: obs[{registry['group_key']!r}] does not name individuals {unknown[:3]} of training; give all "
+            "training sections as they were, or held-out sections"
+        )
+    return individuals

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from histovar import metrics
 from histovar._arguments import Key, Seed, check_arguments
-from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
+from histovar._keys import DEFAULT_KEY, LOGNORM, TARGET_SUM, Keys, Prefix
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import (
     GivenDepth,
@@ -23,7 +23,7 @@ from histovar.anndata_io.comparison import (
     read_individuals,
     read_neighbors,
 )
-from histovar.anndata_io.expression import add_lognorm, total_counts
+from histovar.anndata_io.expression import add_lognorm, spot_totals
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.prediction import EVALUATION, read_draws, score_slots
 from histovar.metrics.registry import DRAWS, GIVEN_DEPTH
@@ -106,7 +106,14 @@ def evaluate(
     genes, layer, predicted, std, measured, names = read_comparison(adata, keys, layer, library_key)
     individuals = read_individuals(adata, keys, group_key, names)
     stored = slots.record(adata, keys)
-    counts = total_counts(adata)
+    sum_of_training = float(stored.get("normalization", {}).get("target_sum", 0) or TARGET_SUM)
+    counts = spot_totals(adata, gate.gene_columns(adata, genes), sum_of_training)
+    if float(stored["params"].get("depth", 0)):
+        logger.warning(
+            "the prediction is of spots that are all sequenced to %s counts, what was measured is not: scores of level "
+            "and intervals say little; predict with depth=None or the spots' own",
+            f"{float(stored['params']['depth']):,.0f}",
+        )
     kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
     samples = read_draws(adata, keys, len(genes))
     given = read_given_depth(adata, keys, counts)

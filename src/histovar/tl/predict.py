@@ -136,11 +136,12 @@ def predict(
         replaced, or dropped where there is nothing new for them.
 
         Of a model that learnt from counts, where decoding is ``"expected"``, also ``obsm[f"{key_added}_rates"]``
-        (n_obs, n_genes), counts per 10,000 in the order of the panel, ``obsm[f"{key_added}_spots"]`` (n_obs, 3), the
-        spot's predicted total count, how much more than usual members disagree on its rates (relative variance) and how
-        unlike those of training its section is (0 to 1), and ``uns[key_added]["observation"]``, by which distributions
-        of counts are made from these. The standard deviation is that of negative binomial counts, of the members'
-        disagreement and, where `depth` is None, of the depth; of rates, that of what histology does not tell of them.
+        (n_obs, n_genes), counts per 10,000 in the order of the panel, ``obsm[f"{key_added}_spots"]`` (n_obs, 4), the
+        spot's predicted total count, relative variance of its rates beyond that of training spots, how many times as
+        far its depth may be off, and how unlike those of training its section is (0 to 1), and
+        ``uns[key_added]["observation"]``, by which distributions of counts are made from these. The standard deviation
+        is that of negative binomial counts, of the members' disagreement and, where `depth` is None, of the depth; of
+        rates, that of what histology does not tell of them.
 
         Of other models the standard deviation is that of the tokens' distribution and of the disagreement between
         members together. If the model is calibrated (:func:`calibrate`) and decoding is ``"expected"``, standard
@@ -217,7 +218,7 @@ def predict(
                 "group_key": registry.get("group_key") or "",
                 "covariates": np.array(list(registry["covariates"]), dtype=str),
                 "decoding": decoding,
-                "units": units or "lognorm",
+                "units": units or ("lognorm" if model.var_stage.of_counts else ""),
                 "depth": 0.0 if depth is None or isinstance(depth, str) else float(depth),
                 "depth_key": depth if isinstance(depth, str) else "",
                 "n_samples": n_samples,
@@ -245,6 +246,10 @@ def _depth(
     """Total count of every spot, as which to predict; None where it is to be predicted."""
     if units is None and depth is None:
         return None
+    if model.config.n_members == 0:
+        raise ValueError("units, depth: the model has no prior (n_members=0), which learns rates and depth")
+    if units == "rates" and depth is not None:
+        raise ValueError("depth: rates have none; leave it out, or ask for units='counts'")
     if not model.var_stage.of_counts:
         raise ValueError(
             f"units, depth: the model learnt from values of {model.registry['layer']!r}, of which it is not known how "

@@ -283,7 +283,7 @@ def cross_fit_folds(
     coordinates
         (n_spots, 2).
     n_members
-        Members of the prior, the largest possible number of folds.
+        Members of the prior: there are half as many folds at most.
     groups
         (n_spots,) individual of each spot, or None.
 
@@ -295,15 +295,19 @@ def cross_fit_folds(
         cut into strips along their longer axis, since random spots would leave a spot's neighbours in the other folds.
     """
     n_spots = len(coordinates)
+    if n_members < 2:
+        return np.zeros(n_spots, np.int64)
+    # So many that each is left out by two members, which disagree.
+    n_folds = max(2, n_members // 2)
     individuals = section_numbers(groups, n_spots)
     if individuals.max() > 0:
-        return individuals % max(n_members, 1)
+        return individuals % n_folds
     codes = section_numbers(sections, n_spots)
     n_sections = codes.max() + 1
-    if n_sections >= 3 or n_members < 2:
-        return codes % max(n_members, 1)
+    if n_sections >= 3:
+        return codes % n_folds
     folds = np.zeros(n_spots, np.int64)
-    n_strips = max(1, min(4, n_members) // n_sections)
+    n_strips = max(1, min(4, n_folds) // n_sections)
     for section in range(n_sections):
         rows = np.flatnonzero(codes == section)
         place = coordinates[rows]

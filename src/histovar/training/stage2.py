@@ -17,7 +17,7 @@ from histovar._spots import sampled_spots
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import own_share, rank_and_world
-from histovar.model.observation import negative_log_likelihood
+from histovar.model.observation import Composition, negative_log_likelihood
 from histovar.model.weights import fingerprint
 
 from .callbacks import diverged
@@ -44,6 +44,8 @@ PRIOR_WEIGHT_DECAY = 0.1
 PRIOR_BATCH = (16, 256)
 # The genes' dispersions are learnt so much faster than weights, and do not decay.
 DISPERSION_SPEED = 5.0
+# A disagreement of members that none exceeds.
+ANY_DISAGREEMENT = 1e6
 # A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
 HALF_WEIGHT = 0.3
 # Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
@@ -416,11 +418,14 @@ class Stage2Trainer:
             fit_linear(prior, features, measured / (observation.base * totals), weights, folds)
             fit_depth(prior, features, totals.log(), folds)
             unseen = prior.out_of_fold(features, folds)
-            observation.usual_disagreement.copy_(unseen.disagreement.mean())
-            rates = observation.base * unseen.mean
-            composition = observation.composed(rates, unseen.log_depth, unseen.disagreement, histology.novelty)
+            several = unseen.n_members > 1
+            # Where no spot has two members that have not seen it, it is not known what is usual.
+            usual = unseen.disagreement[several].mean() if several.any() else torch.tensor(ANY_DISAGREEMENT)
+            observation.usual_disagreement.copy_(usual)
+            nothing = torch.zeros(len(features))
+            composition = Composition(observation.base * unseen.mean, unseen.log_depth, nothing, nothing + 1)
             own = torch.Generator().manual_seed(self.options.random_state)
-            observation.fit(measured, totals[:, 0], composition, folds, generator=own)
+            observation.fit(measured, totals[:, 0], composition, None, generator=own)
             observation.calibrated.fill_(False)
         else:
             fit_linear(prior, features, model.stage1.scales.standardize(measured), weights, folds)

@@ -239,7 +239,7 @@ def test_the_predictive_check_is_the_prediction_at_the_measured_depth(measured, 
 def test_intervals_at_the_measured_depth_hold(measured, model, units):
     scores = evaluated(measured, model, units=units)
     assert 0.8 < scores["coverage 90 given depth"] < 0.98  # of counts, intervals hold more than they promise
-    assert 0.7 < scores["coverage 80 given depth"] < 0.9
+    assert 0.7 < scores["coverage 80 given depth"] < 0.94
 
 
 def test_shallow_sections_are_covered_at_their_depth(simulated, model):

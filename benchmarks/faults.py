@@ -111,7 +111,7 @@ class Setting:
         self.models[0].save(scratch / "first")
         self.models.append(hv.TwoStageVARST.load(scratch / "first"))
         with torch.no_grad():
-            self.models[1].stage2.calibration.spread.mul_(2)  # type: ignore[union-attr]
+            self.models[1].stage2.observation.dispersion.mul_(2)  # type: ignore[union-attr]
         self.models[1].save(scratch / "second")
         self.digests = [verify(scratch / name) for name in ("first", "second")]
         self.expected = self.predict(self.models[0])

@@ -236,16 +236,16 @@ def training_step(model: TwoStageVARST, batch: int) -> Callable[[], None]:
     model.set_training_stage(2)
     if model.var_stage.prior is not None:
         model.var_stage.prior.requires_grad_(False)
-    module = Stage2Module(model, TrainingOptions(enable_progress_bar=False), n_folds=max(model.config.n_members, 1))
+    module = Stage2Module(model, TrainingOptions(enable_progress_bar=False))
     module.watch = lambda *_, **__: None  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
     histology = spots(model.config, batch)
     tokens = torch.randint(0, model.config.codebook_size, (batch, model.config.n_tokens))
-    folds = torch.randint(0, module.n_folds, (batch,))
+    means = torch.zeros(batch, model.config.n_genes)
     others = torch.zeros(0)  # which the prior's training takes
 
     def step() -> None:
-        loss = module.training_step((histology, tokens, others, folds, others, others, others), 0)
+        loss = module.training_step((histology, tokens, others, others, others, others, means), 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

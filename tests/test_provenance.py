@@ -303,6 +303,7 @@ def test_scores_are_those_of_the_prediction_that_is_there(query, model):
 @pytest.mark.parametrize("slot", [KEY, "spatial"])
 def test_predictions_of_other_embeddings_are_warned_of(query, model, caplog, slot):
     hv.tl.predict(query, model)
+    caplog.clear()
     hv.get.prediction(query[5:20])
     assert not caplog.records
     query.obsm[slot] = query.obsm[slot] + (np.arange(60) < 7)[:, None]

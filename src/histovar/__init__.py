@@ -1,6 +1,5 @@
 """Predict spatial gene expression from histology, with uncertainty, inside AnnData."""
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     from .model import ModelConfig, TwoStageVARST
 
 __all__ = ["ModelConfig", "TwoStageVARST", "__version__", "datasets", "get", "metrics", "pl", "pp", "tl"]
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -428,7 +428,7 @@ def depth(adata: AnnData, value: str | float) -> NDArray[np.float32]:
     if value not in adata.obs:
         raise KeyError(
             f"depth: no {value!r} in obs, which has {list(adata.obs.columns)}; total counts are "
-            "scanpy.pp.calculate_qc_metrics' 'total_counts'"
+            "scanpy.pp.calculate_qc_metrics' 'total_counts', and a number is given without quotes"
         )
     column = adata.obs[value]
     if column.dtype.kind not in "fiu":

@@ -355,9 +355,10 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
                 f"{sorted(needed - {*stored, *params})}, as after anndata.concat: join predictions "
                 "of the same genes and options with anndata.concat(..., uns_merge='same')"
             )
+        there = [k for k, v in adata.uns.items() if isinstance(v, Mapping) and {"genes", "units", "params"} <= {*v}]
         raise KeyError(
-            f"key: uns has no prediction {keys.uns!r}; predict first with histovar.tl.predict(adata, model, "
-            f"key_added={keys.prefix!r})"
+            f"key: uns has no prediction {keys.uns!r}; it has {there or 'none'}: name one, or predict first with "
+            f"histovar.tl.predict(adata, model, key_added={keys.prefix!r})"
         )
     expected = {"normalization": Mapping, OBSERVATION: Mapping, "identity": str}
     for name, kind in expected.items():

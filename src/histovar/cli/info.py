@@ -38,5 +38,6 @@ def _summary(card: dict[str, Any]) -> dict[str, Any]:
         "neighbourhoods": config["n_neighbors"],
         "covariates": list(registry.get("covariates", {})),
         "trained on": f"stage 1 {registry.get('sections_stage1')}, stage 2 {registry.get('sections_stage2')}",
+        "individuals": registry.get("groups_stage2") or "not named",
         "calibrated on": f"{calibration['n_spots']} spots of {calibration['sections']}" if calibration else "nothing",
     }

@@ -194,7 +194,7 @@ def calibrate(
         len(truth),
         labels or "one section",
         f"individuals {tested}"
-        if len(tested) > 1
+        if by_individual
         else "sections of one individual, or not known of how many: not tested on another",
     )
 

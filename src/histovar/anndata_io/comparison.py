@@ -14,7 +14,7 @@ from scipy import sparse
 
 from histovar import metrics
 from histovar._keys import LOGNORM, Keys
-from histovar.model.observation import SPOTS_AT_ONCE, Composition
+from histovar.model.observation import SPOTS_AT_ONCE
 
 from . import expression, gate, slots
 from .neighbors import Neighborhoods
@@ -151,7 +151,7 @@ def read_distribution(
     """
     composed = read_composed(adata, keys)
     if composed is not None:
-        return "negative binomial", *count_quantiles(composed)
+        return "negative binomial", *composed_quantiles(composed)
     draws, quantiles = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
     if draws is not None and draws.shape[2] >= LEAST_DRAWS:
         return "draws", *metrics.sample_quantiles(draws)
@@ -164,7 +164,7 @@ def read_distribution(
     return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels
 
 
-def count_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
+def composed_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
     """Quantiles of a prediction from counts, (n_obs, n_genes, n_levels), and their levels.
 
     Parameters
@@ -176,8 +176,7 @@ def count_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
     found = []
     for rows in torch.arange(len(composition.rates)).split(SPOTS_AT_ONCE):
-        some = Composition(*(part[rows] for part in composition))
-        points = observation.points(some, units, None if depth is None else depth[rows])
+        points = observation.points(composition.take(rows), units, None if depth is None else depth[rows])
         found.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
     return np.concatenate(found), levels
 
@@ -217,4 +216,4 @@ def read_given_depth(adata: AnnData, keys: Keys, totals: NDArray[Any] | None) ->
         return None
     known = composed._replace(depth=torch.from_numpy(totals).float().clamp(min=1))
     mean, _ = known.observation.moments(known.composition, known.units, known.depth)
-    return GivenDepth(mean.numpy(), *count_quantiles(known))
+    return GivenDepth(mean.numpy(), *composed_quantiles(known))

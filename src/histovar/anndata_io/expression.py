@@ -299,19 +299,6 @@ def _layers_of_counts(adata: AnnData) -> list[str]:
     return sorted(found, key=lambda name: "count" not in name.lower())
 
 
-def total_counts(adata: AnnData) -> NDArray[np.float64] | None:
-    """Total count of every spot where X holds counts, else None."""
-    if adata.X is None:
-        return None
-    totals = []
-    try:
-        for block in count_blocks(adata):
-            totals.append(np.asarray(block.sum(1), dtype=np.float64).ravel())
-    except ValueError:
-        return None
-    return np.concatenate(totals)
-
-
 class Counts(NamedTuple):
     """Counts of the panel, (n_spots, n_genes), and total counts over all genes, (n_spots,)."""
 
@@ -364,8 +351,7 @@ def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDA
     if units == "log_counts":
         return np.log1p(counts.panel)
     if units == "rates":
-        totals = spot_totals(adata, columns)
-        assert totals is not None
+        totals = _over_all_genes(adata, columns, counts, TARGET_SUM)
         return (counts.panel * (TARGET_SUM / totals.clip(min=1))[:, None]).astype(np.float32)
     return counts.panel
 
@@ -388,10 +374,17 @@ def spot_totals(
         Counts that every spot was normalised to.
     """
     counts = panel_counts(adata, columns)
-    if counts is None or LOGNORM not in adata.layers:
-        return None if counts is None else counts.totals
+    return None if counts is None else _over_all_genes(adata, columns, counts, target_sum)
+
+
+def _over_all_genes(
+    adata: AnnData, columns: NDArray[np.integer], counts: Counts, target_sum: float
+) -> NDArray[np.float64]:
+    """See :func:`spot_totals`."""
+    if LOGNORM not in adata.layers:
+        return counts.totals
     values = dense_float32(take_rows(adata.layers[LOGNORM], np.arange(adata.n_obs))[:, columns])
-    found = counts_of_values(adata, columns, values, target_sum)
+    found = _normalized_to(counts, values, target_sum)
     return counts.totals if found is None else found.totals
 
 
@@ -416,9 +409,12 @@ def counts_of_values(
     target_sum
         Counts that every spot was normalised to; 0 where that is not known.
     """
-    counts, target_sum = panel_counts(adata, columns, rows), target_sum or TARGET_SUM
-    if counts is None:
-        return None
+    counts = panel_counts(adata, columns, rows)
+    return None if counts is None else _normalized_to(counts, values, target_sum or TARGET_SUM)
+
+
+def _normalized_to(counts: Counts, values: NDArray[np.float32], target_sum: float) -> Counts | None:
+    """Counts with the totals by which log-normalised values were made of them; None if they were not."""
     normalized = np.expm1(values.astype(np.float64)).sum(1)
     measured = counts.panel.sum(1, dtype=np.float64)
     totals = np.where(normalized > 0, target_sum * measured / np.where(normalized > 0, normalized, 1), counts.totals)

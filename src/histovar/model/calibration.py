@@ -13,6 +13,27 @@ LEVELS = 199
 GENES_AT_ONCE = 2048
 
 
+def between_levels(kept: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+    """What is kept at :data:`LEVELS` even levels, linear between them and constant beyond.
+
+    Parameters
+    ----------
+    kept
+        (LEVELS, n).
+    levels
+        (n_levels,) between 0 and 1.
+
+    Returns
+    -------
+    Tensor
+        (n_levels, n).
+    """
+    place = torch.as_tensor(levels, dtype=torch.float32, device=kept.device) * (LEVELS + 1) - 1
+    low = place.floor().clamp(0, LEVELS - 1).long()
+    high = (low + 1).clamp(max=LEVELS - 1)
+    return torch.lerp(kept[low], kept[high], (place - low).clamp(0, 1)[:, None])
+
+
 class Calibration(nn.Module):
     """Quantiles of each gene's normalised errors on spots that were not trained on.
 
@@ -61,11 +82,7 @@ class Calibration(nn.Module):
 
     def score_quantiles(self, levels: Sequence[float] | Tensor) -> Tensor:
         """Quantiles of the scores, linear between the levels kept and constant beyond: (n_levels, n_genes)."""
-        place = torch.as_tensor(levels, dtype=torch.float32, device=self.scores.device) * (LEVELS + 1) - 1
-        low = place.floor().clamp(0, LEVELS - 1).long()
-        high = (low + 1).clamp(max=LEVELS - 1)
-        share = (place - low).clamp(0, 1).float()[:, None]
-        return torch.lerp(self.scores[low], self.scores[high], share)
+        return between_levels(self.scores, levels)
 
     def quantiles(self, mean: Tensor, std: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
         """Calibrated quantiles, (n_spots, n_genes) to (n_spots, n_genes, n_levels)."""

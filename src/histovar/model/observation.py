@@ -12,6 +12,8 @@ from scipy.stats import norm, t
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .calibration import LEVELS, between_levels
+
 Units = Literal["lognorm", "log_counts", "counts", "rates"]
 
 # Counts per spot that rates are given for.
@@ -38,8 +40,6 @@ REACH = 6.0
 AT_ONCE = 2**24
 # Spots whose distributions are held at once.
 SPOTS_AT_ONCE = 256
-# Levels at which it is kept how often measured values lie below.
-LEVELS = 199
 # How much sections of one individual, and individuals, differ: standard deviations of log rates and of log depth, over
 # 34 sections of eight patients of her2st (benchmarks/units.py). They weigh as much as one group of the training data.
 SECTIONS_APART, INDIVIDUALS_APART = (0.17, 0.18), (0.74, 0.66)
@@ -72,6 +72,10 @@ class Composition(NamedTuple):
     log_depth: Tensor
     excess: Tensor
     depth_spread: Tensor
+
+    def take(self, rows: Tensor) -> Composition:
+        """That of some of the spots."""
+        return Composition(*(part[rows] for part in self))
 
 
 class Observation(nn.Module):
@@ -206,7 +210,7 @@ class Observation(nn.Module):
     def points(self, composition: Composition, units: Units, depth: Tensor | None = None) -> Tensor:
         """What may be measured: sorted values of equal probability, (n_spots, n_genes, 200).
 
-        Arguments are as in :meth:`moments`. Quantiles of counts are exact, those of large ones a gamma distribution's.
+        Arguments are as in :meth:`moments`; quantiles of counts are those of :func:`count_quantiles`.
         """
         rates, relative = composition.rates, self.dispersion + composition.excess[:, None]
         if units == "rates":
@@ -252,10 +256,7 @@ class Observation(nn.Module):
     def at_levels(self, points: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
         """Calibrated quantiles, from :meth:`points`: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
         n = points.shape[2]
-        place = torch.as_tensor(levels, dtype=torch.float32, device=points.device) * (LEVELS + 1) - 1
-        low = place.floor().clamp(0, LEVELS - 1).long()
-        high = (low + 1).clamp(max=LEVELS - 1)
-        nominal = torch.lerp(self.levels[low], self.levels[high], (place - low).clamp(0, 1))
+        nominal = between_levels(self.levels[:, None], levels)[:, 0]
         return points[..., (nominal * n - 0.5).round().clamp(0, n - 1).long()]
 
     @torch.no_grad()
@@ -298,7 +299,7 @@ class Observation(nn.Module):
         places = torch.cat(
             [
                 randomised_levels(
-                    self.points(Composition(*(part[rows] for part in composition)), "counts", totals[rows]),
+                    self.points(composition.take(rows), "counts", totals[rows]),
                     counts[rows],
                     generator,
                 )
@@ -353,6 +354,9 @@ def gamma_quantiles(shape: Tensor, levels: Tensor) -> Tensor:
 
 def count_quantiles(mean: Tensor, dispersion: Tensor, levels: Tensor) -> Tensor:
     """Quantiles of negative binomial counts, (n_spots, n_genes) to (n_spots, n_genes, n_levels).
+
+    Exact as far as :data:`SUMMED` counts reach; of wider distributions, by steps of several counts, but for zero; those
+    of large counts whose shape is above 1 are a gamma distribution's.
 
     Parameters
     ----------

@@ -56,10 +56,10 @@ def calibrate(
 
     Of a model that learnt from counts, each gene's dispersion, the error of the depth and the levels of quantiles
     (:class:`histovar.model.Observation`); else split conformal prediction with normalised residuals, gene by gene
-    (:class:`histovar.model.Calibration`). Afterwards
-    quantiles, draws and standard deviations of :func:`predict` are calibrated, and ``uns[key_added]["calibrated"]``
-    says so. :func:`train` calls it on its training sections; call it again with sections that were held out, which are
-    the better judges: of another individual, if that is what the model is for.
+    (:class:`histovar.model.Calibration`). Afterwards quantiles, draws and standard deviations of :func:`predict` are
+    calibrated, and ``uns[key_added]["calibrated"]`` says so. :func:`train` calls it on its training sections; call it
+    again with sections that were held out, which are the better judges: of another individual, if that is what the
+    model is for.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def calibrate(
         len(truth),
         labels or "one section",
         f"individuals {tested}"
-        if by_individual
+        if by_individual and _are_whole(unseen, numbers)
         else "sections of one individual, or not known of how many: not tested on another",
     )
 

@@ -191,21 +191,22 @@ def predict(
         made = predict_lazily(adata, model, predictor, random_state, depth=totals, **condition)
     else:
         inputs = histology(adata, config, **condition, key=key_added)
-        numbers = torch.from_numpy(section_numbers(gate.sections(adata, where_from["library_key"]), adata.n_obs))
+        names = gate.sections(adata, where_from["library_key"])
+        numbers = torch.from_numpy(section_numbers(names, adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
-        _warn_of_novelty(inputs.novelty.cpu().numpy(), gate.sections(adata, where_from["library_key"]))
+        _warn_of_novelty(inputs.novelty.cpu().numpy(), names)
         made = predictor(model, inputs, random_state, depth=totals, show_progress_bar=show_progress_bar)
 
     if copy:
         adata = gate.copied(adata)
-    genes = registry["genes"]
+    genes, described = registry["genes"], _described(registry, units, depth)
     write_prediction(
         adata,
         keys,
         genes,
         made,
         {
-            **_described(registry, units, depth),
+            **described,
             **({OBSERVATION: model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
@@ -234,7 +235,7 @@ def predict(
         "planned, to be computed when asked for:" if lazy else "predicted",
         len(genes),
         adata.n_obs,
-        _described(registry, units, depth)["units"],
+        described["units"],
         "calibrated" if calibrated else "not calibrated",
     )
     return adata if copy else None

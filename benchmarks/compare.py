@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py her2st                    # leave one section out
     python benchmarks/compare.py mob                       # leave one mouse out
+    python benchmarks/compare.py her2st_dinov2             # with another encoder's embeddings; mob_dinov2 as well
     python benchmarks/compare.py her2st --ablations        # histovar without one part at a time
     python benchmarks/compare.py her2st --units lognorm log_counts  # and scored on log1p of the counts themselves
     python benchmarks/compare.py her2st --curve            # learning curve over the number of training spots
@@ -87,6 +88,24 @@ class Data:
 
 
 @dataclass
+class Named:
+    """A data set that is known by name: its file, embeddings, what is left out and how common genes must be."""
+
+    file: str
+    use_rep: list[str]
+    group_key: str
+    min_fraction: float
+
+
+NAMED = {
+    "her2st": Named("her2st/paired.h5ad", ["X_squeezenet", "X_squeezenet_wide"], "section", 0.1),
+    "her2st_dinov2": Named("her2st/paired.h5ad", ["X_dinov2", "X_dinov2_wide"], "section", 0.1),
+    "mob": Named("mob.h5ad", ["X_densenet121_112um", "X_densenet121_224um"], "animal", 0.2),
+    "mob_dinov2": Named("mob.h5ad", ["X_dinov2_224um"], "animal", 0.2),
+}
+
+
+@dataclass
 class Ablation:
     """histovar with one thing changed."""
 
@@ -123,13 +142,11 @@ def load(name: str, arguments: argparse.Namespace) -> Data:
         n_spots = 150 if arguments.smoke else 5000 if arguments.curve else 400
         adata = hv.datasets.simulate(n_sections=5 if arguments.curve else 4, n_spots=n_spots, random_state=0)
         return Data(name, adata, ["X_histology"], "section", "section", 0.05)
-    if name == "her2st":
-        adata = ad.read_h5ad(root / "her2st" / "paired.h5ad")
-        return Data(name, adata, ["X_squeezenet", "X_squeezenet_wide"], "section", arguments.group_key or "section")
-    if name == "mob":
-        adata = ad.read_h5ad(root / "mob.h5ad")
-        reps = ["X_densenet121_112um", "X_densenet121_224um"]
-        return Data(name, adata, reps, "section", arguments.group_key or "animal", 0.2)
+    if name in NAMED:
+        known = NAMED[name]
+        adata = ad.read_h5ad(root / known.file)
+        group_key = arguments.group_key or known.group_key
+        return Data(name, adata, known.use_rep, "section", group_key, known.min_fraction)
     if not arguments.use_rep:
         raise SystemExit("--use-rep: say which obsm keys of the file hold embeddings")
     adata = ad.read_h5ad(name)
@@ -421,7 +438,7 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="her2st, mob, simulated or an h5ad file")
+    parser.add_argument("dataset", help=f"{', '.join(NAMED)}, simulated or an h5ad file")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
     parser.add_argument("--use-rep", nargs="+", help="obsm keys of an h5ad file")
     parser.add_argument("--library-key", default="section")
@@ -445,8 +462,7 @@ def main() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     if arguments.smoke:
         arguments.folds, arguments.seeds, arguments.draws, arguments.sizes = 1, 1, 2, [100]
-    named = {"her2st": "her2st/paired.h5ad", "mob": "mob.h5ad"}
-    if arguments.dataset in named and not (arguments.data / named[arguments.dataset]).is_file():
+    if arguments.dataset in NAMED and not (arguments.data / NAMED[arguments.dataset].file).is_file():
         print(f"no {arguments.dataset} in {arguments.data}: nothing measured; set HISTOVAR_DATA or --data")
         return
     data = load(arguments.dataset, arguments)

@@ -52,6 +52,14 @@ TEXTS = {
         "As above, scored on log1p of the counts themselves, in which depth is part of what is to be predicted. "
         "histovar is the same model, which learnt from counts; other methods are trained anew on log1p of counts.",
     ),
+    "her2st_dinov2_table": (
+        "## Another section of the same patient, with DINOv2",
+        "The same sections with embeddings of DINOv2 ViT-S/14 (patch tokens after blocks 5 and 8), spot and wide.",
+    ),
+    "her2st_dinov2_table_log_counts": (
+        "## The same in raw log counts, with DINOv2",
+        "histovar is the same model, other methods are trained anew on log1p of counts.",
+    ),
     "mob_table": (
         "## Another individual",
         "Mouse olfactory bulb, four sections of two mice, 1,627 spots; one mouse is left out in turn.",
@@ -59,6 +67,14 @@ TEXTS = {
     "mob_table_log_counts": (
         "## Another individual in raw log counts",
         "As above, scored on log1p of the counts: histovar is the same model, other methods are trained anew.",
+    ),
+    "mob_dinov2_table": (
+        "## Another individual, with DINOv2",
+        "The same mice with embeddings of DINOv2 ViT-S/14 (patch tokens after blocks 5 and 8), 224 um fields.",
+    ),
+    "mob_dinov2_table_log_counts": (
+        "## Another individual in raw log counts, with DINOv2",
+        "histovar is the same model, other methods are trained anew on log1p of counts.",
     ),
     "her2st_shallow": (
         "## A shallow section from elsewhere",

@@ -210,8 +210,9 @@ def configuration(method: str, train: ad.AnnData) -> tuple[hv.ModelConfig | None
     return hv.ModelConfig.default(n_genes, **ablation.config), ablation.decoding
 
 
-def predict_baseline(fitted: Any, method: str, query: ad.AnnData, draws: int) -> None:
+def predict_baseline(fitted: Any, method: str, units: str, query: ad.AnnData, draws: int) -> None:
     """Predict; draws are of the distribution by which it is scored, normal, in which genes are independent."""
+    layer_in(query, units)
     fitted.predict(query, key_added=method)
     if draws:
         predicted = hv.get.prediction(query, key=method)
@@ -241,7 +242,7 @@ def predictors(
         for unit in units:
             begin = time.monotonic()
             fitted = hv.tl.baseline(train, name, layer=layer_in(train, unit), **shared, **options)
-            yield unit, partial(predict_baseline, fitted, method), time.monotonic() - begin
+            yield unit, partial(predict_baseline, fitted, method, unit), time.monotonic() - begin
         return
     config, decoding = configuration(method, train)
     if method == REFERENCE:

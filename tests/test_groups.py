@@ -139,3 +139,31 @@ def test_a_novel_section_is_warned_of_and_less_certain(model, query, caplog):
     assert (now["novelty"] > 0.8).all()
     for column in ("novelty", "excess", "depth_spread"):
         assert (now[column] > then[column]).all()
+
+
+def uneven_groups(n_groups, n_genes, generator):
+    """Counts of groups of which the small ones, two in three, vary more; and what is predicted of them."""
+    small = torch.arange(n_groups) % 3 > 0
+    groups = torch.arange(n_groups).repeat_interleave(torch.where(small, 20, 300))
+    shape = torch.where(small, 4.0, 40.0)[groups][:, None].expand(-1, n_genes)
+    totals, rates = torch.full((len(groups),), 5000.0), torch.full((len(groups), n_genes), 0.004)
+    counts = torch.poisson(20 * torch._standard_gamma(shape, generator=generator) / shape, generator=generator)
+    nothing = torch.zeros(len(groups))
+    return counts, totals, Composition(rates, totals.log(), nothing, nothing + 1), groups
+
+
+@pytest.mark.parametrize(("n_groups", "enough"), [(30, True), (6, False)])
+def test_every_group_counts_the_same_where_there_are_enough(n_groups, enough):
+    generator = torch.Generator().manual_seed(0)
+    counts, totals, composition, groups = uneven_groups(n_groups, 60, generator)
+    new, totals_new, composition_new, groups_new = uneven_groups(30, 60, generator)
+    covered = {}
+    for name, known in (("pooled", None), ("by group", groups)):
+        observation = Observation(60)
+        observation.fit(counts, totals, composition, known, generator=generator)
+        ends = observation.at_levels(observation.points(composition_new, "counts", totals_new), [0.05, 0.95])
+        inside = ((new >= ends[..., 0]) & (new <= ends[..., 1])).float().mean(1)
+        covered[name] = float(torch.stack([inside[groups_new == k].mean() for k in range(30)]).mean())
+        assert (observation.levels.diff() >= 0).all()
+    assert covered["pooled"] < 0.87
+    assert (0.88 < covered["by group"] < 0.94) == enough

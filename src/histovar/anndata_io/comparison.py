@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,6 @@ from .prediction import (
     predicted_genes,
     predicted_normalization,
     predicted_sections,
-    read_composed,
     read_draws,
     read_prediction,
     read_quantiles,
@@ -126,10 +125,29 @@ def read_neighbors(adata: AnnData, keys: Keys, sections: NDArray[np.str_] | None
     return Neighborhoods.of(place, sections, (N_NEIGHBORS,)).graphs[0]
 
 
+class Distribution(NamedTuple):
+    """A predicted distribution, as quantiles of the spots that are asked for.
+
+    Parameters
+    ----------
+    kind
+        ``"negative binomial"``, ``"draws"``, ``"quantiles"`` or ``"normal"``.
+    levels
+        (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
+    quantiles
+        From a mask of the spots, (n_obs,), to their quantiles, (n_spots, n_genes, n_levels), increasing. Those of all
+        spots of many genes may not fit into memory.
+    """
+
+    kind: str
+    levels: NDArray[Any]
+    quantiles: Callable[[NDArray[np.bool_]], NDArray[Any]]
+
+
 def read_distribution(
-    adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any]
-) -> tuple[str, NDArray[Any], NDArray[Any]]:
-    """The predicted distribution as quantiles, from the best there is: draws, quantiles, or mean and deviation.
+    adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any], composed: Composed | None
+) -> Distribution:
+    """The predicted distribution, from the best there is: counts, draws, quantiles, or mean and standard deviation.
 
     Parameters
     ----------
@@ -139,81 +157,55 @@ def read_distribution(
         Slot names.
     mean, std
         What :func:`read_comparison` gave.
-
-    Returns
-    -------
-    kind
-        ``"negative binomial"``, ``"draws"``, ``"quantiles"`` or ``"normal"``.
-    quantiles
-        (n_obs, n_genes, n_levels), increasing.
-    levels
-        (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
+    composed
+        What :func:`read_composed` gave.
     """
-    composed = read_composed(adata, keys)
     if composed is not None:
-        return "negative binomial", *composed_quantiles(composed)
-    draws, quantiles = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
+        return _of_counts(composed)
+    draws, kept = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
     if draws is not None and draws.shape[2] >= LEAST_DRAWS:
-        return "draws", *metrics.sample_quantiles(draws)
-    if quantiles is not None:
-        cube, levels = quantiles
+        every, levels = metrics.sample_quantiles(draws)
+        return Distribution("draws", levels, lambda spots: every[spots])
+    if kept is not None:
+        cube, levels = kept
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
-            return "quantiles", cube[:, :, order], levels[order]
+            return Distribution("quantiles", levels[order], lambda spots: cube[spots][:, :, order])
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
-    return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels
+    return Distribution(
+        "normal", levels, lambda spots: metrics.normal_quantiles(mean[spots], std[spots], levels).astype(np.float32)
+    )
 
 
-def composed_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Quantiles of a prediction from counts, (n_obs, n_genes, n_levels), and their levels.
+def _of_counts(composed: Composed) -> Distribution:
+    """That of a prediction from counts."""
+    levels = (np.arange(LEVELS) + 0.5) / LEVELS
+
+    def quantiles(spots: NDArray[np.bool_]) -> NDArray[Any]:
+        observation, composition, units, depth = composed
+        found = []
+        for rows in torch.from_numpy(np.flatnonzero(spots)).split(SPOTS_AT_ONCE):
+            points = observation.points(composition.take(rows), units, None if depth is None else depth[rows])
+            found.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
+        return np.concatenate(found)
+
+    return Distribution("negative binomial", levels, quantiles)
+
+
+def given_depth(composed: Composed | None, totals: NDArray[Any] | None) -> tuple[NDArray[Any], Distribution] | None:
+    """Mean, (n_obs, n_genes), and distribution at measured total counts.
+
+    None of predictions that were made at given ones, of rates and where counts are not known.
 
     Parameters
     ----------
     composed
-        Of :func:`read_composed`.
-    """
-    observation, composition, units, depth = composed
-    levels = (np.arange(LEVELS) + 0.5) / LEVELS
-    found = []
-    for rows in torch.arange(len(composition.rates)).split(SPOTS_AT_ONCE):
-        points = observation.points(composition.take(rows), units, None if depth is None else depth[rows])
-        found.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
-    return np.concatenate(found), levels
-
-
-class GivenDepth(NamedTuple):
-    """What a prediction from counts says of spots whose total count is known.
-
-    Parameters
-    ----------
-    mean
-        (n_obs, n_genes).
-    quantiles
-        (n_obs, n_genes, n_levels).
-    levels
-        (n_levels,).
-    """
-
-    mean: NDArray[Any]
-    quantiles: NDArray[Any]
-    levels: NDArray[Any]
-
-
-def read_given_depth(adata: AnnData, keys: Keys, totals: NDArray[Any] | None) -> GivenDepth | None:
-    """A prediction at the measured total counts; None where it was made at given ones, or either is not there.
-
-    Parameters
-    ----------
-    adata
-        The object.
-    keys
-        Slot names.
+        What :func:`read_composed` gave.
     totals
         (n_obs,) total count of each spot, where known.
     """
-    composed = read_composed(adata, keys)
     if composed is None or composed.depth is not None or totals is None or composed.units == "rates":
         return None
     known = composed._replace(depth=torch.from_numpy(totals).float().clamp(min=1))
     mean, _ = known.observation.moments(known.composition, known.units, known.depth)
-    return GivenDepth(mean.numpy(), *composed_quantiles(known))
+    return mean.numpy(), _of_counts(known)

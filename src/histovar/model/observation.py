@@ -44,6 +44,8 @@ SPOTS_AT_ONCE = 256
 # 34 sections of eight patients of her2st (benchmarks/units.py). They weigh as much as one group of the training data.
 SECTIONS_APART, INDIVIDUALS_APART = (0.17, 0.18), (0.74, 0.66)
 PRIOR_GROUPS, PATIENTS = 1, 8
+# Groups from which on levels are taken from them: hierarchical conformal intervals of 90 % need 1 / 10 % - 1.
+ENOUGH_GROUPS = 9
 # Expected counts of a gene in a group, from which it tells how far the group is away.
 TELLING_COUNTS = 20.0
 # Bounds of a gene's dispersion.
@@ -275,7 +277,8 @@ class Observation(nn.Module):
         Errors are of spots and of whole groups. The variance between groups is the mean of what is found of each and,
         weighing as one more, of what is known of others; it enters predictions of a new group by the 95 % quantile of
         Student's t in place of the normal one, with a degree of freedom for each group and for each but one of the
-        patients of whom it is known.
+        patients of whom it is known. From :data:`ENOUGH_GROUPS` groups on, which are enough for intervals of 90 %,
+        levels are those of hierarchical conformal prediction (:func:`hierarchical_levels`).
 
         Parameters
         ----------
@@ -296,20 +299,9 @@ class Observation(nn.Module):
         expected = composition.rates * totals[:, None]
         known = INDIVIDUALS_APART if of_individuals else SECTIONS_APART
         self.dispersion.copy_(fitted_dispersion(counts, expected, composition.excess))
-        places = torch.cat(
-            [
-                randomised_levels(
-                    self.points(composition.take(rows), "counts", totals[rows]),
-                    counts[rows],
-                    generator,
-                )
-                for rows in torch.arange(len(totals)).split(SPOTS_AT_ONCE)
-            ]
-        )
-        even = torch.arange(1, LEVELS + 1, dtype=torch.double, device=places.device) / (LEVELS + 1)
-        some = places.flatten().double()
-        some = some[:: max(1, len(some) // 2**22)]
-        self.levels.copy_(torch.quantile(some, even))
+        even = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
+        places = self._places(counts, totals, composition, generator).flatten().double().cpu()
+        self.levels.copy_(torch.quantile(places[:: max(1, len(places) // 2**22)], even))
         # Intervals that hold for spots of groups as these are now made to hold for a new group.
         errors = (totals.clamp(min=1).log() - composition.log_depth) / composition.depth_spread
         (rates_apart, depth_apart), within, n_groups = known, self.dispersion, 0
@@ -322,7 +314,16 @@ class Observation(nn.Module):
         spread = (1 + inflation * depth_apart**2 / errors.square().mean().clamp(min=1e-6)).sqrt()
         levels = (torch.arange(DEPTH_LEVELS, device=errors.device) + 0.5) / DEPTH_LEVELS
         self.depth_errors.copy_(spread * torch.quantile(errors, levels.to(errors)))
+        if groups is not None and n_groups >= ENOUGH_GROUPS:
+            places = self._places(counts, totals, composition, generator)
+            self.levels.copy_(hierarchical_levels(places.cpu(), groups.cpu(), self.levels.cpu()))
         self.calibrated.fill_(True)
+
+    def _places(self, counts: Tensor, totals: Tensor, composition: Composition, generator: Any) -> Tensor:
+        """Level of each count in what is predicted of it at the spot's own total count, (n_spots, n_genes)."""
+        rows_at_once = torch.arange(len(totals)).split(SPOTS_AT_ONCE)
+        predicted = ((rows, self.points(composition.take(rows), "counts", totals[rows])) for rows in rows_at_once)
+        return torch.cat([randomised_levels(points, counts[rows], generator) for rows, points in predicted])
 
 
 def _depths_apart(errors: Tensor, groups: Tensor, known: float) -> tuple[float, Tensor]:
@@ -414,6 +415,39 @@ def randomised_levels(points: Tensor, measured: Tensor, generator: torch.Generat
     not_above = torch.searchsorted(points.contiguous(), value, right=True)[..., 0]
     height = torch.rand(below.shape, generator=generator, device=below.device)
     return (below + height * (not_above - below + 1)) / (n + 1)
+
+
+def hierarchical_levels(places: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
+    """Levels by which central intervals hold for spots of a new group (Lee, Barber & Willett 2023, arXiv 2306.06342).
+
+    Every group weighs the same, however many its spots, and the new one as much, of which the worst is assumed: K
+    groups tell intervals that may fail in a share of 1 / (K + 1) or more.
+
+    Parameters
+    ----------
+    places
+        (n_spots, n_genes): level of each measured value in the distribution predicted.
+    groups
+        (n_spots,) number of each spot's group.
+    levels
+        (LEVELS,) what to keep of intervals for which there are too few groups, but no narrower than those within.
+
+    Returns
+    -------
+    Tensor
+        (LEVELS,).
+    """
+    sizes = groups.bincount()
+    central, order = (2 * places.double() - 1).abs().flatten().sort()
+    reached = (1 / sizes.double() / places.shape[1] / len(sizes))[groups].repeat_interleave(places.shape[1])[order]
+    even = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
+    half = even[LEVELS // 2 :]
+    wanted = (2 * half - 1) * (len(sizes) + 1) / len(sizes)
+    held = np.interp(wanted, reached.cumsum(0), central)
+    known = torch.from_numpy(np.where(wanted <= 1, held, np.nan))
+    upper, lower = levels[LEVELS // 2 :].double(), 1 - levels[: LEVELS // 2 + 1].double().flip(0)
+    ends = [torch.where(known.isnan(), end, 0.5 + known / 2).cummax(0).values for end in (lower, upper)]
+    return torch.cat([1 - ends[0].flip(0), ends[1][1:]]).to(levels)
 
 
 def log_moments(mean: Tensor, dispersion: Tensor, scale: Tensor, *, second: bool = True) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import read_comparison, read_distribution
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.prediction import read_composed
 
 from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
 
@@ -71,7 +72,8 @@ def calibration(
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key)
     scored = read_comparison(adata, keys, layer)
-    kind, quantiles, levels = read_distribution(adata, keys, scored.mean, scored.std)
+    kind, levels, quantiles_of = read_distribution(adata, keys, scored.mean, scored.std, read_composed(adata, keys))
+    quantiles = quantiles_of(np.ones(adata.n_obs, bool))
     shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
     covered = np.array(
         [metrics.coverage(*metrics.interval(quantiles, levels, share), scored.measured) for share in shares]

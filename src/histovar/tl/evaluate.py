@@ -16,16 +16,16 @@ from histovar._arguments import Key, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, TARGET_SUM, Keys, Prefix
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.comparison import (
-    GivenDepth,
+    Distribution,
+    given_depth,
     read_comparison,
     read_distribution,
-    read_given_depth,
     read_individuals,
     read_neighbors,
 )
 from histovar.anndata_io.expression import add_lognorm, spot_totals
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.prediction import EVALUATION, read_draws, score_slots
+from histovar.anndata_io.prediction import EVALUATION, read_composed, read_draws, score_slots
 from histovar.metrics.registry import DRAWS, GIVEN_DEPTH
 
 logger = logging.getLogger(__name__)
@@ -114,9 +114,10 @@ def evaluate(
             "and intervals say little; predict with depth=None or the spots' own",
             f"{float(stored['params']['depth']):,.0f}",
         )
-    kind, quantiles, levels = read_distribution(adata, keys, predicted, std)
+    composed = read_composed(adata, keys)
+    distribution = read_distribution(adata, keys, predicted, std, composed)
     samples = read_draws(adata, keys, len(genes))
-    given = read_given_depth(adata, keys, counts)
+    given = given_depth(composed, counts)
     neighbors = read_neighbors(adata, keys, names)
     labels = np.full(adata.n_obs, "all") if names is None else names
     tables, rows, n_spots, individual_of = {}, {}, {}, {}
@@ -126,7 +127,7 @@ def evaluate(
         graph = None if neighbors is None else neighbors[spots][:, spots]
         totals = None if counts is None else counts[spots]
         table = metrics.per_gene(mean, truth, genes, totals)
-        of_genes, of_distribution = _distribution(mean, quantiles[spots], levels, truth, random_state)
+        of_genes, of_distribution = _distribution(mean, distribution, spots, truth, random_state)
         uncertainty = metrics.pearson(std[spots], np.abs(mean - truth))
         rows[label] = {
             **metrics.summary(table),
@@ -134,7 +135,7 @@ def evaluate(
             **({} if samples is None else _named(_structure(samples[spots], truth, graph), DRAWS)),
             **of_distribution,
             "uncertainty PCC": float(pd.Series(uncertainty).mean()),
-            **({} if given is None else _named(_given_depth(given, spots, truth, totals, random_state), GIVEN_DEPTH)),
+            **({} if given is None else _named(_given_depth(*given, spots, truth, totals, random_state), GIVEN_DEPTH)),
         }
         tables[label] = table.assign(**of_genes)
         n_spots[label] = len(truth)
@@ -148,7 +149,7 @@ def evaluate(
     entries = {
         "evaluation": summary,
         "evaluation_interval": metrics.bootstrap_interval(sections, clusters, random_state=random_state),
-        "evaluated_distribution": kind,
+        "evaluated_distribution": distribution.kind,
     }
     if individuals is not None:
         entries["evaluation_groups"] = sections.groupby(pd.Index(clusters, name="group")).mean()
@@ -200,17 +201,18 @@ def _warn_of_training(stored: Mapping[str, Any], sections: Iterable[str], indivi
 
 
 def _given_depth(
-    given: GivenDepth,
+    predicted: NDArray[Any],
+    distribution: Distribution,
     spots: NDArray[np.bool_],
     measured: NDArray[Any],
     totals: NDArray[Any] | None,
     random_state: int,
 ) -> dict[str, float]:
     """Scores of what is predicted of a section when its spots' total counts are known: the predictive check."""
-    mean = given.mean[spots]
+    mean = predicted[spots]
     genes = [str(i) for i in range(mean.shape[1])]
     accuracy = metrics.summary(metrics.per_gene(mean, measured, genes, totals))
-    _, spread = _distribution(mean, given.quantiles[spots], given.levels, measured, random_state)
+    _, spread = _distribution(mean, distribution, spots, measured, random_state)
     scored = {metric.name for metric in metrics.METRICS if GIVEN_DEPTH in metric.variants}
     return {name: value for name, value in {**accuracy, **spread}.items() if name in scored}
 
@@ -279,12 +281,17 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _distribution(
-    predicted: NDArray[Any], quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArray[Any], random_state: int
+    predicted: NDArray[Any],
+    distribution: Distribution,
+    spots: NDArray[np.bool_],
+    measured: NDArray[Any],
+    random_state: int,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-    """Scores of the predicted distribution: those of each gene, and means over the genes.
+    """Scores of the predicted distribution of some spots: those of each gene, and means over the genes.
 
     The PIT of a single spot has no distribution: its deviation is NaN.
     """
+    quantiles, levels = distribution.quantiles(spots), distribution.levels
     of_genes = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
     scores = {"CRPS": of_genes["crps"]}
     for share in metrics.INTERVALS:

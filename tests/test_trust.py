@@ -96,7 +96,7 @@ def test_genes_without_pattern_are_not_called_predicted(shuffled):
     assert table.loc[genes, "expected_pearson"].mean() < table.loc[others, "expected_pearson"].mean() - 0.2
 
 
-@pytest.mark.parametrize("width", [0, 3, 8])
+@pytest.mark.parametrize("width", [0, 5, 8])
 def test_chance_is_judged_by_how_smooth_maps_are(simulated, width):
     rng = np.random.default_rng(width)
     place = simulated.obsm["spatial"][simulated.obs["section"] == "S1"]
@@ -225,11 +225,10 @@ def test_plot_shows_every_gene(model, tmp_path):
 def test_info_says_how_many_genes_are_predicted_and_lists_them(model, tmp_path, monkeypatch, capsys):
     model.save(tmp_path / "m")
     monkeypatch.setattr("sys.argv", ["histovar", "info", str(tmp_path / "m"), "--out", str(tmp_path / "genes.csv")])
-    with pytest.raises(SystemExit) as stop:
-        command_line()
+    command_line()
     table = hv.get.genes(model)
     n = int((table["q_value"] < 0.1).sum())
     line = f"trust  {n} of 30 genes predicted at q < 0.1, median expected Pearson "
-    assert not stop.value.code and line in capsys.readouterr().out
+    assert line in capsys.readouterr().out
     listed = pd.read_csv(tmp_path / "genes.csv", index_col="gene")
     pd.testing.assert_frame_equal(listed, table, check_flags=False)

@@ -160,7 +160,7 @@ def genes(model: InstanceOf[TwoStageVARST]) -> pd.DataFrame:
     Each gene's accuracy is Fisher's z of its correlation, averaged over sections or individuals and shrunk towards the
     mean of all genes (empirical Bayes). The interval holds how far they are apart, with what is known of others
     weighing as one more, and the noise of sampling spots, of which autocorrelation leaves fewer that are independent
-    (Clifford, Richardson & Hémon 1989). Members that have not seen a section are fewer, and were trained on fewer sections, than
-    those that predict a new one: expectations err on the low side.
+    (Clifford, Richardson & Hémon 1989). Members that have not seen a section are fewer, and were trained on fewer
+    sections, than those that predict a new one: expectations err on the low side.
     """
     return gene_table(model.registry)

@@ -29,7 +29,7 @@ def info(
 
     sha256, loaded = verify(model), TwoStageVARST.load(model)
     stage2, registry = loaded.stage2, loaded.registry
-    trust = {"trust": in_words(gene_table(registry)) if "trust" in registry else "not known"}
+    trust = {"trust": in_words(gene_table(registry)) if registry.get("trust") else "not known"}
     if out is not None:
         outputs.write_genes(gene_table(registry), out)
     learnt = {} if stage2 is None else {"learnt from": "counts" if stage2.of_counts else "values"}

@@ -266,7 +266,7 @@ def _depth(
 
 def _expected_pearson(registry: dict[str, Any]) -> dict[str, Any]:
     """Correlation of each gene to expect on an unseen section, for ``uns``, where the model says."""
-    if "trust" not in registry:
+    if registry.get("trust") is None:
         return {}
     return {EXPECTED_PEARSON: gene_table(registry)["expected_pearson"].to_numpy()}
 

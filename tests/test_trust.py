@@ -110,7 +110,7 @@ def test_chance_is_judged_by_how_smooth_maps_are(simulated, width):
         )
         sections.append(section_accuracy(x, y, place, None))
         naive.append(np.abs(sections[-1].z) * np.sqrt(len(place) - 3) > 1.96)
-    p = p_values(sections)
+    p = p_values(sections, cross_fitted=False)
     assert 0.01 < (p < 0.05).mean() < 0.09 and (p < 0.001).mean() < 0.01
     assert (np.mean(naive) > 0.15) == (width > 0)  # as independent spots, smooth maps seem to go together
     n_effective = effective_spots(x, y, place)
@@ -123,8 +123,8 @@ def test_depth_alone_is_no_pattern():
     place = rng.uniform(size=(150, 2))
     by_depth = np.log(totals)[:, None] + rng.normal(0, 0.3, (150, 100))
     predicted = np.log(totals)[:, None] + rng.normal(0, 0.3, (150, 100))
-    assert (p_values([section_accuracy(predicted, by_depth, place, None)]) < 1e-6).all()
-    assert (p_values([section_accuracy(predicted, by_depth, place, totals)]) < 0.05).mean() < 0.12
+    assert (p_values([section_accuracy(predicted, by_depth, place, None)], cross_fitted=False) < 1e-6).all()
+    assert (p_values([section_accuracy(predicted, by_depth, place, totals)], cross_fitted=False) < 0.05).mean() < 0.12
 
 
 @pytest.mark.parametrize("n_groups", [2, 3, 8])
@@ -232,3 +232,15 @@ def test_info_says_how_many_genes_are_predicted_and_lists_them(model, tmp_path, 
     assert line in capsys.readouterr().out
     listed = pd.read_csv(tmp_path / "genes.csv", index_col="gene")
     pd.testing.assert_frame_equal(listed, table, check_flags=False)
+
+
+def test_sections_predicted_from_one_another_are_no_independent_witnesses():
+    rng = np.random.default_rng(0)
+    features, noise, place = rng.normal(size=(3, 80, 4)), rng.normal(size=(3, 80, 1000)), rng.uniform(size=(80, 2))
+    sections = []
+    for left_out in range(3):
+        others = [k for k in range(3) if k != left_out]
+        learnt = sum(features[k].T @ noise[k] for k in others)
+        sections.append(section_accuracy(features[left_out] @ learnt, noise[left_out], place, None))
+    assert (p_values(sections, cross_fitted=False) < 0.05).mean() > 0.08
+    assert 0.01 < (p_values(sections, cross_fitted=True) < 0.05).mean() < 0.07

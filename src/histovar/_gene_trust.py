@@ -44,6 +44,7 @@ def gene_trust(
     sections: NDArray[np.integer],
     groups: NDArray[np.str_],
     of: Unseen,
+    cross_fitted: bool,
     random_state: int,
 ) -> dict[str, Any] | None:
     """Accuracy of every gene on spots that the prediction has not seen, in plain types for a model's registry.
@@ -60,6 +61,8 @@ def gene_trust(
         (n_spots,) section, within which genes are correlated, and group over whose sections Fisher's z is averaged.
     of
         What the groups are.
+    cross_fitted
+        Whether each section is predicted by members trained on the others.
     random_state
         Seed of the noise ceiling's splits.
 
@@ -92,7 +95,16 @@ def gene_trust(
             )
         z = pd.DataFrame([section.z for section in accuracy]).groupby(group_of).mean().to_numpy()
         variance = np.mean([section.variance for section in accuracy], axis=0)
-        parts.append(np.vstack([np.tanh(z), variance, p_values(accuracy), pd.DataFrame(ceiling).mean().to_numpy()]))
+        parts.append(
+            np.vstack(
+                [
+                    np.tanh(z),
+                    variance,
+                    p_values(accuracy, cross_fitted=cross_fitted),
+                    pd.DataFrame(ceiling).mean().to_numpy(),
+                ]
+            )
+        )
     table = np.hstack(parts)
     variance, p_value, ceiling_of_genes = table[len(labels) :]
     return {

@@ -129,15 +129,25 @@ def _fisher(
     return np.arctanh(np.clip(correlation, -LARGEST, LARGEST)), 1 / np.maximum(n_effective - 3, LEAST_EFFECTIVE - 3)
 
 
-def p_values(sections: list[SectionAccuracy]) -> NDArray[np.float64]:
-    """Probability that a gene which is not predicted beyond depth correlates as highly by chance, (n_genes,).
+def p_values(sections: list[SectionAccuracy], *, cross_fitted: bool) -> NDArray[np.float64]:
+    r"""Probability that a gene which is not predicted beyond depth correlates as highly by chance, (n_genes,).
 
     One-sided, of the mean over sections weighted by how sure each is (Stouffer's method); NaN where no section tells.
+    Where sections are predicted from one another, what the noise of two has in common by chance counts twice, once when
+    each is predicted by the other: with uncorrelated noise :math:`a_k` along a feature of the histology, the sum is of
+    :math:`a_k \sum_{j \ne k} a_j`, whose variance is twice that of as many independent terms.
+
+    Parameters
+    ----------
+    sections
+        Of each section.
+    cross_fitted
+        Whether they were predicted from one another, in place of by a model that has seen none of them.
     """
     z = np.array([section.z_given_depth for section in sections])
     weight = np.where(np.isnan(z), 0, 1 / np.array([section.variance_given_depth for section in sections]))
     with np.errstate(invalid="ignore"):
-        score = np.nansum(weight * z, axis=0) / np.sqrt(weight.sum(0))
+        score = np.nansum(weight * z, axis=0) / np.sqrt(weight.sum(0) * (2 if cross_fitted else 1))
     result: NDArray[np.float64] = norm.sf(score)
     return result
 

@@ -204,6 +204,7 @@ def calibrate(
         sections=sections.numbers[rows_read][order],
         groups=_labels(individuals if by_individual else names, adata.n_obs)[rows_read][order],
         of=("individual" if by_individual else "section") if whole else "same section",
+        cross_fitted=bool(unseen.any()),
         random_state=random_state,
     )
     registry.pop("trust", None)

@@ -72,6 +72,7 @@ def trained(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.T
 def realised(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, dict[str, Any]]]:
     """How expected correlations compare with those on each section that was left out."""
     table = hv.get.genes(model)
+    z = np.arctanh(np.array(model.registry["trust"]["pearson"], dtype=float))
     for section in query.obs["section"].astype(str).unique():
         one = hv.tl.predict(query[query.obs["section"] == section].copy(), model, copy=True)
         found = hv.tl.evaluate(one)["pearson"].dropna()
@@ -87,6 +88,7 @@ def realised(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, 
                 "above": (found > of["upper"]).mean(),
                 "width": (of["upper"] - of["lower"]).mean(),
                 "q < 0.1": int((table["q_value"] < 0.1).sum()),
+                "groups apart": np.nanmean(z, axis=1).std(ddof=1),
                 "ceiling": table["ceiling"].mean(),
                 "for": table.attrs["expected on"].split(";")[0],
             },

@@ -98,6 +98,7 @@ KINDS: dict[str, set[str]] = {
     "total count": {*WHOLE, "fraction"},
     "probability": {"zero", "half", "one"},
     "share": {"half", "one"},
+    "trust": {"minus one", "zero", "half", "one"},
     "rate": {"zero", "half"},
     "rate above zero": {"half"},
     "truth": {"true", "NumPy false"},
@@ -294,7 +295,8 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
                     checkpoint_dir="?directory", resume="only false"), slow=True),
         Call("TrainingOptions", lambda **options: TrainingOptions.checked(options), {"accelerator": "cpu"},
              training_options),
-        Call("get.prediction", hv.get.prediction, {"data": objects.predicted}, shared(**key)),
+        Call("get.prediction", hv.get.prediction, {"data": objects.predicted}, shared(**key, min_trust="?trust")),
+        Call("get.genes", hv.get.genes, {"model": model}, {"model": "nothing"}),
         Call("pl.spatial", hv.pl.spatial, {"data": objects.drawn, "genes": objects.gene},
              shared(genes="nothing", **key, section="?nothing", **library, **layer, cmap="nothing", std_cmap="nothing",
                     size="size", img_alpha="probability", **plot)),
@@ -304,6 +306,7 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("pl.metrics", hv.pl.metrics, {"data": objects.predicted},
              shared(**key, score="nothing", n_labels="number", **plot)),
         Call("pl.codebook", hv.pl.codebook, {"model": model}, {"model": "nothing", **plot}),
+        Call("pl.trust", hv.pl.trust, {"model": model}, {"model": "nothing", "n_labels": "number", **plot}),
         Call("pl.training", hv.pl.training, {"model": model}, {"model": "nothing", **plot}),
         Call("datasets.simulate", hv.datasets.simulate, {"n_sections": 1, "n_spots": 9, "n_genes": 5},
              {"n_sections": "few", **dict.fromkeys(("n_spots", "n_genes", "n_programs"), "at least 2"),
@@ -454,7 +457,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         },
     ),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),
-    "info": ([], {"model": "nothing"}),
+    "info": (["first"], {"model": "nothing", "--out": "nothing"}),
 }
 # Values as they are typed, by the names of those of Python.
 TYPED = {

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-from anndata import AnnData
+import logging
+from typing import Annotated
 
-from ._arguments import Key, check_arguments
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from pydantic import Field, InstanceOf
+
+from ._arguments import Key, Real, check_arguments
+from ._gene_trust import gene_table
 from ._keys import DEFAULT_KEY, Keys, Prefix
 from .anndata_io import gate, slots
 from .anndata_io.gate import Data
@@ -14,14 +20,24 @@ from .anndata_io.prediction import (
     SPOT_COLUMNS,
     predicted_genes,
     read_draws,
+    read_expected_pearson,
     read_prediction,
     read_quantiles,
     read_rates,
 )
+from .model import TwoStageVARST
+
+logger = logging.getLogger(__name__)
 
 
 @check_arguments
-def prediction(data: Data, key: Prefix = DEFAULT_KEY, *, table_name: Key | None = None) -> AnnData:
+def prediction(
+    data: Data,
+    key: Prefix = DEFAULT_KEY,
+    *,
+    min_trust: Annotated[Real, Field(ge=-1, le=1)] | None = None,
+    table_name: Key | None = None,
+) -> AnnData:
     """A prediction as an AnnData of its own.
 
     Parameters
@@ -30,6 +46,10 @@ def prediction(data: Data, key: Prefix = DEFAULT_KEY, *, table_name: Key | None 
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
     key
         Prefix of the slots, the `key_added` of :func:`histovar.tl.predict`.
+    min_trust
+        Keep only genes whose Pearson correlation over the spots of an unseen section (individual) is expected to be at
+        least this, by the model that predicted them (:func:`genes`); 0.3 keeps maps that are worth looking at. It says
+        what training showed, not what was measured in this object. None keeps all.
     table_name
         Table of a SpatialData.
 
@@ -53,6 +73,13 @@ def prediction(data: Data, key: Prefix = DEFAULT_KEY, *, table_name: Key | None 
     keys = Keys(key)
     genes = predicted_genes(adata, keys)
     mean, std = read_prediction(adata, keys, genes)
+    expected = read_expected_pearson(adata, keys, len(genes))
+    if min_trust is not None and expected is None:
+        raise ValueError(
+            f"min_trust: the prediction {key!r} does not say how far its genes can be trusted, as of models of earlier "
+            "versions or not calibrated, and of baselines; leave min_trust out, or call histovar.tl.calibrate(adata, "
+            "model) on training or held-out sections and predict again"
+        )
     quantiles, draws = read_quantiles(adata, keys, len(genes)), read_draws(adata, keys, len(genes))
     result = AnnData(np.array(mean, dtype=np.float32), obs=adata.obs.copy())
     result.var_names = genes
@@ -76,4 +103,64 @@ def prediction(data: Data, key: Prefix = DEFAULT_KEY, *, table_name: Key | None 
         if name in adata.uns:
             result.uns[name] = adata.uns[name]
     result.uns["units"] = str(stored["units"])
-    return result
+    if expected is not None:
+        result.var["expected_pearson"] = expected
+    if min_trust is None:
+        return result
+    trusted = result[:, np.nan_to_num(result.var["expected_pearson"], nan=-2.0) >= min_trust].copy()
+    if not trusted.n_vars:
+        logger.warning(
+            "min_trust: of no gene a correlation of %g or more is expected; the largest is %.2f",
+            min_trust,
+            result.var["expected_pearson"].max(),
+        )
+    return trusted
+
+
+@check_arguments
+def genes(model: InstanceOf[TwoStageVARST]) -> pd.DataFrame:
+    """How far each gene of a model can be trusted on a section that it has not seen.
+
+    Taken from spots that were predicted without having been seen (:func:`histovar.tl.calibrate`, which
+    :func:`histovar.tl.train` calls on its training sections): each section, or individual where these were named, by
+    the members of the model that were trained on the others.
+
+    Parameters
+    ----------
+    model
+        A calibrated model.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by gene, in the order of the panel:
+
+        - ``expected_pearson``: Pearson correlation over the spots of a new section that is to be expected of the values
+          that :func:`histovar.tl.predict` writes by default, as :func:`histovar.tl.evaluate` scores it.
+        - ``lower``, ``upper``: it lies between them on 90 % of new sections, as far as these are like those compared.
+        - ``ceiling``: what no prediction can exceed, as counts are noisy (:func:`histovar.metrics.noise_ceiling`, mean
+          over sections); NaN of models that did not learn from counts.
+        - ``share_of_ceiling``: ``expected_pearson`` over ``ceiling``.
+        - ``p_value``: probability that a gene whose pattern is not predicted correlates as highly by chance, given how
+          smooth the maps are; where counts are known, beyond what the depth of sequencing explains of both sides.
+        - ``q_value``: the same for many genes at once (Benjamini & Hochberg 1995): of the genes with ``q_value < 0.1``
+          a tenth at most, on average, is not predicted.
+
+        ``attrs`` has ``"expected on"``, what the expectation is for: an unseen section, an unseen individual or, of
+        models trained on one or two sections of one individual, unseen parts of these sections, which says nothing of
+        another section; ``"groups"``, the sections or individuals that were compared, and ``"n_spots"`` of each.
+
+    Raises
+    ------
+    ValueError
+        If the model was not calibrated, or by an earlier version.
+
+    Notes
+    -----
+    Each gene's accuracy is Fisher's z of its correlation, averaged over sections or individuals and shrunk towards the
+    mean of all genes (empirical Bayes). The interval holds how far they are apart, with what is known of others
+    weighing as one more, and the noise of sampling spots, of which autocorrelation leaves fewer that are independent
+    (Clifford, Richardson & Hémon 1989). Members that have not seen a section are fewer, and were trained on fewer
+    sections, than those that predict a new one: expectations err on the low side.
+    """
+    return gene_table(model.registry)

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 EVALUATION = ("evaluation", "evaluation_groups", "evaluation_interval", "evaluated_distribution")
 # Entry of `uns` with what predicted distributions are made with, of a model that learnt from counts.
 OBSERVATION = "observation"
+# Entry of `uns` with the correlation of each gene that its model says to expect on an unseen section.
+EXPECTED_PEARSON = "expected_pearson"
 # What is predicted of spots as such: total count, relative variance of rates beyond that of training spots, how many
 # times as far the depth may be off, and how unlike those of training the section is (0 to 1).
 SPOT_COLUMNS = ("total_count", "excess", "depth_spread", "novelty")
@@ -132,7 +134,7 @@ def write_prediction(
     source = _source(adata, entries["params"], identity)
     if source is not None:
         found["obsm", keys.source] = source
-    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], (*EVALUATION, OBSERVATION))
+    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], (*EVALUATION, OBSERVATION, EXPECTED_PEARSON))
     tokens = {} if made.tokens is None else {"tokens": "predicted"}
     slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str), "identity": identity})
 
@@ -199,6 +201,21 @@ def read_prediction(adata: AnnData, keys: Keys, genes: Sequence[str]) -> tuple[N
         f"key: neither layers nor obsm has {keys.mean!r}; predict first with histovar.tl.predict(adata, model, "
         f"key_added={keys.prefix!r})"
     )
+
+
+def read_expected_pearson(adata: AnnData, keys: Keys, n_genes: int) -> NDArray[np.float64] | None:
+    """Pearson correlation to expect of each gene on an unseen section, (n_genes,); None where the model did not say.
+
+    Raises
+    ------
+    ValueError
+        If it is of another shape, or no numbers.
+    """
+    stored = slots.record(adata, keys)
+    if EXPECTED_PEARSON not in stored:
+        return None
+    values = _numbers(stored[EXPECTED_PEARSON], f"uns[{keys.uns!r}][{EXPECTED_PEARSON!r}]", (n_genes,))
+    return values.astype(np.float64)
 
 
 class Composed(NamedTuple):

@@ -57,7 +57,7 @@ def evaluate(
     written = adata.uns[key]
     typer.echo(pd.concat([written["evaluation"], written["evaluation_interval"]]).T.round(4).to_string())
     if out is not None:
-        outputs.write_scores(scores, out)
+        outputs.write_genes(scores, out)
         typer.echo(f"scores written to {out}")
 
 

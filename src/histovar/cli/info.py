@@ -7,19 +7,33 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import path_of
+from . import outputs
+from .options import PATH, path_of
 from .text import printable
 
 
-def info(model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)]) -> None:
+def info(
+    model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File to write how far each gene can be trusted to, as .csv.", **PATH),
+    ] = None,
+) -> None:
     """Say what a saved model was trained on and what it needs, and check that it is whole."""
+    if out is not None:
+        outputs.check_genes(out, [model])
     from histovar import TwoStageVARST
+    from histovar._gene_trust import gene_table, in_words
     from histovar.model.card import read_card
     from histovar.model.checkpoint import verify
 
-    sha256, stage2 = verify(model), TwoStageVARST.load(model).stage2
+    sha256, loaded = verify(model), TwoStageVARST.load(model)
+    stage2, registry = loaded.stage2, loaded.registry
+    trust = {"trust": in_words(gene_table(registry)) if registry.get("trust") else "not known"}
+    if out is not None:
+        outputs.write_genes(gene_table(registry), out)
     learnt = {} if stage2 is None else {"learnt from": "counts" if stage2.of_counts else "values"}
-    for name, value in {**_summary(read_card(model)), **learnt, "SHA-256": sha256}.items():
+    for name, value in {**_summary(read_card(model)), **trust, **learnt, "SHA-256": sha256}.items():
         typer.echo(f"{name:>15}  {printable(str(value))}")
 
 

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 DATA_SUFFIXES = (".h5ad", ".zarr")
-# What evaluate writes of every gene, and predict into uns.
+# What evaluate and info write of every gene, and predict into uns.
 SCORES = {"pearson", "spearman", "mse", "mae", "crps", "coverage", "constant"}
+TRUST = {"expected_pearson", "ceiling", "q_value"}
 RECORD = {"genes", "units", "params", "version"}
 
 
@@ -59,11 +60,20 @@ def check_model(out: Path, inputs: Iterable[Path]) -> None:
 
 def check_scores(out: Path, inputs: Iterable[Path]) -> None:
     """Refuse a table of scores that cannot be written, or must not be; see :func:`check_data`."""
+    _check_table(out, inputs, SCORES, "a table of scores")
+
+
+def check_genes(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a table of trust in genes that cannot be written, or must not be; see :func:`check_data`."""
+    _check_table(out, inputs, TRUST, "a table of trust in genes")
+
+
+def _check_table(out: Path, inputs: Iterable[Path], columns: set[str], what: str) -> None:
     if out.suffix != ".csv":
         raise ValueError(f"--out must end in .csv, got {str(out)!r}")
     _check_place(out, inputs, directory=False)
-    if out.exists() and not _holds_scores(out):
-        _refuse_replacing(out, "it is not a table of scores of histovar")
+    if out.exists() and not _holds_table(out, columns):
+        _refuse_replacing(out, f"it is not {what} of histovar")
 
 
 def check_demo(out: Path) -> None:
@@ -137,13 +147,13 @@ def _has_record(store: Any) -> bool:
     return any(hasattr(entries[key], "keys") and set(entries[key].keys()) >= RECORD for key in entries)
 
 
-def _holds_scores(path: Path) -> bool:
+def _holds_table(path: Path, columns: set[str]) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
             header = file.readline()
     except (OSError, UnicodeDecodeError):
         return False
-    return set(header.strip().split(",")) >= SCORES
+    return set(header.strip().split(",")) >= columns
 
 
 def write_data(adata: AnnData, out: Path) -> None:
@@ -159,8 +169,8 @@ def write_data(adata: AnnData, out: Path) -> None:
             adata.write_h5ad(written)
 
 
-def write_scores(scores: pd.DataFrame, out: Path) -> None:
-    """Write scores of genes as .csv; parent directories are made."""
+def write_genes(table: pd.DataFrame, out: Path) -> None:
+    """Write a table of genes as .csv; parent directories are made."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as written:
-        scores.to_csv(written)
+        table.to_csv(written)

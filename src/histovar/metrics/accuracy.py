@@ -80,7 +80,7 @@ def partial_pearson(predicted: Matrix, measured: Matrix, total_counts: Spots) ->
     depth = np.log1p(np.asarray(total_counts, dtype=np.float64))
     if len(depth) <= 4 or not np.isfinite(depth).all():
         return np.full(np.shape(measured)[1], np.nan)
-    return pearson(_without_depth(predicted, depth), _without_depth(measured, depth))
+    return pearson(without_depth(predicted, depth), without_depth(measured, depth))
 
 
 def _correlate(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
@@ -102,7 +102,7 @@ def _by_convention(scores: NDArray[np.float64], predicted: NDArray[Any], measure
     return np.where(undefined, np.nan, np.where(is_constant(predicted), 0.0, scores))
 
 
-def _without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[np.float64]:
+def without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[np.float64]:
     """Residuals of a regression on depth: 0 where it explains everything up to rounding, NaN for genes with NaN."""
     design = np.stack([np.ones_like(depth), depth, depth**2], 1)
     x = np.asarray(values, dtype=np.float64)

@@ -50,6 +50,8 @@ OF_STAGE2 = (
     "group_key",
     "groups_stage2",
 )
+# What calibration adds.
+OF_CALIBRATION = ("calibration", "trust")
 # What models of earlier formats lack, and lack when they are saved again.
 ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2")
 
@@ -59,6 +61,7 @@ Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Key = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+Correlation = Annotated[float, Field(ge=-1, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Stage = Literal[1, 2]
 
@@ -142,6 +145,27 @@ class CalibrationCard(_Fields):
     groups: list[Text] = []
 
 
+class TrustCard(_Fields):
+    """How accurate genes were on spots that the prediction had not seen; null where that is undefined."""
+
+    of: Literal["section", "individual", "same section"]
+    groups: Annotated[list[Text], Field(min_length=1)]
+    n_spots: list[Count]
+    pearson: list[list[Correlation | None]]
+    variance: list[Annotated[float, Field(gt=0)]]
+    p_value: list[Annotated[float, Field(ge=0, le=1)] | None]
+    ceiling: list[Annotated[float, Field(ge=0, le=1)] | None]
+
+    @model_validator(mode="after")
+    def _is_table(self) -> TrustCard:
+        n_genes = len(self.variance)
+        if len(self.n_spots) != len(self.groups) or len(self.pearson) != len(self.groups):
+            raise ValueError(f"n_spots and pearson must be of {len(self.groups)} groups")
+        if any(len(row) != n_genes for row in (*self.pearson, self.p_value, self.ceiling)):
+            raise ValueError(f"pearson, p_value and ceiling must be of {n_genes} genes")
+        return self
+
+
 class RegistryCard(_Fields):
     """What each stage was trained on: all of a stage's fields, or none where it was trained without AnnData."""
 
@@ -162,6 +186,7 @@ class RegistryCard(_Fields):
     group_key: Key | None = None
     groups_stage2: list[Text] = []
     calibration: CalibrationCard | None = None
+    trust: TrustCard | None = None
 
     @property
     def covariate_width(self) -> int:
@@ -232,6 +257,9 @@ class ModelCard(_Fields):
                 raise ValueError(f"registry.genes: must be config.n_genes={config.n_genes}, got {len(registry.genes)}")
             if len(set(registry.genes)) != len(registry.genes):
                 raise ValueError("registry.genes: a gene is there twice")
+        if registry.trust is not None and len(registry.trust.variance) != config.n_genes:
+            n_genes = len(registry.trust.variance)
+            raise ValueError(f"registry.trust: must be of config.n_genes={config.n_genes}, got {n_genes}")
         if 2 in self.stages and not config.embedding_dims:
             raise ValueError("config.embedding_dims: empty, though there is a stage 2")
         if 2 in self.stages and 2 in registered:

@@ -11,6 +11,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._arguments import Count, Key, Seed, check_arguments
+from histovar._gene_trust import PanelCounts, gene_table, gene_trust, in_words
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._progress import progress
 from histovar._spots import section_numbers
@@ -57,7 +58,8 @@ def calibrate(
     Of a model that learnt from counts, each gene's dispersion, the error of the depth and the levels of quantiles
     (:class:`histovar.model.Observation`); else split conformal prediction with normalised residuals, gene by gene
     (:class:`histovar.model.Calibration`). Afterwards quantiles, draws and standard deviations of :func:`predict` are
-    calibrated, and ``uns[key_added]["calibrated"]`` says so. :func:`train` calls it on its training sections; call it
+    calibrated, and ``uns[key_added]["calibrated"]`` says so. How accurate each gene is on these spots is kept, too
+    (:func:`histovar.get.genes`). :func:`train` calls it on its training sections; call it
     again with sections that were held out, which are the better judges: of another individual, if that is what the
     model is for.
 
@@ -117,7 +119,7 @@ def calibrate(
 
     observation = stage2.observation
 
-    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = histology(
             section.adata,
             config,
@@ -147,15 +149,14 @@ def calibrate(
                     "learnt from them"
                 )
             measured, totals = counts.panel, counts.totals.astype(np.float32)
-        chosen_here = section.rows[rows]
-        parts = (measured, totals, unseen[chosen_here], numbers_of_groups[chosen_here])
-        read, total, members, own = (torch.from_numpy(part) for part in parts)
-        return inputs.map(lambda t: t[rows]), read, total, members, own
+        read, total, own = (torch.from_numpy(part) for part in (measured, totals, section.rows[rows]))
+        return inputs.map(lambda t: t[rows]), read, total, own
 
-    inputs, measured, totals, members_unseen, group_numbers = gathered_rows(sections.map(aligned), len(chosen))
+    inputs, measured, totals, rows_read = gathered_rows(sections.map(aligned), len(chosen))
     if layer == LOGNORM:
         add_lognorm(adata)
-    unseen, numbers = members_unseen.numpy(), group_numbers.numpy()
+    unseen, numbers = unseen[rows_read], numbers_of_groups[rows_read]
+    whole = _are_whole(unseen, numbers)
     results: list[tuple[torch.Tensor, ...]] = []
     with on_device(model, device) as where:
         kinds = np.unique(unseen, axis=0)
@@ -182,11 +183,33 @@ def calibrate(
         composition = Composition(*predicted)
         generator = torch.Generator().manual_seed(random_state)
         known = totals[order].clamp(min=1)
-        groups = group_numbers[order].unique(return_inverse=True)[1] if _are_whole(unseen, numbers) else None
+        groups = torch.from_numpy(numbers)[order].unique(return_inverse=True)[1] if whole else None
         observation.cpu().fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
+        blind = torch.cat(
+            [
+                observation.moments(composition.take(rows), "lognorm")[0]
+                for rows in torch.arange(len(truth)).split(batch_size)
+            ]
+        )
         observation.to(home)
+        values, found = model.lognorm(truth, known[:, None]), PanelCounts(truth.numpy(), known.numpy())
     else:
         stage2.calibration.fit(truth, *predicted)
+        blind, values, found = predicted[0], truth, None
+    trust = gene_trust(
+        blind.clamp(min=0).numpy(),
+        values.numpy(),
+        found,
+        gate.coordinates(adata, spatial_key)[rows_read][order],
+        sections=sections.numbers[rows_read][order],
+        groups=_labels(individuals if by_individual else names, adata.n_obs)[rows_read][order],
+        of=("individual" if by_individual else "section") if whole else "same section",
+        cross_fitted=bool(unseen.any()),
+        random_state=random_state,
+    )
+    registry.pop("trust", None)
+    if trust is not None:
+        registry["trust"] = trust
     labels = [] if names is None else np.unique(names).tolist()
     registry["calibration"] = {"sections": labels, "n_spots": len(truth), "groups": tested}
     logger.info(
@@ -194,9 +217,15 @@ def calibrate(
         len(truth),
         labels or "one section",
         f"individuals {tested}"
-        if by_individual and _are_whole(unseen, numbers)
+        if by_individual and whole
         else "sections of one individual, or not known of how many: not tested on another",
     )
+    if trust is not None:
+        logger.info(in_words(gene_table(registry)))
+
+
+def _labels(names: NDArray[np.str_] | None, n_obs: int) -> NDArray[np.str_]:
+    return np.full(n_obs, "all") if names is None else names
 
 
 def _individuals(

@@ -23,6 +23,7 @@ from histovar._arguments import (
     Share,
     check_arguments,
 )
+from histovar._gene_trust import gene_table
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._limits import MOST_SAMPLES
 from histovar._memory import check_fits
@@ -32,7 +33,7 @@ from histovar.anndata_io import gate, slots
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.lazy import is_lazy
-from histovar.anndata_io.prediction import OBSERVATION, prediction_slots, write_prediction
+from histovar.anndata_io.prediction import EXPECTED_PEARSON, OBSERVATION, prediction_slots, write_prediction
 from histovar.model import Decoding
 from histovar.model.decoding import Mode
 from histovar.model.observation import Units
@@ -132,8 +133,9 @@ def predict(
         :func:`histovar.get.prediction` has them under the genes' names. Further ``obsm[f"{key_added}_tokens"]`` (n_obs,
         n_tokens), ``obsm[f"{key_added}_source"]``, a fingerprint of what each spot was predicted from, by which it is
         known when that has changed, where asked for ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
-        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``. Slots of an earlier prediction with this prefix are
-        replaced, or dropped where there is nothing new for them.
+        ``obsm[f"{key_added}_quantiles"]``, and ``uns[key_added]``, where ``"expected_pearson"`` has the correlation to
+        expect of each gene if the model says so (:func:`histovar.get.genes`). Slots of an earlier prediction with this
+        prefix are replaced, or dropped where there is nothing new for them.
 
         Of a model that learnt from counts, where decoding is ``"expected"``, also ``obsm[f"{key_added}_rates"]``
         (n_obs, n_genes), counts per 10,000 in the order of the panel, ``obsm[f"{key_added}_spots"]`` (n_obs, 4), the
@@ -208,6 +210,7 @@ def predict(
         {
             **described,
             **({OBSERVATION: model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
+            **_expected_pearson(registry),
             "calibrated": calibrated,
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
@@ -259,6 +262,13 @@ def _depth(
     if decoding != "expected":
         raise ValueError(f"units, depth: only with decoding='expected', got {decoding!r}; n_samples= adds draws")
     return None if depth is None else torch.from_numpy(gate.depth(adata, depth)).clamp(min=1)
+
+
+def _expected_pearson(registry: dict[str, Any]) -> dict[str, Any]:
+    """Correlation of each gene to expect on an unseen section, for ``uns``, where the model says."""
+    if registry.get("trust") is None:
+        return {}
+    return {EXPECTED_PEARSON: gene_table(registry)["expected_pearson"].to_numpy()}
 
 
 def _described(registry: dict[str, Any], units: Units | None, depth: str | float | None) -> dict[str, Any]:

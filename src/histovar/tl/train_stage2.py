@@ -21,6 +21,7 @@ from histovar.anndata_io.histology import check_embeddings, covariate_width, his
 from histovar.anndata_io.images import scale_factors
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
+from histovar.model.card import OF_CALIBRATION
 from histovar.training import Measured, Stage2Trainer, checkpoint_directory, one_training_at_a_time, seeded
 
 from ._trained import TrainedStage1
@@ -149,7 +150,8 @@ def train_stage2(
             trainee.var_stage.observation.target_sum.fill_(target_sum)
         if layer == LOGNORM:
             add_lognorm(adata)
-        trainee.registry.pop("calibration", None)
+        for name in OF_CALIBRATION:
+            trainee.registry.pop(name, None)
         trainee.registry |= {
             "use_rep": reps,
             "embedding_dims": list(widths),

@@ -1,0 +1,88 @@
+"""Plot how far each gene of a model can be trusted."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from pydantic import InstanceOf
+
+from histovar._arguments import Number, check_arguments
+from histovar._gene_trust import FALSE_DISCOVERY_RATE, gene_table
+from histovar.model import TwoStageVARST
+
+from ._figure import FigureFile, figure_of, finish, new_axes
+
+
+@check_arguments
+def trust(
+    model: InstanceOf[TwoStageVARST],
+    *,
+    n_labels: Number = 8,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: FigureFile | None = None,
+) -> Axes:
+    """Plot the expected accuracy of every gene, ranked, with its interval and noise ceiling; the best genes are named.
+
+    Genes that are predicted at a false discovery rate of 10 % are told from others by colour.
+
+    Parameters
+    ----------
+    model
+        A calibrated model; see :func:`histovar.get.genes`.
+    n_labels
+        How many of the best genes to name.
+    ax
+        Axes to draw on.
+    show
+        Call ``plt.show()``.
+    save
+        File to write.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If the model was not calibrated, or by an earlier version.
+    """
+    table = gene_table(model.registry)
+    n_genes = len(table)
+    table = table.dropna(subset="expected_pearson").sort_values("expected_pearson", ascending=False, kind="stable")
+    ax = new_axes(ax, (8, 4.5))
+    rank = np.arange(1, len(table) + 1)
+    predicted = (table["q_value"] < FALSE_DISCOVERY_RATE).to_numpy()
+    mean, low, high = (table[name].to_numpy() for name in ("expected_pearson", "lower", "upper"))
+    if table["ceiling"].notna().any():
+        ax.plot(rank, table["ceiling"], linestyle="none", marker="_", markersize=4, color="0.45", label="noise ceiling")
+    for chosen, color, sign in ((predicted, "C0", "<"), (~predicted, "C1", "≥")):
+        label = f"q {sign} {FALSE_DISCOVERY_RATE:g}: {int(chosen.sum())} genes"
+        ax.vlines(rank[chosen], low[chosen], high[chosen], color=color, alpha=0.3, linewidth=1.2)
+        ax.plot(rank[chosen], mean[chosen], linestyle="none", marker="o", markersize=2.5, color=color, label=label)
+    ax.axhline(0, color="0.7", linewidth=0.8)
+    best = table["expected_pearson"].head(n_labels)
+    named = "\n".join(f"{value:.2f}  {gene}" for gene, value in best.items())
+    ax.annotate(
+        named,
+        (1.01, 1),
+        xycoords="axes fraction",
+        ha="left",
+        va="top",
+        fontsize=8,
+        family="monospace",
+        annotation_clip=False,
+    )
+    undefined = f", {n_genes - len(table)} undefined" if len(table) < n_genes else ""
+    expected_on, _, caveat = table.attrs["expected on"].partition("; ")
+    ax.set(
+        xlabel="gene, by rank",
+        ylabel="expected Pearson, 90 % interval",
+        title=f"{len(table)} genes{undefined}, on {expected_on}" + f"\n{caveat}" * bool(caveat),
+        xlim=(0, max(2, len(table) + 1)),
+    )
+    ax.legend(frameon=False, loc="lower left", fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    finish(figure_of(ax), show, save)
+    return ax

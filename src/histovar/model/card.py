@@ -142,6 +142,13 @@ class CalibrationCard(_Fields):
     groups: list[Text] = []
 
 
+class AdaptedCard(_Fields):
+    """The section that a model was adapted to, empty where it has no name, and how many of its spots were measured."""
+
+    section: Text
+    n_spots: Count
+
+
 class RegistryCard(_Fields):
     """What each stage was trained on: all of a stage's fields, or none where it was trained without AnnData."""
 
@@ -162,6 +169,7 @@ class RegistryCard(_Fields):
     group_key: Key | None = None
     groups_stage2: list[Text] = []
     calibration: CalibrationCard | None = None
+    adapted: AdaptedCard | None = None
 
     @property
     def covariate_width(self) -> int:

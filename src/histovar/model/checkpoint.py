@@ -199,7 +199,7 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     cards = {stage: card, other: there}
     registry = {
         name: cards[s]["registry"][name]
-        for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, "calibration")))
+        for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, "calibration", "adapted")))
         for name in names
         if name in cards[s]["registry"]
     }
@@ -335,5 +335,7 @@ def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
         model.add_stage2(config)
         keys = tuple(k for k in card["registry"] if k not in OF_STAGE1 or k == "library_key")
     load_state(model.stage1 if stage == 1 else model.var_stage, state, path / weights_name(stage))
+    if stage == 2:
+        model.registry.pop("adapted", None)
     model.registry.update({k: card["registry"][k] for k in keys if k in card["registry"]})
     model.eval()

@@ -150,6 +150,7 @@ def train_stage2(
         if layer == LOGNORM:
             add_lognorm(adata)
         trainee.registry.pop("calibration", None)
+        trainee.registry.pop("adapted", None)
         trainee.registry |= {
             "use_rep": reps,
             "embedding_dims": list(widths),

@@ -140,7 +140,7 @@ def test_gpus_that_are_not_there_are_refused_with_the_flag_that_helps(histovar):
     assert code == 2 and "use --gpus 0 (the CPU)" in own_line(error)[0]
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "calibrate", "evaluate", "demo", "info"])
+@pytest.mark.parametrize("command", ["train", "predict", "calibrate", "adapt", "evaluate", "demo", "info"])
 def test_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output

@@ -272,6 +272,9 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
              shared(group_key="?nothing",
                     model="nothing", **library, key_added="prefix", batch_size="count", device="nothing",
                     random_state="seed", show_progress_bar="truth")),
+        Call("tl.adapt", hv.tl.adapt, {"data": objects.query, "model": model},
+             shared(measured_key="?nothing", model="nothing", **library, key_added="prefix", batch_size="count",
+                    device="nothing", random_state="seed", show_progress_bar="truth")),
         Call("tl.baseline", hv.tl.baseline, {"data": objects.training, "method": "mlp", **histology},
              shared(method="nothing", use_rep="nothing", **{**keys, "library_key": "?nothing"}, **layer,
                     group_key="?nothing",
@@ -447,6 +450,13 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         {
             **{"--model": "nothing", "--library-key": "nothing", "--key-added": "prefix", "--batch-size": "count"},
             **{"--seed": "seed", "--gpus": "zero gpus", "--out": "directory"},
+        },
+    ),
+    "adapt": (
+        ["query.h5ad", "--model", "first", "--out", "new"],
+        {
+            **{"--model": "nothing", "--measured-key": "nothing", "--library-key": "nothing", "--key-added": "prefix"},
+            **{"--batch-size": "count", "--seed": "seed", "--gpus": "zero gpus", "--out": "directory"},
         },
     ),
     "evaluate": (

@@ -33,10 +33,10 @@ class Breakage(NamedTuple):
     """Whether every function has to take it."""
 
 
-PLACED = ("pp.niche", "tl.predict", "tl.calibrate", "tl.baseline", "tl.train", "tl.train_stage2")
+PLACED = ("pp.niche", "tl.predict", "tl.calibrate", "tl.adapt", "tl.baseline", "tl.train", "tl.train_stage2")
 EMBEDDED = (*PLACED, "Baseline.predict")
 TRAINING = ("tl.train", "tl.train_stage1", "tl.train_stage2")
-COUNTED = ("pp.gene_panel", "tl.tokenize", "tl.calibrate", "tl.baseline")
+COUNTED = ("pp.gene_panel", "tl.tokenize", "tl.calibrate", "tl.adapt", "tl.baseline")
 PANELLED = ("pp.gene_scales", "tl.train", "tl.train_stage1", "tl.baseline")
 RECORDED = ("pp.gene_panel", "pp.gene_scales", "pp.niche", "tl.tokenize", "tl.predict", "tl.evaluate", "get.prediction",
             "pl.spatial", "pl.calibration", "pl.gene_correlation")  # fmt: skip

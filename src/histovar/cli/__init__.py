@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import typer
 
+from .adapt import adapt
 from .calibrate import calibrate
 from .demo import demo
 from .evaluate import evaluate
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, predict, calibrate, evaluate, demo, info):
+for command in (train, predict, calibrate, adapt, evaluate, demo, info):
     app.command()(command)
 
 

@@ -40,7 +40,7 @@ def info(
 def _summary(card: dict[str, Any]) -> dict[str, Any]:
     registry, config = card["registry"], card["config"]
     genes = registry.get("genes", [])
-    calibration = registry.get("calibration")
+    calibration, adapted = registry.get("calibration"), registry.get("adapted")
     return {
         "written by": f"histovar {card['version']}, format {card['format_version']}",
         "stages": ", ".join(map(str, card["stages"])),
@@ -54,4 +54,5 @@ def _summary(card: dict[str, Any]) -> dict[str, Any]:
         "trained on": f"stage 1 {registry.get('sections_stage1')}, stage 2 {registry.get('sections_stage2')}",
         "individuals": registry.get("groups_stage2") or "not named",
         "calibrated on": f"{calibration['n_spots']} spots of {calibration['sections']}" if calibration else "nothing",
+        "adapted to": f"{adapted['n_spots']} spots of {adapted['section'] or 'a section'}" if adapted else "no section",
     }

@@ -1,5 +1,6 @@
 """The model in plain PyTorch: no AnnData, no training loop."""
 
+from .adaptation import Adaptation
 from .calibration import Calibration
 from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
@@ -14,6 +15,7 @@ from .two_stage import TwoStageVARST, VARStage, count_parameters
 from .vqvae import MultiScaleDecoder, MultiScaleEncoder, MultiScaleGeneVQVAE, Stage1Losses
 
 __all__ = [
+    "Adaptation",
     "Calibration",
     "Composition",
     "ConditionProcessor",

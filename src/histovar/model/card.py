@@ -50,8 +50,8 @@ OF_STAGE2 = (
     "group_key",
     "groups_stage2",
 )
-# What calibration adds.
-OF_CALIBRATION = ("calibration", "trust")
+# What calibration and adaptation add.
+AFTER_TRAINING = ("calibration", "trust", "adapted")
 # What models of earlier formats lack, and lack when they are saved again.
 ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2")
 
@@ -166,6 +166,13 @@ class TrustCard(_Fields):
         return self
 
 
+class AdaptedCard(_Fields):
+    """The section that a model was adapted to, empty where it has no name, and how many of its spots were measured."""
+
+    section: Text
+    n_spots: Count
+
+
 class RegistryCard(_Fields):
     """What each stage was trained on: all of a stage's fields, or none where it was trained without AnnData."""
 
@@ -187,6 +194,7 @@ class RegistryCard(_Fields):
     groups_stage2: list[Text] = []
     calibration: CalibrationCard | None = None
     trust: TrustCard | None = None
+    adapted: AdaptedCard | None = None
 
     @property
     def covariate_width(self) -> int:

@@ -25,11 +25,11 @@ from histovar._atomic import atomic_file, directory_lock, flush_directory
 from histovar._torch_state import in_float32
 
 from .card import (
+    AFTER_TRAINING,
     CARD,
     CHECKSUMS_SINCE,
     FORMAT,
     FORMAT_VERSION,
-    OF_CALIBRATION,
     OF_STAGE1,
     OF_STAGE2,
     card_text,
@@ -200,7 +200,7 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     cards = {stage: card, other: there}
     registry = {
         name: cards[s]["registry"][name]
-        for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, *OF_CALIBRATION)))
+        for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, *AFTER_TRAINING)))
         for name in names
         if name in cards[s]["registry"]
     }
@@ -336,7 +336,7 @@ def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
         model.add_stage2(config)
         keys = tuple(k for k in card["registry"] if k not in OF_STAGE1 or k == "library_key")
     load_state(model.stage1 if stage == 1 else model.var_stage, state, path / weights_name(stage))
-    for name in OF_CALIBRATION if stage == 2 else ():
+    for name in AFTER_TRAINING if stage == 2 else ():
         model.registry.pop(name, None)
     model.registry.update({k: card["registry"][k] for k in keys if k in card["registry"]})
     model.eval()

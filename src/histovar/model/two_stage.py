@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from histovar._arguments import PathLike, check_arguments, not_bool
 
+from .adaptation import Adaptation
 from .calibration import Calibration
 from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
@@ -32,7 +33,7 @@ Stage = Annotated[Literal[1, 2], not_bool]
 
 
 class VARStage(nn.Module):
-    """Stage 2: condition, transformer, token head, prior, observation model and calibration.
+    """Stage 2: condition, transformer, token head, prior, observation model, calibration and, maybe, adaptation.
 
     Parameters
     ----------
@@ -50,6 +51,18 @@ class VARStage(nn.Module):
         self.prior = ConditionalMeanPrior(config, condition.views, condition.n_features) if has_prior else None
         self.observation = Observation(config.n_genes)
         self.calibration = Calibration(config.n_genes)
+        self.adaptation: Adaptation | None = None
+
+    def add_adaptation(self, n_spots: int) -> Adaptation:
+        """Room for what measured spots of a section change.
+
+        Parameters
+        ----------
+        n_spots
+            Number of measured spots that their neighbours are told of.
+        """
+        self.adaptation = Adaptation(n_spots, len(self.observation.base)).to(self.observation.base.device)
+        return self.adaptation
 
     @property
     def of_counts(self) -> bool:
@@ -388,7 +401,9 @@ class TwoStageVARST(nn.Module):
         rates = observation.base * members.mean(0)
         if unseen is not None or len(members) < 2:  # spots of training are as certain as those of training
             return Composition(rates, log_depth, torch.zeros_like(log_depth), torch.ones_like(log_depth))
-        return observation.composed(rates, log_depth, disagreement(members), histology.novelty)
+        # How far an adapted model's section is away was measured.
+        novelty = histology.novelty if self.var_stage.adaptation is None else torch.zeros_like(histology.novelty)
+        return observation.composed(rates, log_depth, disagreement(members), novelty)
 
     @torch.no_grad()
     def predict(

@@ -112,7 +112,8 @@ def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> d
     try:
         header = _read_header(file)
         _check_counts(header, stage, config, where)
-        implied, n_bytes = _implied(stage, config)
+        n_measured = _n_measured(header)
+        implied, n_bytes = _implied(stage, config, n_measured)
         if n_bytes > MOST_MEMORY * file.stat().st_size + SPARE_BYTES:
             raise ValueError(f"{where} does not fit the configuration: it is far smaller than the model would be")
         _compare(_from_older(header, implied, stage, version), implied, where)
@@ -125,7 +126,7 @@ def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> d
     state = _from_older(state, implied, stage, version)
     missing = [name for name, tensor in state.items() if tensor.is_meta]
     if missing:
-        fresh = _module(stage, config).state_dict()
+        fresh = _module(stage, config, n_measured).state_dict()
         state |= {name: fresh[name] for name in missing}
     check_finite(state, where)
     _check_indices(state, stage, config, where)
@@ -140,6 +141,11 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> No
     ValueError
         If they do not fit.
     """
+    if isinstance(module, VARStage):
+        n_measured = _n_measured(state)
+        module.adaptation = None
+        if n_measured is not None:
+            module.add_adaptation(n_measured)
     try:
         module.load_state_dict(state)
     except (RuntimeError, IndexError) as error:
@@ -147,8 +153,19 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> No
         raise ValueError(f"path: {str(file)!r} does not fit the configuration ({reason})") from None
 
 
-def _module(stage: int, config: ModelConfig) -> nn.Module:
-    return MultiScaleGeneVQVAE(config) if stage == 1 else VARStage(config)
+def _module(stage: int, config: ModelConfig, n_measured: int | None) -> nn.Module:
+    if stage == 1:
+        return MultiScaleGeneVQVAE(config)
+    module = VARStage(config)
+    if n_measured is not None:
+        module.add_adaptation(n_measured)
+    return module
+
+
+def _n_measured(state: Mapping[str, Tensor]) -> int | None:
+    """Of an adapted stage 2, the measured spots that it holds; None of others."""
+    place = state.get("adaptation.place")
+    return None if place is None or place.ndim != 2 else len(place)
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
@@ -179,10 +196,10 @@ def _check_counts(header: Mapping[str, Tensor], stage: int, config: ModelConfig,
         raise ValueError(f"{where} does not fit the configuration: {per_token} is {found}, not ({rows},)")
 
 
-def _implied(stage: int, config: ModelConfig) -> tuple[dict[str, Tensor], int]:
+def _implied(stage: int, config: ModelConfig, n_measured: int | None) -> tuple[dict[str, Tensor], int]:
     """Tensors of a stage's module, without values, and how many bytes it takes with those that are not saved."""
     with torch.device("meta"):
-        module = _module(stage, config)
+        module = _module(stage, config, n_measured)
     tensors = [*module.parameters(), *module.buffers()]
     return module.state_dict(), sum(t.numel() * t.element_size() for t in tensors)
 

@@ -26,6 +26,7 @@ def predict_lazily(
     random_state: int,
     *,
     depth: Tensor | None = None,
+    place: Tensor | None = None,
     **condition: Any,
 ) -> Prediction:
     """A :class:`Prediction` of dask arrays, chunked as the embeddings are, each computed when it is asked for.
@@ -40,7 +41,7 @@ def predict_lazily(
         What to predict.
     random_state
         Seed of the draws; each chunk's own comes from it.
-    depth
+    depth, place
         As in :class:`Predictor`.
     **condition
         As :class:`ChunkedHistology` takes it.
@@ -57,7 +58,7 @@ def predict_lazily(
             shared,
             histology,
             int(seed),
-            None if depth is None else depth[chunk.start : chunk.stop],
+            *(None if t is None else t[chunk.start : chunk.stop] for t in (depth, place)),
             chunk.start,
         )
         for chunk, histology, seed in zip(inputs.chunks, inputs.aligned(shared), seeds, strict=True)
@@ -88,7 +89,8 @@ def _predict(
     inputs: Histology,
     random_state: int,
     depth: Tensor | None,
+    place: Tensor | None,
     first_row: int,
 ) -> Prediction:
     with _ONE_AT_A_TIME:
-        return predictor(model, inputs, random_state, depth=depth, first_row=first_row)
+        return predictor(model, inputs, random_state, depth=depth, place=place, first_row=first_row)

@@ -59,6 +59,7 @@ class Predictor:
         random_state: int,
         *,
         depth: Tensor | None = None,
+        place: Tensor | None = None,
         first_row: int = 0,
         show_progress_bar: bool = False,
     ) -> Prediction:
@@ -74,6 +75,9 @@ class Predictor:
             Seed of the draws.
         depth
             (n_spots,) total count of each spot; None predicts it.
+        place
+            (n_spots, 2) coordinates in the section that the model is adapted to; see
+            :class:`histovar.model.Adaptation`.
         first_row
             Which of the object's spots the first is, for messages.
         show_progress_bar
@@ -96,7 +100,8 @@ class Predictor:
             batches = torch.arange(n_spots).split(self.batch_size)
             for rows in progress(batches, "predicting", show=show_progress_bar):
                 batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
-                parts = predict(model, batch, None if depth is None else depth[rows].to(where), generator)
+                known, near = (None if t is None else t[rows].to(where) for t in (depth, place))
+                parts = predict(model, batch, known, near, generator)
                 for whole, part in zip(made, parts, strict=False):
                     if whole is not None:
                         whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
@@ -104,7 +109,12 @@ class Predictor:
         return made
 
     def _of_values(
-        self, model: TwoStageVARST, batch: Histology, depth: Tensor | None, generator: torch.Generator
+        self,
+        model: TwoStageVARST,
+        batch: Histology,
+        depth: Tensor | None,
+        place: Tensor | None,
+        generator: torch.Generator,
     ) -> tuple[Tensor, ...]:
         """Mean, standard deviation, tokens, draws and quantiles of a model that learnt from a layer of values."""
         calibration = model.var_stage.calibration
@@ -123,7 +133,12 @@ class Predictor:
         return mean.clamp(min=0), std, generated.tokens, draws.clamp(min=0), cube.clamp(min=0)
 
     def _of_counts(
-        self, model: TwoStageVARST, batch: Histology, depth: Tensor | None, generator: torch.Generator
+        self,
+        model: TwoStageVARST,
+        batch: Histology,
+        depth: Tensor | None,
+        place: Tensor | None,
+        generator: torch.Generator,
     ) -> tuple[Tensor, ...]:
         """The same of a model that learnt from counts, and composition and spots.
 
@@ -136,6 +151,8 @@ class Predictor:
         composition = model.composition(batch, members)
         if bool(model.var_stage.head.gate.any()):
             composition = observation.shifted(composition, generated.expression)
+        if model.var_stage.adaptation is not None:
+            composition = model.var_stage.adaptation(composition, place)
         mean, std = observation.moments(composition, self.units, depth)
         draws = cube = mean.new_empty(*mean.shape, 0)
         if self.n_samples or len(self.quantiles):

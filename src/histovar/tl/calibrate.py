@@ -100,6 +100,11 @@ def calibrate(
     keys = Keys(key_added)
     registry, config = model.registry, model.config
     stage2 = model.var_stage
+    if "adapted" in registry:
+        raise ValueError(
+            f"model: it is adapted to section {registry['adapted']['section']!r}, which calibrated it; calibrate the "
+            "model as it was trained"
+        )
     gate.check_enough_spots(adata, LEAST_SPOTS, "calibrate on")
     columns = gate.gene_columns(adata, registry["genes"])
     library_key = registry["library_key"] if library_key is None else library_key

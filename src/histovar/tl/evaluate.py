@@ -153,6 +153,12 @@ def evaluate(
     }
     if individuals is not None:
         entries["evaluation_groups"] = sections.groupby(pd.Index(clusters, name="group")).mean()
+    if stored.get("n_adapted_spots", 0) and str(stored.get("adapted_to", "")) in ("", *labels):
+        logger.warning(
+            "the model is adapted to %d measured spots of this section: scores of those are not of unseen spots; leave "
+            "them out",
+            int(stored["n_adapted_spots"]),
+        )
     trained_on = _warn_of_training(stored, sections.index, [] if individuals is None else clusters)
     _warn_of_undefined(tables, sections, n_spots)
     if len(set(clusters)) == 1:

@@ -189,15 +189,16 @@ def predict(
         n_values = adata.n_obs * config.n_genes * (n_samples + len(quantiles))
         what = f"n_samples: {n_samples:,} draws of {config.n_genes:,} genes in {adata.n_obs:,} spots"
         check_fits(4 * n_values, what, "ask for fewer")
+    names = gate.sections(adata, where_from["library_key"])
+    place = _adapted_place(adata, model, names, where_from["spatial_key"])
     if lazy:
-        made = predict_lazily(adata, model, predictor, random_state, depth=totals, **condition)
+        made = predict_lazily(adata, model, predictor, random_state, depth=totals, place=place, **condition)
     else:
         inputs = histology(adata, config, **condition, key=key_added)
-        names = gate.sections(adata, where_from["library_key"])
         numbers = torch.from_numpy(section_numbers(names, adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
         _warn_of_novelty(inputs.novelty.cpu().numpy(), names)
-        made = predictor(model, inputs, random_state, depth=totals, show_progress_bar=show_progress_bar)
+        made = predictor(model, inputs, random_state, depth=totals, place=place, show_progress_bar=show_progress_bar)
 
     if copy:
         adata = gate.copied(adata)
@@ -212,6 +213,8 @@ def predict(
             **({OBSERVATION: model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
             **_expected_pearson(registry),
             "calibrated": calibrated,
+            "adapted_to": registry.get("adapted", {}).get("section", ""),
+            "n_adapted_spots": registry.get("adapted", {}).get("n_spots", 0),
             "quantiles": np.array(quantiles, dtype=float),
             "trained_on": np.array(registry["sections_stage2"], dtype=str),
             "trained_on_groups": np.array(registry.get("groups_stage2", []), dtype=str),
@@ -269,6 +272,33 @@ def _expected_pearson(registry: dict[str, Any]) -> dict[str, Any]:
     if registry.get("trust") is None:
         return {}
     return {EXPECTED_PEARSON: gene_table(registry)["expected_pearson"].to_numpy()}
+
+
+def _adapted_place(
+    adata: AnnData, model: Trained, names: NDArray[np.str_] | None, spatial_key: str
+) -> torch.Tensor | None:
+    """Coordinates of spots of the section that the model is adapted to, NaN of others; None where there are none.
+
+    Where sections have no names, it is known by the measured spots, which must be among those to predict.
+    """
+    adapted, adaptation = model.registry.get("adapted"), model.var_stage.adaptation
+    if adapted is None or adaptation is None:
+        return None
+    named = adapted["section"]
+    own = np.full(adata.n_obs, not named) if names is None else names == named
+    place = None
+    if own.any():
+        place = gate.coordinates(adata, spatial_key).astype(np.float32)
+        there, measured = (set(map(tuple, p.tolist())) for p in (place[own], adaptation.place.cpu().numpy()))
+        own &= bool(named) or measured <= there
+    if not own.all():
+        logger.warning(
+            "the model is adapted to %s: %d spots are of others, which may lie elsewhere, and their intervals may be "
+            "too narrow; predict those with the model as it was trained",
+            f"section {named!r}" if named else "the section of its measured spots",
+            int((~own).sum()),
+        )
+    return None if place is None else torch.from_numpy(np.where(own[:, None], place, np.float32(np.nan)))
 
 
 def _described(registry: dict[str, Any], units: Units | None, depth: str | float | None) -> dict[str, Any]:

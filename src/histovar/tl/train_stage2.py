@@ -21,7 +21,7 @@ from histovar.anndata_io.histology import check_embeddings, covariate_width, his
 from histovar.anndata_io.images import scale_factors
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
-from histovar.model.card import OF_CALIBRATION
+from histovar.model.card import AFTER_TRAINING
 from histovar.training import Measured, Stage2Trainer, checkpoint_directory, one_training_at_a_time, seeded
 
 from ._trained import TrainedStage1
@@ -150,7 +150,7 @@ def train_stage2(
             trainee.var_stage.observation.target_sum.fill_(target_sum)
         if layer == LOGNORM:
             add_lognorm(adata)
-        for name in OF_CALIBRATION:
+        for name in AFTER_TRAINING:
             trainee.registry.pop(name, None)
         trainee.registry |= {
             "use_rep": reps,

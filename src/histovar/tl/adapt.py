@@ -1,0 +1,223 @@
+"""Adapt a trained model to a section of which a few spots are measured."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+
+import numpy as np
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from histovar._arguments import Count, Key, Seed, check_arguments
+from histovar._keys import DEFAULT_KEY, Prefix
+from histovar._torch_state import in_float32
+from histovar._warn_once import warns_once
+from histovar.anndata_io import gate
+from histovar.anndata_io.expression import Counts, Normalization, counts_of_values, read_expression
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.histology import histology
+from histovar.model import Decoding, TwoStageVARST
+from histovar.model.adaptation import LEAST_MEASURED, MOST_NEIGHBORS
+from histovar.model.observation import RATE_TOTAL, Composition
+from histovar.prediction import Device, Predictor
+
+from ._trained import Trained
+
+logger = logging.getLogger(__name__)
+
+
+@check_arguments
+@warns_once
+@in_float32
+def adapt(
+    data: Data,
+    model: Trained,
+    measured_key: Key | None = None,
+    *,
+    library_key: Key | None = None,
+    key_added: Prefix = DEFAULT_KEY,
+    batch_size: Count = 64,
+    device: Device = "auto",
+    random_state: Seed = 0,
+    show_progress_bar: bool = False,
+    table_name: Key | None = None,
+) -> TwoStageVARST:
+    """Adapt a model to a new section, of which a few spots are measured.
+
+    What :func:`predict` says of the section's other spots is corrected in level (each gene's rate), depth, and by what
+    measured spots tell of those near them; intervals become as wide as errors on measured spots are, each predicted
+    from the others. All of it is shrunk to the model as it was trained, the more the fewer spots there are, and kept
+    only where it predicts measured spots better from the others (see :class:`histovar.model.Adaptation`). Units and
+    depth of :func:`predict` are there as before. Tokens, and the ranks of draws, stay those of histology.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData with the section: embeddings and coordinates of all of its spots, from which
+        neighbourhoods are taken as for :func:`predict`, and counts of those that are measured. Expression of others is
+        not read. It may hold other sections, too.
+    model
+        A model that learnt from counts, both stages trained; it stays as it is.
+    measured_key
+        Column of ``obs``, true of the measured spots: 9 or more, of one section. None where all are measured.
+    library_key
+        Column of ``obs`` with the section; that of training by default.
+    key_added
+        Prefix of the slots, for niche features computed before.
+    batch_size
+        Spots at once.
+    device
+        ``"auto"`` or a torch device.
+    random_state
+        Seed of the choice of 1,000 spots that tell of those near them, where more are measured.
+    show_progress_bar
+        Show progress.
+    table_name
+        Table of a SpatialData.
+
+    Returns
+    -------
+    TwoStageVARST
+        An adapted copy, to predict this section with; ``registry["adapted"]`` has the section and the number of spots,
+        and ``uns`` of its predictions ``adapted_to`` and ``n_adapted_spots``. It is saved and loaded as any model;
+        :func:`predict` warns of spots of other sections.
+
+    Raises
+    ------
+    KeyError
+        If the column, embeddings, coordinates or genes of the panel are missing.
+    ValueError
+        If fewer than 9 spots are measured, or spots of several sections; if the section was trained on; if the model
+        learnt from values, or is adapted already; if X holds no counts, or in other units than in training.
+    """
+    adata = gate.table(data, table_name, genes=True, writes=False)
+    registry, config = model.registry, model.config
+    if not model.var_stage.of_counts:
+        raise ValueError(
+            f"model: it learnt from values of {registry['layer']!r}; only a model that learnt from counts can be "
+            "adapted: train with counts in X and without layer=, or use histovar.tl.calibrate"
+        )
+    if "adapted" in registry:
+        raise ValueError(
+            f"model: it is adapted to section {registry['adapted']['section']!r} already; adapt the model as trained"
+        )
+    if library_key is None and registry["library_key"] in adata.obs:
+        library_key = registry["library_key"]
+    names = gate.sections(adata, library_key, registry["spatial_key"])
+    measured = _measured(adata, measured_key)
+    label = _section(names, measured, registry["sections_stage2"])
+    columns = gate.gene_columns(adata, registry["genes"])
+    counts = _counts(gate.copied(adata[measured]), model, columns, label)
+
+    own = np.ones(adata.n_obs, bool) if names is None else names == label
+    section = gate.copied(adata[own])
+    rows = torch.from_numpy(np.flatnonzero(measured[own]))
+    place = gate.coordinates(section, registry["spatial_key"]).astype(np.float32)
+    inputs = histology(
+        section,
+        config,
+        use_rep=registry["use_rep"],
+        spatial_key=registry["spatial_key"],
+        library_key=library_key,
+        encoders=registry["covariates"],
+        key=key_added,
+    )
+    adapted = deepcopy(model)
+    stage2, home = adapted.var_stage, adapted.device
+    one_section = torch.zeros(section.n_obs, dtype=torch.long, device=home)
+    inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), one_section)
+    near = torch.from_numpy(np.random.default_rng(random_state).permutation(len(rows)) < MOST_NEIGHBORS)
+    adaptation = stage2.add_adaptation(int(near.sum()))
+    rule = Decoding()
+    predictor = Predictor(rule, rule, "rates", 0, (), batch_size, device, "fp32")
+    made = predictor(adapted, inputs.map(lambda t: t[rows.to(home)]), random_state, show_progress_bar=show_progress_bar)
+    rates, spots = torch.from_numpy(made.rates) / RATE_TOTAL, torch.from_numpy(made.spots)
+    nearest = cKDTree(place).query(place, k=2)[0][:, 1]
+    stage2.cpu()
+    adaptation.fit(
+        stage2.observation,
+        torch.from_numpy(counts.panel),
+        torch.from_numpy(counts.totals.astype(np.float32)),
+        Composition(rates, spots[:, 0].log(), spots[:, 1], spots[:, 2]),
+        torch.from_numpy(place)[rows],
+        near=near,
+        novelty=float(spots[:, 3].max()),
+        spacing=float(np.median(nearest[nearest > 0])),
+    )
+    stage2.to(home)
+    adapted.registry["adapted"] = {"section": label, "n_spots": len(rows)}
+    told = adaptation.neighbors_tell
+    logger.info(
+        "adapted to %d of %d spots of %s: total counts times %.2f, rates times or by %.2f (median of genes), %s",
+        len(rows),
+        section.n_obs,
+        f"section {label!r}" if label else "one section",
+        float(adaptation.log_depth.exp()),
+        float(adaptation.log_rates.abs().median().exp()),
+        f"measured spots tell their neighbours of {' and '.join(told)}" if told else "neighbours are told nothing",
+    )
+    return adapted
+
+
+def _measured(adata: AnnData, measured_key: str | None) -> NDArray[np.bool_]:
+    """Which spots are measured."""
+    if measured_key is None:
+        gate.check_enough_spots(adata, LEAST_MEASURED, "adapt to")
+        logger.warning(
+            "measured_key: not given, so all %d spots are taken to be measured; where the section has more, give them "
+            "all and name a column: neighbourhoods are of the spots that are there",
+            adata.n_obs,
+        )
+        return np.ones(adata.n_obs, bool)
+    if measured_key not in adata.obs:
+        raise KeyError(f"measured_key: no {measured_key!r} in obs, which has {list(adata.obs.columns)}")
+    column = adata.obs[measured_key]
+    if column.isna().any() or not set(column.unique().tolist()) <= {True, False}:
+        raise ValueError(f"measured_key: obs[{measured_key!r}] must be true or false of every spot, got {column.dtype}")
+    measured = column.to_numpy().astype(bool)
+    if measured.sum() < LEAST_MEASURED:
+        raise ValueError(
+            f"measured_key: {int(measured.sum())} measured spots are too few to adapt to; at least {LEAST_MEASURED} "
+            "are needed"
+        )
+    return measured
+
+
+def _section(names: NDArray[np.str_] | None, measured: NDArray[np.bool_], trained_on: list[str]) -> str:
+    """The section of the measured spots; empty where it has no name."""
+    if names is None:
+        return ""
+    labels = np.unique(names[measured]).tolist()
+    if len(labels) > 1:
+        raise ValueError(
+            f"measured_key: the measured spots are of {len(labels)} sections, such as {labels[:3]}; adapt a model to "
+            "each of them"
+        )
+    if labels[0] in trained_on:
+        raise ValueError(
+            f"library_key: section {labels[0]!r} was trained on, so that errors on it are not those of a new section; "
+            "it needs no adapting"
+        )
+    return str(labels[0])
+
+
+def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], label: str) -> Counts:
+    """Counts and total counts of the measured spots."""
+    registry = model.registry
+    values = read_expression(
+        adata,
+        registry["layer"],
+        columns,
+        sections=np.full(adata.n_obs, label),
+        trained=Normalization.stored(registry.get("normalization")),
+    )
+    counts = counts_of_values(adata, columns, values, float(model.var_stage.observation.target_sum))
+    if counts is None:
+        raise ValueError(
+            "adata: X must hold the counts of the measured spots of which the log-normalised values are, as in "
+            "training: the model learnt from them"
+        )
+    return counts

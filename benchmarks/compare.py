@@ -7,6 +7,7 @@
     python benchmarks/compare.py her2st --units lognorm log_counts  # and scored on log1p of the counts themselves
     python benchmarks/compare.py her2st --curve            # learning curve over the number of training spots
     python benchmarks/compare.py simulated --curve         # up to 20,000 simulated spots
+    python benchmarks/compare.py her2st --pairs            # train on every pair of sections, predict the others
     python benchmarks/compare.py her2st --shallow          # held-out section thinned to 650 counts, embeddings shifted
     python benchmarks/compare.py my.h5ad --use-rep X_uni --library-key section --group-key patient
     python benchmarks/compare.py her2st --methods MLP --update  # anew for some methods, in the results of a run before
@@ -30,6 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,7 @@ METHODS_OF = {
     "table": [OURS, *BASELINES, REFERENCE],
     "ablations": [OURS, *ABLATIONS],
     "curve": ["ridge, tuned", "MLP", OURS],
+    "pairs": ["ridge, tuned", "ridge, tuned, per section", "PLS", "MLP", "MLP, per section", OURS],
     "shallow": ["ridge, tuned", "ridge, tuned, per section", "MLP", OURS],
 }
 
@@ -155,11 +158,13 @@ def load(name: str, arguments: argparse.Namespace) -> Data:
     )
 
 
-def splits(data: Data, n_folds: int | None) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
-    """Leave one group out: its name, training and held-out spots."""
-    groups = data.adata.obs[data.group_key].astype(str)
-    for group in sorted(groups.unique())[:n_folds]:
-        yield group, data.adata[(groups != group).to_numpy()].copy(), data.adata[(groups == group).to_numpy()].copy()
+def splits(data: Data, n_folds: int | None, pairs: bool) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
+    """Leave one group out, or all but two sections: what is held out, training and held-out spots."""
+    groups = data.adata.obs[data.library_key if pairs else data.group_key].astype(str)
+    names = sorted(groups.unique())
+    for held_out in list(combinations(names, len(names) - 2) if pairs else zip(names))[:n_folds]:
+        rows = groups.isin(held_out).to_numpy()
+        yield " and ".join(held_out), data.adata[~rows].copy(), data.adata[rows].copy()
 
 
 def thinned(query: ad.AnnData, data: Data, depth: int) -> ad.AnnData:
@@ -346,7 +351,7 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
 
 def folds(data: Data, arguments: argparse.Namespace) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
     """Every split, with the panel in the training spots; held-out spots are thinned where asked for."""
-    for group, train, query in splits(data, arguments.folds):
+    for group, train, query in splits(data, arguments.folds, arguments.pairs):
         hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
         print(f"held out: {group}", flush=True)
         yield group, train, thinned(query, data, arguments.depth) if arguments.shallow else query
@@ -450,6 +455,7 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 200, 400])
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--shallow", action="store_true")
     parser.add_argument("--depth", type=int, default=650, help="median counts to thin to")
     parser.add_argument("--seeds", type=int, default=3)
@@ -468,7 +474,7 @@ def main() -> None:
         return
     data = load(arguments.dataset, arguments)
     arguments.units = arguments.units or (UNITS if arguments.shallow else UNITS[:1])
-    kinds = {name: getattr(arguments, name) for name in ("shallow", "curve", "ablations")}
+    kinds = {name: getattr(arguments, name) for name in ("shallow", "curve", "ablations", "pairs")}
     kind = next((name for name, asked in kinds.items() if asked), "table")
     methods = arguments.methods or METHODS_OF[kind]
     n_groups = data.adata.obs[data.group_key].nunique()

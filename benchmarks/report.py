@@ -86,6 +86,14 @@ TEXTS = {
         "## A shallow section from elsewhere, in raw log counts",
         "As above: histovar is the same model, other methods are trained anew on log1p of counts.",
     ),
+    "her2st_pairs": (
+        "## Two training sections",
+        "her2st, trained on every pair of the four sections, scored on the other two.",
+    ),
+    "mob_pairs": (
+        "## Two training sections, mouse olfactory bulb",
+        "Trained on every pair of the four sections, of one mouse or of both, scored on the other two.",
+    ),
     "her2st_curve": (
         "## Few training spots",
         "her2st, section C2 held out, over the number of training spots, which are drawn at random from the other "

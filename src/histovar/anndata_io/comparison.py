@@ -125,8 +125,11 @@ def read_neighbors(adata: AnnData, keys: Keys, sections: NDArray[np.str_] | None
     return Neighborhoods.of(place, sections, (N_NEIGHBORS,)).graphs[0]
 
 
+Interval = tuple[NDArray[Any], NDArray[Any]]
+
+
 class Distribution(NamedTuple):
-    """A predicted distribution, as quantiles of the spots that are asked for.
+    """A predicted distribution, of the spots that are asked for: those of all spots may not fit into memory.
 
     Parameters
     ----------
@@ -134,14 +137,15 @@ class Distribution(NamedTuple):
         ``"negative binomial"``, ``"draws"``, ``"quantiles"`` or ``"normal"``.
     levels
         (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
-    quantiles
-        From a mask of the spots, (n_obs,), to their quantiles, (n_spots, n_genes, n_levels), increasing. Those of all
-        spots of many genes may not fit into memory.
+    of
+        From a mask of the spots, (n_obs,), and shares, such as 0.9, to the spots' quantiles at the levels, (n_spots,
+        n_genes, n_levels), increasing, and to the ends of central intervals that promise these shares, (n_spots,
+        n_genes) each.
     """
 
     kind: str
     levels: NDArray[Any]
-    quantiles: Callable[[NDArray[np.bool_]], NDArray[Any]]
+    of: Callable[[NDArray[np.bool_], Sequence[float]], tuple[NDArray[Any], list[Interval]]]
 
 
 def read_distribution(
@@ -165,31 +169,46 @@ def read_distribution(
     draws, kept = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
     if draws is not None and draws.shape[2] >= LEAST_DRAWS:
         every, levels = metrics.sample_quantiles(draws)
-        return Distribution("draws", levels, lambda spots: every[spots])
+        return _of_quantiles("draws", levels, lambda spots: every[spots])
     if kept is not None:
         cube, levels = kept
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
-            return Distribution("quantiles", levels[order], lambda spots: cube[spots][:, :, order])
+            return _of_quantiles("quantiles", levels[order], lambda spots: cube[spots][:, :, order])
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
-    return Distribution(
+    return _of_quantiles(
         "normal", levels, lambda spots: metrics.normal_quantiles(mean[spots], std[spots], levels).astype(np.float32)
     )
+
+
+def _of_quantiles(
+    kind: str, levels: NDArray[Any], quantiles: Callable[[NDArray[np.bool_]], NDArray[Any]]
+) -> Distribution:
+    """That of which quantiles are at hand."""
+
+    def of(spots: NDArray[np.bool_], shares: Sequence[float]) -> tuple[NDArray[Any], list[Interval]]:
+        cube = quantiles(spots)
+        return cube, [metrics.interval(cube, levels, share) for share in shares]
+
+    return Distribution(kind, levels, of)
 
 
 def _of_counts(composed: Composed) -> Distribution:
     """That of a prediction from counts."""
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
 
-    def quantiles(spots: NDArray[np.bool_]) -> NDArray[Any]:
+    def of(spots: NDArray[np.bool_], shares: Sequence[float]) -> tuple[NDArray[Any], list[Interval]]:
         observation, composition, units, depth = composed
-        found = []
+        tails = torch.tensor([(1 + side * share) / 2 for share in shares for side in (-1, 1)])
+        quantiles, ends = [], []
         for rows in torch.from_numpy(np.flatnonzero(spots)).split(SPOTS_AT_ONCE):
             points = observation.points(composition.take(rows), units, None if depth is None else depth[rows])
-            found.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
-        return np.concatenate(found)
+            quantiles.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
+            ends.append(observation.ends(points, tails).numpy())
+        outer = np.concatenate(ends)
+        return np.concatenate(quantiles), [(outer[..., 2 * i], outer[..., 2 * i + 1]) for i in range(len(shares))]
 
-    return Distribution("negative binomial", levels, quantiles)
+    return Distribution("negative binomial", levels, of)
 
 
 def given_depth(composed: Composed | None, totals: NDArray[Any] | None) -> tuple[NDArray[Any], Distribution] | None:

@@ -258,8 +258,35 @@ class Observation(nn.Module):
     def at_levels(self, points: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
         """Calibrated quantiles, from :meth:`points`: (n_spots, n_genes, n) to (n_spots, n_genes, n_levels)."""
         n = points.shape[2]
-        nominal = between_levels(self.levels[:, None], levels)[:, 0]
-        return points[..., (nominal * n - 0.5).round().clamp(0, n - 1).long()]
+        return points[..., self._places_of(levels, n).floor().clamp(0, n - 1).long()]
+
+    def ends(self, points: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+        """Calibrated ends of intervals: quantiles that are moved towards the median by less than one value.
+
+        Counts have few values, and an interval with both ends in it holds more than it promises by what of the ends'
+        probability lies beyond the levels. So a value belongs to the interval if half of its probability or more lies
+        within: then intervals hold too much and too little equally often (the mid-distribution of Parzen 2004).
+
+        Parameters
+        ----------
+        points, levels
+            As in :meth:`at_levels`.
+        """
+        n = points.shape[2]
+        places = self._places_of(levels, n)
+        found = self.at_levels(points, levels)
+        first, end = torch.searchsorted(points, found), torch.searchsorted(points, found, right=True)
+        middle = (first + end) / 2
+        lower, upper = (points.gather(2, where.clamp(0, n - 1)) for where in (first - 1, end))
+        several = end - first > 1
+        found = torch.where(several & (places > n / 2) & (places < middle), lower, found)
+        found = torch.where(several & (places < n / 2) & (places > middle), upper, found)
+        median = points[..., n // 2, None]
+        return torch.where(places < n / 2, found.minimum(median), found.maximum(median))
+
+    def _places_of(self, levels: Sequence[float] | Tensor, n: int) -> Tensor:
+        """Where calibrated levels lie among so many points, 0 to n."""
+        return between_levels(self.levels[:, None], levels)[:, 0] * n
 
     @torch.no_grad()
     def fit(

@@ -72,12 +72,10 @@ def calibration(
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key)
     scored = read_comparison(adata, keys, layer)
-    kind, levels, quantiles_of = read_distribution(adata, keys, scored.mean, scored.std, read_composed(adata, keys))
-    quantiles = quantiles_of(np.ones(adata.n_obs, bool))
+    kind, levels, distribution_of = read_distribution(adata, keys, scored.mean, scored.std, read_composed(adata, keys))
     shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
-    covered = np.array(
-        [metrics.coverage(*metrics.interval(quantiles, levels, share), scored.measured) for share in shares]
-    )
+    quantiles, intervals = distribution_of(np.ones(adata.n_obs, bool), shares)
+    covered = np.array([metrics.coverage(*ends, scored.measured) for ends in intervals])
     place = metrics.pit(quantiles, levels, scored.measured)
     axes = axes_grid(ax, 1, 2, (9, 4))[0]
     left, right = axes

@@ -157,7 +157,7 @@ class Predictor:
         draws = cube = mean.new_empty(*mean.shape, 0)
         if self.n_samples or len(self.quantiles):
             points = observation.points(composition, self.units, depth)
-            cube = observation.at_levels(points, self.quantiles)
+            cube = observation.ends(points, self.quantiles)
         if self.n_samples:
             ranks = self._draws(model, batch, generator).argsort(2).argsort(2)
             # One at random of each of so many equal parts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,7 @@ def calibrate(
     by_individual = len(tested) > 1 or (len(tested) == 1 and not unseen.any())
     numbers_of_groups = section_numbers(individuals, adata.n_obs) if by_individual else sections.numbers
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
-    home = model.device
-
-    observation = stage2.observation
+    home, observation = model.device, stage2.observation
 
     def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = histology(
@@ -189,17 +188,18 @@ def calibrate(
         generator = torch.Generator().manual_seed(random_state)
         known = totals[order].clamp(min=1)
         groups = torch.from_numpy(numbers)[order].unique(return_inverse=True)[1] if whole else None
-        observation.cpu().fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
+        of_counts = deepcopy(observation).cpu()
+        of_counts.fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
         blind = torch.cat(
             [
-                observation.moments(composition.take(rows), "lognorm")[0]
+                of_counts.moments(composition.take(rows), "lognorm")[0]
                 for rows in torch.arange(len(truth)).split(batch_size)
             ]
         )
-        observation.to(home)
         values, found = model.lognorm(truth, known[:, None]), PanelCounts(truth.numpy(), known.numpy())
     else:
-        stage2.calibration.fit(truth, *predicted)
+        of_values = deepcopy(stage2.calibration).cpu()
+        of_values.fit(truth, *predicted)
         blind, values, found = predicted[0], truth, None
     trust = gene_trust(
         blind.clamp(min=0).numpy(),
@@ -212,6 +212,11 @@ def calibrate(
         cross_fitted=bool(unseen.any()),
         random_state=random_state,
     )
+    # All of it at once: what fails before leaves the model as it was.
+    if stage2.of_counts:
+        observation.load_state_dict(of_counts.state_dict())
+    else:
+        stage2.calibration.load_state_dict(of_values.state_dict())
     registry.pop("trust", None)
     if trust is not None:
         registry["trust"] = trust

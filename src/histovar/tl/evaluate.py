@@ -297,11 +297,11 @@ def _distribution(
 
     The PIT of a single spot has no distribution: its deviation is NaN.
     """
-    quantiles, levels = distribution.quantiles(spots), distribution.levels
+    levels = distribution.levels
+    quantiles, intervals = distribution.of(spots, metrics.INTERVALS)
     of_genes = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
     scores = {"CRPS": of_genes["crps"]}
-    for share in metrics.INTERVALS:
-        low, high = metrics.interval(quantiles, levels, share)
+    for share, (low, high) in zip(metrics.INTERVALS, intervals, strict=True):
         name = f"{100 * share:.0f}"
         scores[f"coverage {name}"] = metrics.coverage(low, high, measured)
         scores[f"width {name}"] = (high - low).mean(0)

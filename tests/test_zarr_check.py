@@ -129,12 +129,11 @@ def test_zarr_arrays_in_an_object_are_counted_too(query, loaded, tmp_path):
 def test_damaged_chunks_are_named(path, slot):
     (file,) = chunk_files(path, slot)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"in.zarr' is not AnnData in zarr, or is damaged \(.*"):
+    with pytest.raises(ValueError, match=r"in.zarr' is (not AnnData in zarr, or is )?damaged"):
         read_files([path])
-    adata = read_store(path)
-    values = adata.X if slot == "X/data" else adata.obsm[KEY]
     with pytest.raises(ValueError, match=rf"{slot.removesuffix('/data')} of .*in.zarr' is damaged; copy or write"):
-        values.compute()
+        adata = read_store(path)
+        (adata.X if slot == "X/data" else adata.obsm[KEY]).compute()
 
 
 def test_pickled_arrays_are_refused_before_they_are_read(path, tmp_path, zarr_format, monkeypatch):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Bytes of the header of what Blosc compressed, of which the last four say how long it is.
+BLOSC_HEADER = 16
 # What a prediction reads of a store, or copies.
 READ_BY_PREDICTION = ("obs", "obsm", "uns/spatial")
 
@@ -44,7 +46,7 @@ def open_store(path: Path) -> zarr.Group:
     Raises
     ------
     StoreError
-        If an array is pickled, or lacks chunk files.
+        If an array is pickled, lacks chunk files, or has one that ends early.
     """
     import zarr
 
@@ -52,6 +54,8 @@ def open_store(path: Path) -> zarr.Group:
     for name, array in store.members(max_depth=None):
         if isinstance(array, zarr.Array):
             _refuse_pickles(array, f"{name} of {str(path)!r}")
+            slot = "/".join(name.split("/")[: 2 if name.startswith(("layers/", "obsm/", "obs/", "var/")) else 1])
+            _refuse_cut(array, f"{slot} of {str(path)!r}")
     written_by_histovar = _recorded_slots(store)
     for slot, element in _elements(store):
         what = f"{slot} of {str(path)!r}"
@@ -64,7 +68,7 @@ def open_store(path: Path) -> zarr.Group:
 
 
 def check_chunks(array: zarr.Array, what: str) -> None:
-    """Refuse an array of embeddings or coordinates that lacks chunk files.
+    """Refuse an array of embeddings or coordinates that lacks chunk files, or has one that ends early.
 
     Raises
     ------
@@ -74,6 +78,7 @@ def check_chunks(array: zarr.Array, what: str) -> None:
     missing = missing_chunks(array)
     if missing.any():
         _refuse_missing(missing, what)
+    _refuse_cut(array, what)
 
 
 def missing_chunks(array: zarr.Array) -> NDArray[np.bool_]:
@@ -91,6 +96,34 @@ def missing_chunks(array: zarr.Array) -> NDArray[np.bool_]:
     for place in np.ndindex(grid):
         missing[place] = f"{prefix}{array.metadata.encode_chunk_key(place)}" not in keys
     return missing
+
+
+def _refuse_cut(array: zarr.Array, what: str) -> None:
+    """Refuse an array with a chunk file shorter than Blosc says in its header, beyond which it would read on.
+
+    Other compressors notice by themselves; chunks within a shard are not looked at.
+    """
+    if array.shards is not None or not any("blosc" in repr(codec).lower() for codec in array.compressors):
+        return
+    from zarr.abc.store import RangeByteRequest
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    prefix = f"{array.path}/" if array.path else ""
+
+    async def is_cut(key: str) -> bool:
+        header = await array.store.get(key, default_buffer_prototype(), RangeByteRequest(0, BLOSC_HEADER))
+        whole = b"" if header is None else header.to_bytes()
+        return len(whole) < BLOSC_HEADER or await array.store.getsize(key) < int.from_bytes(whole[12:], "little")
+
+    async def first_cut() -> str | None:
+        async for key in array.store.list_prefix(prefix):
+            if not key.rsplit("/", 1)[-1].startswith((".", "zarr.json")) and await is_cut(key):
+                return key
+        return None
+
+    if cut := sync(first_cut()):
+        raise StoreError(f"{what} is damaged; copy or write the store again (its chunk file {cut!r} ends early)")
 
 
 def content_digest(path: Path) -> str:

@@ -153,6 +153,7 @@ def embed(
         8 pixels of the image or is larger than it, or a slot holds what histovar did not write.
     """
     adata = gate.table(data, table_name, writes=not copy)
+    encoder = _encoder(encoder)  # the default is not converted
     prefix = f"X_{encoder.name}" if key_added is None else key_added
     keys, reps = Keys(prefix), {field: f"{prefix}_{field:g}um" for field in field_um}
     slots.check_free(adata, keys, [("obsm", rep) for rep in reps.values()])

@@ -102,20 +102,18 @@ def load(encoder: Encoder, weights: Path | None) -> nn.Module:
 
 
 def _fill(module: nn.Module, state: State) -> None:
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-
-    if isinstance(module, VisionTransformer):  # position embeddings are interpolated to the size of the input
-        state = checkpoint_filter_fn(state, module)
+    vision_transformer = import_timm().models.vision_transformer
+    if isinstance(module, vision_transformer.VisionTransformer):  # interpolates position embeddings to the input's size
+        state = vision_transformer.checkpoint_filter_fn(state, module)
     module.load_state_dict({key: value for key, value in state.items() if not DROPPED.search(key)})
 
 
 def _from_file(path: Path) -> State:
-    from timm.models import load_state_dict
-
+    models = import_timm().models
     if not path.is_file():
         raise FileNotFoundError(f"weights: no file {str(path)!r}")
     try:
-        state: State = load_state_dict(str(path), device="cpu", weights_only=True)
+        state: State = models.load_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (pickle and safetensors raise errors of many classes)
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"weights: {str(path)!r} cannot be read as a checkpoint ({reason})") from None
@@ -123,7 +121,7 @@ def _from_file(path: Path) -> State:
 
 
 def _from_hub(encoder: Encoder) -> State:
-    timm = import_timm()
+    models = import_timm().models
     from huggingface_hub import errors
 
     if not encoder.hub:
@@ -131,7 +129,7 @@ def _from_hub(encoder: Encoder) -> State:
     page = f"https://huggingface.co/{encoder.hub}"
     elsewhere = "or pass weights=, a checkpoint file that you have"
     try:
-        state: State = timm.models.load_state_dict_from_hf(encoder.hub, weights_only=True)
+        state: State = models.load_state_dict_from_hf(encoder.hub, weights_only=True)
     except Exception as error:  # noqa: BLE001 (the hub raises errors of many libraries, some by way of others)
         causes = _causes(error)
         if any(isinstance(cause, errors.GatedRepoError | errors.RepositoryNotFoundError) for cause in causes):

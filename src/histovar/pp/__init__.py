@@ -4,5 +4,6 @@ from .embed import embed
 from .gene_panel import gene_panel
 from .gene_scales import gene_scales
 from .niche import niche
+from .tile import tile
 
-__all__ = ["embed", "gene_panel", "gene_scales", "niche"]
+__all__ = ["embed", "gene_panel", "gene_scales", "niche", "tile"]

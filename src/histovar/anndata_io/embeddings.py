@@ -12,6 +12,7 @@ from anndata import AnnData
 logger = logging.getLogger(__name__)
 
 RECORDS = "embeddings"
+FACTS = ("encoder", "layers", "pooling", "input_px", "field_um")
 # How much a field may differ, as a share of that of training: by rounding alone.
 FIELD_TOLERANCE = 0.01
 # How many times as wide the pixels of an image may be, as of training's images, without a warning.
@@ -43,7 +44,7 @@ def describe(
 
 
 def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
-    """What made ``obsm[key]``; None if ``uns`` does not say.
+    """What made ``obsm[key]``; None if ``uns`` does not say. Of objects joined from several scans, ``mpp`` may be None.
 
     Parameters
     ----------
@@ -54,8 +55,10 @@ def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
     """
     for stored in adata.uns.values():
         records = stored.get(RECORDS) if isinstance(stored, Mapping) and "version" in stored else None
-        if isinstance(records, Mapping) and isinstance(records.get(key), Mapping):
-            return {name: value.item() if isinstance(value, np.generic) else value for name, value in records[key].items()}
+        facts = records.get(key) if isinstance(records, Mapping) else None
+        if isinstance(facts, Mapping) and all(name in facts for name in FACTS):
+            plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in facts.items()}
+            return {"mpp": None, **plain}
     return None
 
 
@@ -81,7 +84,7 @@ def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequenc
         if ours is None or theirs is None:
             continue
         same_field = abs(theirs["field_um"] - ours["field_um"]) <= FIELD_TOLERANCE * ours["field_um"]
-        differing = [name for name in ("encoder", "layers", "pooling", "input_px") if theirs[name] != ours[name]]
+        differing = [name for name in FACTS[:-1] if theirs[name] != ours[name]]
         differing += [] if same_field else ["field_um"]
         if differing:
             unlike = ", ".join(f"{name}={theirs[name]!r}, of training {ours[name]!r}" for name in differing)
@@ -89,7 +92,7 @@ def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequenc
                 f"use_rep: obsm[{key!r}] was made otherwise than the embedding that the model was trained on ({unlike}); "
                 "embed again with histovar.pp.embed as for training"
             )
-        if theirs["mpp"] > COARSER * ours["mpp"]:
+        if theirs["mpp"] and ours["mpp"] and theirs["mpp"] > COARSER * ours["mpp"]:
             logger.warning(
                 "use_rep: obsm[%r] was made of an image of %.3g um per pixel, that of training had %.3g: finer detail "
                 "than the model was trained on is missing",

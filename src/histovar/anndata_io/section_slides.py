@@ -154,8 +154,8 @@ class SectionSlides:
         given = self._images[name]
         element = self._element(given)
         if self.sdata is not None and element is not None:
-            image, centers = spatialdata_image(self.sdata, self.adata, element, rows)
-            return image, centers, self._scale(name, image, f"the image {element!r}")
+            of_sdata, centers = spatialdata_image(self.sdata, self.adata, element, rows)
+            return of_sdata, centers, self._scale(name, of_sdata, f"the image {element!r}")
         centers = gate.coordinates(self.adata, self.spatial_key)[rows]
         stored = self.adata.uns.get("spatial")
         if given is None:
@@ -171,9 +171,9 @@ class SectionSlides:
             raise ValueError(
                 f"image: no image{of} in uns['spatial'] ({error}); pass image=, the file of the slide"
             ) from None
-        image = ArrayImage([found.pixels])
-        full = self._scale(name, image, "the image in uns['spatial']")
-        return image, centers * found.scale, full / found.scale
+        small = ArrayImage([found.pixels])
+        full = self._scale(name, small, "the image in uns['spatial']")
+        return small, centers * found.scale, full / found.scale
 
     def _element(self, given: Any) -> str | None:
         """Name of the SpatialData's image that is meant."""

@@ -11,10 +11,12 @@ import typer
 
 from .calibrate import calibrate
 from .demo import demo
+from .embed import embed
 from .evaluate import evaluate
 from .info import info
 from .predict import predict
 from .text import printable
+from .tile import tile
 from .train import train
 
 __all__ = ["app", "main"]
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, predict, calibrate, evaluate, demo, info):
+for command in (tile, embed, train, predict, calibrate, evaluate, demo, info):
     app.command()(command)
 
 

@@ -156,5 +156,3 @@ def _reason(causes: list[BaseException]) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "HF_HUB_OFFLINE is set"
     return " ".join(str(causes[0]).split())[:150] or type(causes[0]).__name__
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -63,9 +64,7 @@ def _one_or_more(value: Any) -> Any:
 
 
 EncoderLike = Annotated[Any, Converted(_encoder)]
-Fields = Annotated[
-    TupleOf[Positive], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_distinct)
-]
+Fields = Annotated[TupleOf[Positive], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_distinct)]
 
 
 @check_arguments
@@ -154,12 +153,13 @@ def embed(
     """
     adata = gate.table(data, table_name, writes=not copy)
     encoder = _encoder(encoder)  # the default is not converted
+    checkpoint = None if weights is None else Path(weights)
     prefix = f"X_{encoder.name}" if key_added is None else key_added
     keys, reps = Keys(prefix), {field: f"{prefix}_{field:g}um" for field in field_um}
     slots.check_free(adata, keys, [("obsm", rep) for rep in reps.values()])
     slides = SectionSlides(data, adata, image, mpp, library_key, spatial_key)
     coarsest = _check(slides, encoder, field_um)
-    features = Features.load(encoder, weights)
+    features = Features.load(encoder, checkpoint)
 
     found: dict[float, NDArray[np.float32]] = {}
     with features.on(device) as where:

@@ -166,7 +166,8 @@ def _tile(wsi: Any, image: SlideImage, side: int, min_tissue: float, tile_key: s
     fine = [i for i, size in enumerate(image.sizes) if min(size) >= PIXELS_FOR_TISSUE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lazyslide.pp.find_tissues(wsi, level=max(fine, default=0))
+        # Not by brightness (LazySlide's default), which takes a stained background, such as her2st's, for tissue.
+        lazyslide.pp.find_tissues(wsi, level=max(fine, default=0), method="entropy")
         found = "tissues" in wsi.shapes and len(wsi.shapes["tissues"]) > 0
         if found:
             lazyslide.pp.tile_tissues(

@@ -72,7 +72,8 @@ class Picture(TissueImage):
                 f"its {picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}, to be read at once; "
                 "convert it to a pyramid: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
             )
-        self.path, self.picture, self.decoded, self.lock = path, picture, False, Lock()
+        self.picture: Image.Image = picture
+        self.path, self.decoded, self.lock = path, False, Lock()
         self.sizes = (picture.size,)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:

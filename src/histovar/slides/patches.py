@@ -51,7 +51,7 @@ class Patches:
     def beyond_edge(self) -> NDArray[np.bool_]:
         """Of each point, whether its patch reaches beyond the image."""
         low, high = self.centers - self.field_px / 2, self.centers + self.field_px / 2
-        return (low < 0).any(1) | (high > (self.image.width, self.image.height)).any(1)
+        return np.asarray((low < 0).any(1) | (high > (self.image.width, self.image.height)).any(1))
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """The patch of a point, (out_px, out_px, 3); what lies beyond the image is white.
@@ -68,7 +68,9 @@ class Patches:
         right, bottom = min(left + n, width), min(top + n, height)
         window = np.full((n, n, 3), BACKGROUND, np.uint8)
         if right > x and bottom > y:
-            window[y - top : bottom - top, x - left : right - left] = self.image.read(level, x, y, right - x, bottom - y)
+            window[y - top : bottom - top, x - left : right - left] = self.image.read(
+                level, x, y, right - x, bottom - y
+            )
         if n == self.out_px and abs(side - n) < 0.5:
             return window
         box = (0.0, 0.0, min(side, float(n)), min(side, float(n)))

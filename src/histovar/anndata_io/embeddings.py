@@ -89,7 +89,7 @@ def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequenc
         if differing:
             unlike = ", ".join(f"{name}={theirs[name]!r}, of training {ours[name]!r}" for name in differing)
             raise ValueError(
-                f"use_rep: obsm[{key!r}] was made otherwise than the embedding that the model was trained on ({unlike}); "
+                f"use_rep: obsm[{key!r}] was made otherwise than what the model was trained on ({unlike}); "
                 "embed again with histovar.pp.embed as for training"
             )
         if theirs["mpp"] and ours["mpp"] and theirs["mpp"] > COARSER * ours["mpp"]:

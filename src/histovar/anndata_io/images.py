@@ -109,7 +109,7 @@ def finest_image(images: Any, section: str | None, column: pd.Series | None) -> 
 
 
 def stored_fact(images: Any, section: str | None, column: pd.Series | None, group: str, name: str) -> Any:
-    """What ``uns["spatial"]`` says of a section's image, such as ``scalefactors["microns_per_pixel"]``; None if nothing."""
+    """What ``uns["spatial"]`` says of an image, such as ``scalefactors["microns_per_pixel"]``; None if nothing."""
     try:
         facts = _find_entry(images, section, column).get(group)
     except (ValueError, StopIteration):

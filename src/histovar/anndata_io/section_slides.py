@@ -113,7 +113,7 @@ class SectionSlides:
         if self.names == [None]:
             if len(given) != 1:
                 raise ValueError(
-                    f"{argument}: given for {sorted(given)}, but no library_key= names the column of obs with the section"
+                    f"{argument}: given for {sorted(given)}, but library_key= names no column with the section"
                 )
             return {None: next(iter(given.values()))}
         missing = [name for name in self.names if name not in given]

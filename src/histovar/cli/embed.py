@@ -32,7 +32,7 @@ def embed(
         list[str] | None,
         typer.Option(
             callback=not_empty,
-            help="Slide or image in whose pixels the coordinates are: a file, or SECTION=FILE once for each of several "
+            help="Slide or image in whose pixels the coordinates are: a file, or SECTION=FILE for each of several "
             "sections. By default the file that 'histovar tile' has noted, or the small image in the .h5ad file, of "
             "which embeddings are poorer.",
         ),
@@ -42,7 +42,7 @@ def embed(
         typer.Option(
             callback=not_empty,
             help="Network that turns a patch of the image into numbers: dinov2_vits14 is free for all; uni, uni2_h, "
-            "virchow2, h_optimus_0, h_optimus_1, conch, phikon_v2 and gigapath were trained on pathology, and most need "
+            "virchow2, h_optimus_0, h_optimus_1, conch, phikon_v2 and gigapath were trained on pathology, most need "
             "access granted on huggingface.co.",
         ),
     ] = "dinov2_vits14",
@@ -52,15 +52,15 @@ def embed(
             "--field-um",
             "--field_um",
             callback=_all_positive,
-            help="Side of the square around each spot that is embedded, in microns; repeatable, the smallest first. 112 and "
-            "224 by default.",
+            help="Side of the square around each spot that is embedded, in microns; repeatable, the smallest first. "
+            "112 and 224 by default.",
         ),
     ] = None,
     mpp: Annotated[
         float | None,
         typer.Option(
             callback=positive_or_none,
-            help="Microns per pixel of the image, where its file does not say: about 0.5 of a scan at 20x, 0.25 at 40x.",
+            help="Microns per pixel of the image, where its file does not say: about 0.5 at 20x, 0.25 at 40x.",
         ),
     ] = None,
     weights: Annotated[

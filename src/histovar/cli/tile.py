@@ -34,7 +34,7 @@ def tile(
         float | None,
         typer.Option(
             callback=positive_or_none,
-            help="Microns per pixel of the slide, where its file does not say: about 0.5 of a scan at 20x, 0.25 at 40x.",
+            help="Microns per pixel of the slide, where its file does not say: about 0.5 at 20x, 0.25 at 40x.",
         ),
     ] = None,
     section: Annotated[

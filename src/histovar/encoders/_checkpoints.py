@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,9 +136,10 @@ def _from_hub(encoder: Encoder) -> State:
                 f"encoder: the weights of {encoder.name!r} are not given to you (gated: {encoder.gated}); ask for "
                 f"access on {page}, log in with 'hf auth login', {elsewhere}"
             ) from None
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise ConnectionError(
             f"encoder: the weights of {encoder.name!r} cannot be downloaded from {page} "
-            f"({_reason(causes)}); try again with a network, {elsewhere}"
+            f"({reason}); try again with a network, {elsewhere}"
         ) from None
     return state
 
@@ -150,9 +150,3 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
-
-
-def _reason(causes: list[BaseException]) -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return "HF_HUB_OFFLINE is set"
-    return " ".join(str(causes[0]).split())[:150] or type(causes[0]).__name__

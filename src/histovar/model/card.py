@@ -265,7 +265,8 @@ class ModelCard(_Fields):
             )
         if registry.embeddings and len(registry.embeddings) != len(registry.use_rep):
             raise ValueError(
-                f"registry.embeddings: must be as many as use_rep, {len(registry.use_rep)}, got {len(registry.embeddings)}"
+                f"registry.embeddings: must be as many as use_rep, {len(registry.use_rep)}, got "
+                f"{len(registry.embeddings)}"
             )
 
 

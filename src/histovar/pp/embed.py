@@ -89,7 +89,7 @@ def embed(
     """Embed the H&E around every spot or cell.
 
     Patches are cut by their physical size, so that images of other resolutions give the same fields. They are read
-    window by window, in the coarsest resolution that has enough pixels, and resized (bicubic) to what the encoder takes.
+    window by window, in the coarsest resolution that has enough pixels, and resized (bicubic) to the encoder's input.
 
     Parameters
     ----------
@@ -102,13 +102,13 @@ def embed(
         File of the slide or image in whose full-resolution pixels the coordinates are; of several sections a dictionary
         of the section to its file. Of a SpatialData, the name of an image, or a dictionary of those; where the spots
         lie in it is known by the elements that the table annotates and by their transformations. None: the only image
-        of a SpatialData; else the file that ``uns["spatial"][section]["metadata"]["source_image_path"]`` names, if it is
-        there; else the largest image that ``uns["spatial"]`` holds.
+        of a SpatialData; else the file that ``uns["spatial"][section]["metadata"]["source_image_path"]`` names, if there
+        is one; else the largest image that ``uns["spatial"]`` holds.
     field_um
         Sides of the patches, in microns: one, or several from the spot's own to wider ones.
     mpp
-        Microns per pixel of the full-resolution image, or a dictionary of the section to those; by default what the file
-        says, or ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``.
+        Microns per pixel of the full-resolution image, or a dictionary of the section to those; by default what the
+        file says, or ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``.
     library_key
         Column of ``obs`` with the section.
     spatial_key
@@ -136,8 +136,8 @@ def embed(
         Writes for each field ``obsm[f"{key_added}_{field}um"]``, such as ``obsm["X_dinov2_vits14_112um"]``, (n_obs,
         width) float32, and in ``uns[key_added]["embeddings"]`` what made it: encoder, layers, pooling, input pixels,
         field and microns per pixel of the image. Models keep that, and :func:`histovar.tl.predict` refuses embeddings
-        that were made otherwise. Patches that reach beyond the image are white there, which is warned of, as is an image
-        with less than half as many pixels a field as the encoder takes.
+        that were made otherwise. Patches that reach beyond the image are white there, which is warned of, as is an
+        image with less than half as many pixels a field as the encoder takes.
 
     Raises
     ------
@@ -223,13 +223,13 @@ def _check_field(slide: SectionSlide, field: float, input_px: int) -> None:
         )
     if side < LEAST_PIXELS:
         raise ValueError(
-            f"field_um: {field:g} um is {side:.1f} pixels of the image of {slide.words} ({slide.mpp:.3g} um per pixel), "
+            f"field_um: {field:g} um is {side:.1f} pixels of the image of {slide.words} ({slide.mpp:.3g} um each), "
             f"fewer than {LEAST_PIXELS}; give a larger field, or the slide itself with image="
         )
     if side * ENLARGED < input_px:
         logger.warning(
-            "image: a field of %g um is only %.0f pixels of the image of %s, and the encoder takes %d; embeddings of the "
-            "slide itself, with image=, would tell more",
+            "image: a field of %g um is only %.0f pixels of the image of %s, and the encoder takes %d; embeddings of "
+            "the slide itself, with image=, would tell more",
             field,
             side,
             slide.words,

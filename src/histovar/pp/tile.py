@@ -55,8 +55,8 @@ def tile(
 ) -> AnnData:
     """Make an AnnData of a slide's tissue: a grid of tiles, to be embedded and predicted as spots are.
 
-    LazySlide finds the tissue and tiles it. Tables of LazySlide are taken as they are: pass the WSIData, whose tiles may
-    have features already. Its coordinates are those of corners; here they are those of centres.
+    LazySlide finds the tissue and tiles it. What LazySlide has tiled is taken as it is: pass the WSIData, whose
+    tiles may have features. LazySlide's coordinates are those of corners; here they are those of centres.
 
     Parameters
     ----------
@@ -109,8 +109,8 @@ def tile(
         side = round((SPACING_UM if spacing_um is None else spacing_um) / scale)
         if not LEAST_PIXELS <= side <= min(image.width, image.height):
             raise ValueError(
-                f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x {image.height} pixels "
-                f"of {scale:.3g} um; at least {LEAST_PIXELS} are needed, and at most the slide's"
+                f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x {image.height}, "
+                f"of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the slide's"
             )
         _tile(wsi, image, side, min_tissue, tile_key)
     name = Path(wsi.reader.file).stem if section is None else section

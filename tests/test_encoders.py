@@ -10,10 +10,7 @@ from safetensors.torch import save_file
 
 import histovar as hv
 from histovar.encoders import _checkpoints
-from histovar.encoders._timm import import_timm
 from histovar.encoders.features import Features
-
-import_timm()
 
 
 def features(encoder, device="cpu"):
@@ -165,7 +162,9 @@ def test_gated_encoder_without_access(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         at_hub(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(PermissionError, match=r"^encoder: the weights of 'uni' .*huggingface.co/MahmoodLab/UNI") as e:
+        with pytest.raises(
+            PermissionError, match=r"^encoder: the weights of 'uni' .*huggingface.co/MahmoodLab/UNI"
+        ) as e:
             Features.load(hv.encoders.get("uni"))
     finally:
         server.shutdown()

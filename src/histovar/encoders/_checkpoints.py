@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ._timm import import_timm
+from histovar._extras import import_extra
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,19 @@ def from_transformers(state: State) -> State:
             pattern, name = next((rule for rule in FROM_TRANSFORMERS if re.search(rule[0], key)), ("^", ""))
             converted[re.sub(pattern, name, key, count=1)] = value
     return converted
+
+
+def import_timm() -> ModuleType:
+    """Import timm.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If it is not installed.
+    """
+    import histovar._torchvision  # noqa: F401  # which timm imports
+
+    return import_extra("timm", "embed", "embedding of images")
 
 
 def architecture(encoder: Encoder) -> nn.Module:
@@ -136,7 +150,7 @@ def _from_hub(encoder: Encoder) -> State:
                 f"encoder: the weights of {encoder.name!r} are not given to you (gated: {encoder.gated}); ask for "
                 f"access on {page}, log in with 'hf auth login', {elsewhere}"
             ) from None
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise ConnectionError(
             f"encoder: the weights of {encoder.name!r} cannot be downloaded from {page} "
             f"({reason}); try again with a network, {elsewhere}"

@@ -102,8 +102,8 @@ def embed(
         File of the slide or image in whose full-resolution pixels the coordinates are; of several sections a dictionary
         of the section to its file. Of a SpatialData, the name of an image, or a dictionary of those; where the spots
         lie in it is known by the elements that the table annotates and by their transformations. None: the only image
-        of a SpatialData; else the file that ``uns["spatial"][section]["metadata"]["source_image_path"]`` names, if there
-        is one; else the largest image that ``uns["spatial"]`` holds.
+        of a SpatialData; else the file that the entry of ``uns["spatial"]`` names as
+        ``metadata["source_image_path"]``, if it is there; else the largest image that the entry holds.
     field_um
         Sides of the patches, in microns: one, or several from the spot's own to wider ones.
     mpp

@@ -224,7 +224,7 @@ def _check_field(slide: SectionSlide, field: float, input_px: int) -> None:
     if side < LEAST_PIXELS:
         raise ValueError(
             f"field_um: {field:g} um is {side:.1f} pixels of the image of {slide.words} ({slide.mpp:.3g} um each), "
-            f"fewer than {LEAST_PIXELS}; give a larger field, or the slide itself with image="
+            f"fewer than {LEAST_PIXELS}; give a larger field, the slide itself with image=, or mend mpp"
         )
     if side * ENLARGED < input_px:
         logger.warning(

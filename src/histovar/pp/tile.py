@@ -110,7 +110,7 @@ def tile(
         if not LEAST_PIXELS <= side <= min(image.width, image.height):
             raise ValueError(
                 f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x {image.height}, "
-                f"of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the slide's"
+                f"of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the slide's; mend it, or mpp"
             )
         _tile(wsi, image, side, min_tissue, tile_key)
     name = Path(wsi.reader.file).stem if section is None else section

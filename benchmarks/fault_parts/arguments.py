@@ -30,8 +30,11 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import tifffile
+import torch
 from anndata import AnnData
 from scipy import sparse
+from scipy.ndimage import gaussian_filter
 
 import histovar as hv
 from histovar.cli import main as command_line
@@ -95,6 +98,7 @@ KINDS: dict[str, set[str]] = {
     "not negative": {*WHOLE, "zero", "half", "fraction", "beyond 64 bits", "huge float"},
     "size": {"one", "half", "fraction", "NumPy integer"},
     "depth": {"one", "half", "fraction", "NumPy integer"},
+    "microns": {"one", "half", "fraction", "NumPy integer", "dictionary"},
     "total count": {*WHOLE, "fraction"},
     "probability": {"zero", "half", "one"},
     "share": {"half", "one"},
@@ -108,6 +112,7 @@ KINDS: dict[str, set[str]] = {
     "counts": {"list of numbers", "list that falls"},
     "keys, or none": {"empty list"},
     "options": {"empty dictionary"},
+    "mapping": {"empty dictionary", "dictionary"},
     "directory": {*NAMES},
     "columns": {"list of numbers", "list that falls", "empty list"},
     "devices": {"one", "NumPy integer", "number as text"},
@@ -157,6 +162,23 @@ class Objects:
         factors = {"tissue_hires_scalef": 0.03, "spot_diameter_fullres": 55.0}
         self.drawn.uns["spatial"] = {"S4": {"images": image, "scalefactors": factors}}
         self.gene = model.registry["genes"][0]
+
+
+class MeanColour(torch.nn.Module):
+    """The smallest encoder."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean colours."""
+        return images.mean((2, 3))
+
+
+def slide(path: Path) -> Path:
+    """A slide with a square of texture, 1 um a pixel."""
+    pixels = np.full((1100, 1000, 3), 240, np.uint8)
+    texture = gaussian_filter(np.random.default_rng(0).normal(size=(600, 600, 3)), (1.5, 1.5, 0))
+    pixels[200:800, 200:800] = np.clip((150, 90, 150) + 150 * texture, 0, 255)
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb")
+    return path
 
 
 def shared(**kinds: str) -> dict[str, str]:
@@ -255,6 +277,21 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("pp.gene_scales", hv.pp.gene_scales, {"data": objects.prepared},
              shared(scales="increasing, or none", gene_sets="?nothing", **layer, key_added="nothing",
                     random_state="seed", copy="truth")),
+        Call("pp.tile", hv.pp.tile, {"slide": slide(scratch / "tissue.tif"), "mpp": 1.0},
+             {"slide": "nothing", "spacing_um": "?nothing", "mpp": "size", "section": "?prefix", "min_tissue": "share",
+              "thumbnail_px": "count", "tile_key": "prefix"}, slow=True),
+        Call("pp.embed", hv.pp.embed,
+             {"data": objects.drawn, "encoder": MeanColour(), "mpp": 1.0, "field_um": 900.0,
+              "show_progress_bar": False},
+             shared(encoder="nothing", image="?nothing", field_um="nothing", mpp="microns", library_key="?nothing",
+                    spatial_key="nothing", weights="?nothing", key_added="?prefix", batch_size="count",
+                    device="nothing", precision="nothing", show_progress_bar="truth", copy="truth")),
+        Call("encoders.get", hv.encoders.get, {"name": "uni"}, {"name": "nothing"}),
+        Call("encoders.describe", hv.encoders.describe, {}, {}),
+        Call("encoders.Encoder", hv.encoders.get("uni").replace, {},
+             {"name": "prefix", "architecture": "prefix", "options": "mapping", "mean": "nothing", "std": "nothing",
+              "layers": "counts", "pooling": "nothing", "input_px": "count", "token_width": "number", "gated": "truth",
+              "module": "?nothing"}),
         Call("pp.niche", hv.pp.niche, {"data": objects.query, **histology},
              shared(use_rep="nothing", n_neighbors="increasing", **{**keys, "library_key": "?nothing"},
                     key_added="prefix", copy="truth")),
@@ -466,6 +503,21 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
             **{"--seed": "seed"},
         },
     ),
+    "tile": (
+        ["tissue.tif", "--mpp", "1", "--out", "new.h5ad"],
+        {
+            **{"--spacing-um": "nothing", "--mpp": "size", "--section": "directory", "--min-tissue": "share"},
+            **{"--out": "nothing"},
+        },
+    ),
+    "embed": (
+        ["query.h5ad", "--image", "tissue.tif", "--mpp", "1", "--out", "new.h5ad"],
+        {
+            **dict.fromkeys(("--encoder", "--library-key", "--spatial-key", "--precision", "--out"), "nothing"),
+            **{"--image": "nothing", "--field-um": "positive", "--mpp": "positive", "--weights": "directory"},
+            **{"--batch-size": "count", "--gpus": "zero gpus"},
+        },
+    ),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),
     "info": (["first"], {"model": "nothing", "--out": "nothing"}),
 }
@@ -499,6 +551,7 @@ def wrong_commands(
     shutil.copytree(scratch / "first", folder / "first")
     for name in ("training", "query", "predicted"):
         getattr(objects, name).write_h5ad(folder / f"{name}.h5ad")
+    slide(folder / "tissue.tif")
     files = sorted(folder.rglob("*"))
     with contextlib.chdir(folder):
         for command, (right, kinds) in COMMANDS.items():

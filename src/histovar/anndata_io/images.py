@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -66,6 +66,56 @@ def section_image(
         spots = "the spots" if section is None else f"the spots of section {section!r}"
         logger.warning("uns['spatial']: %s are drawn without a tissue image: %s", spots, error)
         return None
+
+
+class StoredImage(NamedTuple):
+    """An image of ``uns["spatial"]`` in its own resolution.
+
+    Attributes
+    ----------
+    pixels : ndarray
+        (height, width, 3) uint8.
+    scale : float
+        Its pixels per pixel of the full-resolution image.
+    """
+
+    pixels: NDArray[np.uint8]
+    scale: float
+
+
+def finest_image(images: Any, section: str | None, column: pd.Series | None) -> StoredImage:
+    """The image of a section that has the most pixels.
+
+    Parameters
+    ----------
+    images, section, column
+        As of :func:`section_image`.
+
+    Raises
+    ------
+    ValueError
+        If there is none that can be used.
+    """
+    entry = _find_entry(images, section, column)
+    named, factors = entry.get("images"), entry.get("scalefactors")
+    if not isinstance(named, Mapping) or not isinstance(factors, Mapping):
+        raise ValueError("its 'images' and 'scalefactors' are not dictionaries")
+    scales = {name: _as_number(factors.get(f"tissue_{name}_scalef")) for name in named}
+    usable = {name: scale for name, scale in scales.items() if scale is not None and scale > 0}
+    if not usable:
+        raise ValueError(f"its images {sorted(map(str, named))} have no scale factors 'tissue_..._scalef'")
+    name = max(usable, key=lambda name: usable[name])
+    return StoredImage(to_rgb(named[name]), usable[name])
+
+
+def stored_fact(images: Any, section: str | None, column: pd.Series | None, group: str, name: str) -> Any:
+    """What ``uns["spatial"]`` says of an image, such as ``scalefactors["microns_per_pixel"]``; None if nothing."""
+    try:
+        facts = _find_entry(images, section, column).get(group)
+    except (ValueError, StopIteration):
+        return None
+    value = facts.get(name) if isinstance(facts, Mapping) else None
+    return value if isinstance(value, str) else _as_number(value)
 
 
 def spot_diameter(coordinates: NDArray[np.floating]) -> float:

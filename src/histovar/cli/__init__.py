@@ -12,10 +12,12 @@ import typer
 from .adapt import adapt
 from .calibrate import calibrate
 from .demo import demo
+from .embed import embed
 from .evaluate import evaluate
 from .info import info
 from .predict import predict
 from .text import printable
+from .tile import tile
 from .train import train
 
 __all__ = ["app", "main"]
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, predict, calibrate, adapt, evaluate, demo, info):
+for command in (tile, embed, train, predict, calibrate, adapt, evaluate, demo, info):
     app.command()(command)
 
 

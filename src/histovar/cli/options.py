@@ -40,6 +40,11 @@ def positive(value: float) -> float:
     return value
 
 
+def positive_or_none(value: float | None) -> float | None:
+    """The same of an option that may be left out."""
+    return value if value is None else positive(value)
+
+
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}
 FILES: dict[str, Any] = {"parser": path_of, "metavar": "INPUTS"}
 

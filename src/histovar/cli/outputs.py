@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ TRUST = {"expected_pearson", "ceiling", "q_value"}
 RECORD = {"genes", "units", "params", "version"}
 
 
-def check_data(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse a file of predictions that cannot be written, or must not be.
+def check_data(out: Path, inputs: Iterable[Path], what: str = "prediction") -> None:
+    """Refuse a file of results that cannot be written, or must not be.
 
     Parameters
     ----------
@@ -30,6 +30,8 @@ def check_data(out: Path, inputs: Iterable[Path]) -> None:
         What --out is.
     inputs
         What the command reads, which must stay as it is.
+    what
+        What the command writes, of :data:`HOLDS`; a file that holds it already is replaced.
 
     Raises
     ------
@@ -45,8 +47,8 @@ def check_data(out: Path, inputs: Iterable[Path]) -> None:
     if out.suffix == ".zarr":
         for path in inputs:
             _check_apart(unfinished(out), unfinished(out).resolve(), path)
-    if out.exists() and not _holds_prediction(out):
-        _refuse_replacing(out, "no prediction of histovar is in it")
+    if out.exists() and not _holds(out, HOLDS[what]):
+        _refuse_replacing(out, f"no {what} of histovar is in it")
 
 
 def check_model(out: Path, inputs: Iterable[Path]) -> None:
@@ -128,23 +130,36 @@ def _holds_model(path: Path) -> bool:
     return True
 
 
-def _holds_prediction(path: Path) -> bool:
-    """Whether ``uns`` has the record of a prediction; nothing else is read."""
+def _holds(path: Path, test: Callable[[Any], bool]) -> bool:
+    """Whether a file of AnnData passes a test; nothing is read but what that looks at."""
     import h5py
     import zarr
 
     try:
         if path.is_dir():
-            return _has_record(zarr.open_group(path, mode="r"))
+            return test(zarr.open_group(path, mode="r"))
         with h5py.File(path, "r") as store:
-            return _has_record(store)
+            return test(store)
     except (OSError, KeyError, ValueError, TypeError):
         return False
 
 
-def _has_record(store: Any) -> bool:
+def _has_prediction(store: Any) -> bool:
+    return _has_record(store, RECORD)
+
+
+def _has_embeddings(store: Any) -> bool:
+    return _has_record(store, {"embeddings", "version"})
+
+
+def _has_tiles(store: Any) -> bool:
+    """Whether there are tiles, and no genes."""
+    return "tissue" in store["obs"] and set(store["var"]) == {store["var"].attrs["_index"]} and "X" not in store
+
+
+def _has_record(store: Any, names: set[str]) -> bool:
     entries = store["uns"]
-    return any(hasattr(entries[key], "keys") and set(entries[key].keys()) >= RECORD for key in entries)
+    return any(hasattr(entries[key], "keys") and set(entries[key].keys()) >= names for key in entries)
 
 
 def _holds_table(path: Path, columns: set[str]) -> bool:
@@ -167,6 +182,14 @@ def write_data(adata: AnnData, out: Path) -> None:
     else:
         with atomic_file(out) as written:
             adata.write_h5ad(written)
+
+
+# Whether an open file of AnnData holds what a command writes.
+HOLDS: dict[str, Callable[[Any], bool]] = {
+    "prediction": _has_prediction,
+    "embeddings": _has_embeddings,
+    "tiles": _has_tiles,
+}
 
 
 def write_genes(table: pd.DataFrame, out: Path) -> None:

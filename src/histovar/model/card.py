@@ -49,11 +49,12 @@ OF_STAGE2 = (
     "images",
     "group_key",
     "groups_stage2",
+    "embeddings",
 )
 # What calibration and adaptation add.
 AFTER_TRAINING = ("calibration", "trust", "adapted")
 # What models of earlier formats lack, and lack when they are saved again.
-ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2")
+ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings")
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -137,6 +138,17 @@ class CategoricalCovariate(_Fields):
     categories: Annotated[list[Text], Field(min_length=1)]
 
 
+class EmbeddingCard(_Fields):
+    """What made an embedding that was trained on, as :func:`histovar.pp.embed` records it."""
+
+    encoder: Key
+    layers: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")]
+    pooling: Key
+    input_px: Count
+    field_um: Annotated[float, Field(gt=0)]
+    mpp: Annotated[float, Field(gt=0)] | None
+
+
 class CalibrationCard(_Fields):
     """The spots that intervals were calibrated on."""
 
@@ -192,6 +204,7 @@ class RegistryCard(_Fields):
     images: dict[Text, dict[Text, float]] = {}
     group_key: Key | None = None
     groups_stage2: list[Text] = []
+    embeddings: list[EmbeddingCard | None] = []
     calibration: CalibrationCard | None = None
     trust: TrustCard | None = None
     adapted: AdaptedCard | None = None
@@ -285,6 +298,11 @@ class ModelCard(_Fields):
             raise ValueError(
                 f"registry.use_rep: must be as many as embedding_dims, {len(registry.embedding_dims)}, got "
                 f"{len(registry.use_rep)}"
+            )
+        if registry.embeddings and len(registry.embeddings) != len(registry.use_rep):
+            raise ValueError(
+                f"registry.embeddings: must be as many as use_rep, {len(registry.use_rep)}, got "
+                f"{len(registry.embeddings)}"
             )
 
 

@@ -19,6 +19,7 @@ from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
+from histovar.anndata_io.embeddings import check_like_training
 from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
@@ -110,6 +111,7 @@ def calibrate(
     columns = gate.gene_columns(adata, registry["genes"])
     library_key = registry["library_key"] if library_key is None else library_key
     layer, spatial_key = registry["layer"], registry["spatial_key"]
+    check_like_training(adata, registry["use_rep"], registry.get("embeddings", []))
     trained = Normalization.stored(registry.get("normalization"))
     obsm = [*registry["use_rep"], spatial_key, keys.niche, keys.niche_source]
     sections = Sections(adata, library_key, layer, obsm, spatial_key)

@@ -30,6 +30,7 @@ from histovar._memory import check_fits
 from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
+from histovar.anndata_io.embeddings import check_like_training
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.lazy import is_lazy
@@ -183,6 +184,7 @@ def predict(
         "spatial_key": registry["spatial_key"] if spatial_key is None else spatial_key,
         "library_key": _known_section(adata, registry["library_key"]) if library_key is None else library_key,
     }
+    check_like_training(adata, reps, registry.get("embeddings", []))
     condition = {**where_from, "encoders": registry["covariates"]}
     lazy = is_lazy(adata, reps)
     if not lazy:

@@ -15,6 +15,7 @@ from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
+from histovar.anndata_io.embeddings import record_of
 from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
@@ -162,6 +163,7 @@ def train_stage2(
             "sections_stage2": [] if sections.names is None else np.unique(sections.names).tolist(),
             "group_key": group_key,
             "groups_stage2": [] if individuals is None else np.unique(individuals).tolist(),
+            "embeddings": [record_of(adata, rep) for rep in reps],
             "images": scale_factors(adata.uns.get("spatial")),
         }
         Stage2Trainer(trainee, **trainer_options).fit(found, adata.n_obs, scratch)

@@ -1,5 +1,7 @@
 """Training by Lightning."""
 
+import histovar._torchvision  # noqa: F401  # which lightning imports
+
 from .data import collected, cross_fit_folds, gathered_rows
 from .isolation import one_training_at_a_time, seeded
 from .options import TrainingOptions

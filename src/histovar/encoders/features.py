@@ -1,0 +1,117 @@
+"""Embeddings of image patches: normalised, encoded, their tokens pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import _checkpoints
+from .encoder import Encoder
+
+
+class Features(nn.Module):
+    """An encoder with its weights, which embeds patches as they are cut from an image.
+
+    Parameters
+    ----------
+    encoder
+        What it is fed and what of it is kept.
+    module
+        The network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Encoder, module: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.module = encoder, module
+        self.register_buffer("mean", 255 * torch.tensor(encoder.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(encoder.std)[:, None, None], persistent=False)
+
+    @classmethod
+    def load(cls, encoder: Encoder, weights: Path | None = None) -> Features:
+        """An encoder with its published weights, those of a file, or those that its module has.
+
+        Parameters
+        ----------
+        encoder
+            The encoder.
+        weights
+            A checkpoint file; None for the hub.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError, PermissionError, ConnectionError
+            If there are no such weights; see :func:`_checkpoints.load`.
+        """
+        return cls(encoder, _checkpoints.load(encoder, weights))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed patches.
+
+        Parameters
+        ----------
+        patches
+            (n, input_px, input_px, 3), 0 to 255.
+
+        Returns
+        -------
+        Tensor
+            (n, width), 32-bit floats; of ``"mean_std"``, for each layer the means and then the standard deviations.
+        """
+        images = (patches.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
+        if not self.encoder.layers:
+            output = self.module(images)
+            if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+                shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(
+                    f"encoder: {self.encoder.name!r} returns {shape} of {len(images)} images, expected a tensor of "
+                    f"({len(images)}, width)"
+                )
+            return output.float()
+        layers = self.module.forward_intermediates(  # type: ignore[operator]
+            images,
+            indices=list(self.encoder.layers),
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+            stop_early=True,
+        )
+        pooled = []
+        for tokens in layers:
+            tokens = tokens.float()
+            pooled.append(tokens.mean(1))
+            if self.encoder.pooling == "mean_std":
+                pooled.append(tokens.std(1, correction=0))
+        return torch.cat(pooled, 1)
+
+    @contextmanager
+    def on(self, device: str) -> Iterator[torch.device]:
+        """Move to a device, in evaluation mode, and leave a module of the user's as it was.
+
+        Raises
+        ------
+        ValueError
+            If the device does not exist.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        first = next(self.module.parameters(), None)
+        home, was_training = torch.device("cpu") if first is None else first.device, self.module.training
+        try:
+            where = torch.device(device)
+            self.to(where).eval()
+        except (RuntimeError, AssertionError) as error:
+            self.to(home)
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device: {device!r} is not available ({reason}); use 'cpu'") from None
+        try:
+            yield where
+        finally:
+            self.to(home)
+            self.module.train(was_training)

@@ -1,0 +1,205 @@
+"""Tile the tissue of a slide."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from histovar._arguments import Converted, Count, Key, PathLike, Positive, Share, check_arguments, checked, refuse_type
+from histovar._extras import import_extra
+from histovar.anndata_io.section_slides import HOW_TO_GIVE_MPP
+from histovar.slides.files import PICTURES, SlideImage
+
+logger = logging.getLogger(__name__)
+
+# Spots of Visium lie 100 um apart.
+SPACING_UM = 100.0
+# Tissue is sought in the coarsest resolution with so many pixels a side, or the finest.
+PIXELS_FOR_TISSUE = 1000
+# Tiles of fewer pixels a side hold no histology.
+LEAST_PIXELS = 8
+
+
+def _slide(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        return checked(_path, {"path": value})["path"]
+    if not all(hasattr(value, name) for name in ("shapes", "tables", "reader", "properties")):
+        refuse_type("the path of a slide or a WSIData of wsidata")
+    return value
+
+
+def _path(path: PathLike) -> None:
+    """Annotation of a path alone."""
+
+
+SlideLike = Annotated[Any, Converted(_slide)]
+
+
+@check_arguments
+def tile(
+    slide: SlideLike,
+    *,
+    spacing_um: Positive | None = None,
+    mpp: Positive | None = None,
+    section: Key | None = None,
+    min_tissue: Share = 0.5,
+    thumbnail_px: Count = 2000,
+    tile_key: Key = "tiles",
+) -> AnnData:
+    """Make an AnnData of a slide's tissue: a grid of tiles, to be embedded and predicted as spots are.
+
+    LazySlide finds the tissue and tiles it. What LazySlide has tiled is taken as it is: pass the WSIData, whose
+    tiles may have features. LazySlide's coordinates are those of corners; here they are those of centres.
+
+    Parameters
+    ----------
+    slide
+        Path of a slide; or a :class:`wsidata.WSIData` that LazySlide has tiled.
+    spacing_um
+        Microns from tile to tile, 100 by default, rounded to whole pixels of the slide. Tiles of a WSIData stay as they
+        are.
+    mpp
+        Microns per pixel of the slide's finest resolution, where the file does not say, or says it wrong.
+    section
+        Name of the section; the file's by default.
+    min_tissue
+        Share of a tile that is tissue, from which it is kept; of a WSIData all are kept.
+    thumbnail_px
+        Pixels of the longer side of the image that is kept for maps.
+    tile_key
+        Which tiles of a WSIData.
+
+    Returns
+    -------
+    AnnData
+        A row a tile and no genes: ``obs["section"]`` and ``obs["tissue"]`` (which piece, numbered from 0),
+        ``obsm["spatial"]``, centres in pixels of the finest resolution, ``uns["spatial"][section]`` with the image and
+        scale factors, among them ``microns_per_pixel``, and the file in ``metadata["source_image_path"]``, where
+        :func:`embed` finds it. Features of a WSIData, such as those of the table ``uni_tiles``, are in
+        ``obsm["X_uni"]``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ModuleNotFoundError
+        If LazySlide is not installed (extra ``wsi``).
+    KeyError
+        If a WSIData has no such tiles.
+    ValueError
+        If the file cannot be read as a slide, its microns per pixel are not known, no tissue is found in it, or
+        `spacing_um` is less than 8 pixels or given for tiles that there are.
+    """
+    is_path = isinstance(slide, Path)
+    wsi = _open(slide) if is_path else slide
+    if not is_path:
+        _check_tiles(wsi, tile_key, spacing_um)
+    image = SlideImage(wsi.reader)
+    scale = image.mpp if mpp is None else mpp
+    if scale is None:
+        raise ValueError(f"mpp: microns per pixel of {str(wsi.reader.file)!r} are not known; {HOW_TO_GIVE_MPP}")
+    if is_path:
+        side = round((SPACING_UM if spacing_um is None else spacing_um) / scale)
+        if not LEAST_PIXELS <= side <= min(image.width, image.height):
+            raise ValueError(
+                f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x {image.height}, "
+                f"of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the slide's; mend it, or mpp"
+            )
+        _tile(wsi, image, side, min_tissue, tile_key)
+    name = Path(wsi.reader.file).stem if section is None else section
+    adata = _table(wsi, image, name, tile_key)
+    hires = image.thumbnail(thumbnail_px)
+    bounds = wsi.shapes[tile_key].bounds
+    adata.uns["spatial"] = {
+        name: {
+            "images": {"hires": hires},
+            "scalefactors": {
+                "tissue_hires_scalef": hires.shape[1] / image.width,
+                "spot_diameter_fullres": float((bounds["maxx"] - bounds["minx"]).median()),
+                "microns_per_pixel": float(scale),
+            },
+            "metadata": {"source_image_path": str(Path(wsi.reader.file).resolve())},
+        }
+    }
+    if is_path:
+        image.close()
+    logger.info("tile: %d tiles of %s, %.3g um per pixel", adata.n_obs, name, scale)
+    return adata
+
+
+def _open(path: Path) -> Any:
+    wsidata = import_extra("wsidata", "wsi", "tiling of slides")
+    if not path.exists():
+        raise FileNotFoundError(f"slide: no file {str(path)!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return wsidata.open_wsi(path, store=None)
+    except Exception as error:  # noqa: BLE001 (readers raise errors of many classes)
+        mend = ""
+        if path.suffix.lower() in PICTURES:
+            mend = "; make a slide of a picture with: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"slide: {str(path)!r} cannot be read as a slide ({reason}){mend}") from None
+
+
+def _check_tiles(wsi: Any, tile_key: str, spacing_um: float | None) -> None:
+    if tile_key not in wsi.shapes:
+        raise KeyError(
+            f"tile_key: no {tile_key!r} in the slide's shapes, which has {sorted(wsi.shapes)}; tile it with "
+            "lazyslide.pp.tile_tissues, or pass the path of the slide"
+        )
+    if spacing_um is not None:
+        raise ValueError("spacing_um: the WSIData is tiled already, and its tiles stay as they are; leave it out")
+
+
+def _tile(wsi: Any, image: SlideImage, side: int, min_tissue: float, tile_key: str) -> None:
+    """Find tissue, and lay tiles of so many pixels over it."""
+    lazyslide = import_extra("lazyslide", "wsi", "tiling of slides")
+    fine = [i for i, size in enumerate(image.sizes) if min(size) >= PIXELS_FOR_TISSUE]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Not by brightness (LazySlide's default), which takes a stained background, such as her2st's, for tissue.
+        lazyslide.pp.find_tissues(wsi, level=max(fine, default=0), method="entropy")
+        found = "tissues" in wsi.shapes and len(wsi.shapes["tissues"]) > 0
+        if found:
+            lazyslide.pp.tile_tissues(
+                wsi, side, edge=True, background_fraction=1 - min_tissue, ops_level=None, key_added=tile_key
+            )
+    if tile_key not in wsi.shapes:
+        what = "the tissue is smaller than a tile, or fills less of each than min_tissue" if found else "no tissue"
+        raise ValueError(f"slide: no tiles of {str(wsi.reader.file)!r}: {what}")
+
+
+def _table(wsi: Any, image: SlideImage, name: str, tile_key: str) -> AnnData:
+    """Tiles whose centres lie on the slide, with the features that there are."""
+    tiles = wsi.shapes[tile_key]
+    bounds = tiles.bounds
+    centers = np.stack([(bounds["minx"] + bounds["maxx"]) / 2, (bounds["miny"] + bounds["maxy"]) / 2], 1)
+    on_slide = ((centers >= 0) & (centers <= (image.width, image.height))).all(1)
+    numbers = tiles["tile_id"].to_numpy() if "tile_id" in tiles else np.arange(len(tiles))
+    obs = pd.DataFrame(
+        {
+            "section": pd.Categorical([name] * len(tiles)),
+            "tissue": tiles["tissue_id"].to_numpy(np.int64) if "tissue_id" in tiles else 0,
+        },
+        index=pd.Index([f"{name}_{number}" for number in numbers]),
+    )
+    features = {f"X_{key}": values for key, values in _features(wsi, tile_key).items()}
+    adata = AnnData(obs=obs, obsm={"spatial": centers, **features})
+    return adata[on_slide].copy()
+
+
+def _features(wsi: Any, tile_key: str) -> dict[str, NDArray[np.float32]]:
+    """Features that LazySlide has computed of the tiles, in their order."""
+    suffix = f"_{tile_key}"
+    names = [key.removesuffix(suffix) for key in wsi.tables if key.endswith(suffix)]
+    tables = {name: wsi.fetch.features_anndata(name, tile_key, tile_graph=False) for name in names}
+    return {name: np.asarray(table.X, np.float32) for name, table in tables.items()}

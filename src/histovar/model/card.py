@@ -50,9 +50,10 @@ OF_STAGE2 = (
     "group_key",
     "groups_stage2",
     "embeddings",
+    "spacing_um",
 )
 # What models of earlier formats lack, and lack when they are saved again.
-ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings")
+ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings", "spacing_um")
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -174,6 +175,7 @@ class RegistryCard(_Fields):
     group_key: Key | None = None
     groups_stage2: list[Text] = []
     embeddings: list[EmbeddingCard | None] = []
+    spacing_um: Annotated[float, Field(gt=0)] | None = None
     calibration: CalibrationCard | None = None
 
     @property

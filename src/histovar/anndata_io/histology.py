@@ -16,7 +16,7 @@ from histovar._keys import Keys
 from histovar.model import Histology, ModelConfig
 from histovar.model.config import N_OUTLINE
 
-from . import fingerprint, gate, slots
+from . import fingerprint, gate, slots, spacing
 from .matrix import dense_float32, on_disk
 from .neighbors import Neighborhoods, section_coordinates
 
@@ -121,6 +121,7 @@ def histology(
     spatial_key: str,
     library_key: str | None,
     encoders: dict[str, Any],
+    spacing_um: float | None,
     key: str,
 ) -> Histology:
     """Inputs of stage 2 for all spots of an object.
@@ -135,6 +136,8 @@ def histology(
         Where embeddings, coordinates and sections are.
     encoders
         How covariates are encoded.
+    spacing_um
+        How far apart spots lay in training, by which neighbourhoods reach as far on another grid; None if not known.
     key
         Prefix of the slots, for niche features computed before.
 
@@ -151,12 +154,15 @@ def histology(
     if config.coordinates or config.n_neighbors:
         place = gate.coordinates(adata, spatial_key)
     sources: list[NDArray[np.float32]] = []
-    stored = stored_niche(adata, Keys(key), use_rep, config.n_neighbors, spatial_key, library_key)
+    density = spacing.density(adata, place, names, library_key, spacing_um) if config.n_neighbors else None
+    stored = None
+    if density is None:
+        stored = stored_niche(adata, Keys(key), use_rep, config.n_neighbors, spatial_key, library_key)
     if stored is not None:
         ends = np.cumsum([width for width in config.embedding_dims for _ in config.n_neighbors])
         *around, outline = np.split(stored, ends, axis=1)
     else:
-        around, outline = niche(embeddings, place, names, config.n_neighbors)
+        around, outline = niche(embeddings, place, names, config.n_neighbors, density)
     step = len(config.n_neighbors)
     for i, embedding in enumerate(embeddings):
         sources += [embedding, *around[i * step : (i + 1) * step]]
@@ -172,6 +178,7 @@ def niche(
     place: NDArray[np.floating],
     names: NDArray[np.str_] | None,
     n_neighbors: Sequence[int],
+    density: NDArray[np.floating] | None = None,
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
     """Mean of every embedding over every neighbourhood, and the outline.
 
@@ -179,7 +186,7 @@ def niche(
     ----------
     embeddings
         (n_obs, dim) each.
-    place, names, n_neighbors
+    place, names, n_neighbors, density
         As in :meth:`Neighborhoods.of`.
 
     Returns
@@ -195,7 +202,7 @@ def niche(
         If a section has too few spots.
     """
     gate.check_neighbors(names, len(place), n_neighbors)
-    around = Neighborhoods.of(place, names, n_neighbors)
+    around = Neighborhoods.of(place, names, n_neighbors, density)
     return [np.asarray(g @ values, np.float32) for values in embeddings for g in around.graphs], around.outline
 
 

@@ -16,7 +16,7 @@ from histovar._spots import section_numbers
 from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.condition import Moments
 
-from . import fingerprint, gate, histology, matrix
+from . import fingerprint, gate, histology, matrix, spacing
 from .neighbors import Neighborhoods, section_coordinates
 from .zarr_check import check_chunks
 
@@ -161,7 +161,7 @@ class ChunkedHistology:
         The object; its first embedding sets the chunks.
     config
         Of the model.
-    use_rep, spatial_key, library_key, encoders
+    use_rep, spatial_key, library_key, encoders, spacing_um
         As in :func:`histovar.anndata_io.histology.histology`.
 
     Raises
@@ -179,6 +179,7 @@ class ChunkedHistology:
         spatial_key: str,
         library_key: str | None,
         encoders: dict[str, Any],
+        spacing_um: float | None = None,
     ) -> None:
         histology.check_number_of_embeddings(use_rep, config)
         self.use_rep, self.config = list(use_rep), config
@@ -196,7 +197,8 @@ class ChunkedHistology:
                 self.coordinates = section_coordinates(place, names)
             if config.n_neighbors:
                 gate.check_neighbors(names, adata.n_obs, config.n_neighbors)
-                graphs, self.outline = Neighborhoods.of(place, names, config.n_neighbors)
+                density = spacing.density(adata, place, names, library_key, spacing_um)
+                graphs, self.outline = Neighborhoods.of(place, names, config.n_neighbors, density)
         self.bounds = np.concatenate([[0], np.cumsum(arrays[0].chunks[0])])
         self.chunks = [Chunk.of(i, self.bounds, graphs) for i in range(len(self.bounds) - 1)]
 

@@ -43,7 +43,11 @@ class Neighborhoods(NamedTuple):
 
     @classmethod
     def of(
-        cls, place: NDArray[np.floating], names: NDArray[np.str_ | np.integer] | None, n_neighbors: Sequence[int]
+        cls,
+        place: NDArray[np.floating],
+        names: NDArray[np.str_ | np.integer] | None,
+        n_neighbors: Sequence[int],
+        density: NDArray[np.floating] | None = None,
     ) -> Neighborhoods:
         """Find them.
 
@@ -57,6 +61,9 @@ class Neighborhoods(NamedTuple):
             Neighbourhood sizes; a size above a quarter of a section's spots is that quarter there. The mean over all
             other spots would say of a spot the contrary of what its neighbours say: it is low where the spot itself is
             high. And where a section was sampled sparsely, more spots would reach too far.
+        density
+            (n_obs,) how many times as densely the spots of each one's section lie as those that `n_neighbors` are meant
+            for: so many times as many neighbours reach as far. The same for all by default.
         """
         n_spots = len(place)
         outline = np.zeros((n_spots, N_OUTLINE * len(n_neighbors)), np.float32)
@@ -73,7 +80,8 @@ class Neighborhoods(NamedTuple):
             found: list[tuple[NDArray[np.int64], _Nearest]] = []
             near, off = outline[:, N_OUTLINE * i : N_OUTLINE * (i + 1)].T
             for rows in members:
-                if n := min(wanted, len(rows) - 1, max(len(rows) // 4, 1)):
+                here = wanted if density is None else max(1, round(wanted * float(density[rows[0]])))
+                if n := min(here, len(rows) - 1, max(len(rows) // 4, 1)):
                     nearest = (_knn if len(rows) <= SPOTS_AT_ONCE else _knn_in_strips)(place[rows], n)
                     found.append((rows, nearest))
                     counts[rows] = nearest.counts

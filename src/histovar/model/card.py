@@ -50,11 +50,12 @@ OF_STAGE2 = (
     "group_key",
     "groups_stage2",
     "embeddings",
+    "spacing_um",
 )
 # What calibration and adaptation add.
 AFTER_TRAINING = ("calibration", "trust", "adapted")
 # What models of earlier formats lack, and lack when they are saved again.
-ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings")
+ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings", "spacing_um")
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -205,6 +206,7 @@ class RegistryCard(_Fields):
     group_key: Key | None = None
     groups_stage2: list[Text] = []
     embeddings: list[EmbeddingCard | None] = []
+    spacing_um: Annotated[float, Field(gt=0)] | None = None
     calibration: CalibrationCard | None = None
     trust: TrustCard | None = None
     adapted: AdaptedCard | None = None

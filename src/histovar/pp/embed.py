@@ -26,7 +26,7 @@ from histovar._arguments import (
 )
 from histovar._keys import Keys, Prefix
 from histovar._progress import progress
-from histovar.anndata_io import embeddings, gate, slots
+from histovar.anndata_io import embeddings, gate, slots, spacing
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.section_slides import SectionSlide, SectionSlides
 from histovar.encoders import Encoder, registry
@@ -135,7 +135,9 @@ def embed(
     AnnData or None
         Writes for each field ``obsm[f"{key_added}_{field}um"]``, such as ``obsm["X_dinov2_vits14_112um"]``, (n_obs,
         width) float32, and in ``uns[key_added]["embeddings"]`` what made it: encoder, layers, pooling, input pixels,
-        field and microns per pixel of the image. Models keep that, and :func:`histovar.tl.predict` refuses embeddings
+        field and microns per pixel of the image, and in ``uns[key_added]["scale"]`` microns per unit of each section's
+        coordinates. Models keep
+        that, and :func:`histovar.tl.predict` refuses embeddings
         that were made otherwise. Patches that reach beyond the image are white there, which is warned of, as is an
         image with less than half as many pixels a field as the encoder takes.
 
@@ -158,7 +160,8 @@ def embed(
     keys, reps = Keys(prefix), {field: f"{prefix}_{field:g}um" for field in field_um}
     slots.check_free(adata, keys, [("obsm", rep) for rep in reps.values()])
     slides = SectionSlides(data, adata, image, mpp, library_key, spatial_key)
-    coarsest = _check(slides, encoder, field_um)
+    scales = _check(slides, encoder, field_um)
+    coarsest, by_section = max(scales.values()), {}
     features = Features.load(encoder, checkpoint)
 
     found: dict[float, NDArray[np.float32]] = {}
@@ -173,6 +176,8 @@ def embed(
                     if field not in found:
                         found[field] = np.empty((adata.n_obs, values.shape[1]), np.float32)
                     found[field][slide.rows] = values
+                if spatial_key in adata.obsm:
+                    by_section[slide.name] = slide.mpp * _pixels(slide, gate.coordinates(adata, spatial_key))
             finally:
                 slide.image.close()
     for field, rep in reps.items():
@@ -186,7 +191,10 @@ def embed(
             encoder.name, encoder.layers, encoder.pooling, encoder.input_px, field, coarsest
         )
     slots.write(
-        adata, keys, {("obsm", rep): found[field] for field, rep in reps.items()}, {embeddings.RECORDS: records}
+        adata,
+        keys,
+        {("obsm", rep): found[field] for field, rep in reps.items()},
+        {embeddings.RECORDS: records, spacing.SCALE: spacing.scale_entry(by_section)},
     )
     logger.info(
         "embed: %d spots by %s, in obsm %s, from images of %.3g um per pixel",
@@ -198,18 +206,24 @@ def embed(
     return adata if copy else None
 
 
-def _check(slides: SectionSlides, encoder: Encoder, field_um: tuple[float, ...]) -> float:
-    """Open every image once, before any work; the coarsest one's microns per pixel."""
-    coarsest = 0.0
+def _check(slides: SectionSlides, encoder: Encoder, field_um: tuple[float, ...]) -> dict[str | None, float]:
+    """Open every image once, before any work; microns per pixel of each section."""
+    scales: dict[str | None, float] = {}
     for i in range(len(slides.names)):
         slide = slides.open(i)
         try:
             for field in field_um:
                 _check_field(slide, field, encoder.input_px)
-            coarsest = max(coarsest, slide.mpp)
+            scales[slide.name] = slide.mpp
         finally:
             slide.image.close()
-    return coarsest
+    return scales
+
+
+def _pixels(slide: SectionSlide, place: NDArray[np.floating]) -> float:
+    """Pixels of a section's image for one unit of its coordinates; 1 of a single spot."""
+    extents = np.ptp(slide.centers, axis=0).max(), np.ptp(place[slide.rows], axis=0).max()
+    return float(extents[0] / extents[1]) if min(extents) > 0 else 1.0
 
 
 def _check_field(slide: SectionSlide, field: float, input_px: int) -> None:

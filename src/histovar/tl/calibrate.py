@@ -133,6 +133,7 @@ def calibrate(
             spatial_key=spatial_key,
             library_key=library_key,
             encoders=registry["covariates"],
+            spacing_um=registry.get("spacing_um"),
             key=key_added,
         )
         numbers = torch.from_numpy(sections.numbers[section.rows])

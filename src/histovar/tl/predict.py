@@ -185,7 +185,7 @@ def predict(
         "library_key": _known_section(adata, registry["library_key"]) if library_key is None else library_key,
     }
     check_like_training(adata, reps, registry.get("embeddings", []))
-    condition = {**where_from, "encoders": registry["covariates"]}
+    condition = {**where_from, "encoders": registry["covariates"], "spacing_um": registry.get("spacing_um")}
     lazy = is_lazy(adata, reps)
     if not lazy:
         n_values = adata.n_obs * config.n_genes * (n_samples + len(quantiles))

@@ -14,7 +14,7 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._spots import section_numbers
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
-from histovar.anndata_io import gate
+from histovar.anndata_io import gate, spacing
 from histovar.anndata_io.embeddings import record_of
 from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
@@ -118,6 +118,7 @@ def train_stage2(
     numbers = None if individuals is None else section_numbers(individuals, adata.n_obs)
     columns = gate.gene_columns(adata, model.registry["genes"])
     widths = check_embeddings(adata, reps)
+    spacing_um = spacing.of_training(adata, place, sections.names, library_key)
     encoders = learn_covariates(adata, covariates)
     wanted = (model.config if config is None else config).replace(
         embedding_dims=widths, n_covariates=covariate_width(encoders)
@@ -131,6 +132,7 @@ def train_stage2(
             spatial_key=spatial_key,
             library_key=library_key,
             encoders=encoders,
+            spacing_um=spacing_um,
             key=key_added,
         )
         names = None if sections.names is None else sections.names[section.rows]
@@ -164,6 +166,7 @@ def train_stage2(
             "group_key": group_key,
             "groups_stage2": [] if individuals is None else np.unique(individuals).tolist(),
             "embeddings": [record_of(adata, rep) for rep in reps],
+            "spacing_um": spacing_um,
             "images": scale_factors(adata.uns.get("spatial")),
         }
         Stage2Trainer(trainee, **trainer_options).fit(found, adata.n_obs, scratch)

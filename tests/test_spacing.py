@@ -1,0 +1,103 @@
+"""Neighbourhoods reach as far, in microns, whatever the grid."""
+
+import numpy as np
+import pytest
+
+import histovar as hv
+from histovar.anndata_io.spacing import spacing
+
+from .conftest import QUICK, small_config
+
+OPTIONS = {"use_rep": "X_histology", "library_key": "section", **QUICK}
+
+
+def with_scale(adata, mpp):
+    for entry in adata.uns["spatial"].values():
+        entry["scalefactors"]["microns_per_pixel"] = mpp
+    return adata
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Sections on a grid of 50 um (100 pixels)."""
+    return with_scale(hv.datasets.simulate(4, 400, 40, embedding_dim=16, random_state=1), 0.5)
+
+
+@pytest.fixture(scope="module")
+def sparse(dense):
+    """Every second spot of every second row: a grid twice as wide."""
+    column, row = (dense.obsm["spatial"] / (100, 100 * np.sqrt(3) / 2)).T
+    keep = np.zeros(dense.n_obs, bool)
+    for section in dense.obs["section"].unique():
+        rows = np.flatnonzero(dense.obs["section"] == section)
+        line = np.round(row[rows] - row[rows].min()).astype(int)
+        place = np.round(2 * (column[rows] - column[rows].min())).astype(int)
+        keep[rows] = (line % 2 == 0) & (place % 4 == place[line % 2 == 0][0] % 4)
+    return dense[keep].copy()
+
+
+def trained(adata, seed=0):
+    adata = adata[adata.obs["section"] != "S4"].copy()
+    hv.pp.gene_panel(adata, n_genes=30)
+    hv.pp.gene_scales(adata, scales=(1, 4, 10))
+    return hv.tl.train(adata, config=small_config(), random_state=seed, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def of_sparse(sparse):
+    return trained(sparse)
+
+
+def predicted(adata, model):
+    adata = adata[adata.obs["section"] == "S4"].copy()
+    hv.tl.predict(adata, model)
+    return hv.get.prediction(adata).to_df()
+
+
+def test_spacing_is_that_of_the_grid(dense, sparse):
+    steps = np.arange(20) * 7.0
+    square = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    assert spacing(square) == pytest.approx(7, rel=0.05)
+    of = {name: spacing(a[a.obs["section"] == "S1"].obsm["spatial"]) for name, a in (("d", dense), ("s", sparse))}
+    assert of["s"] / of["d"] == pytest.approx(2, rel=0.1)
+
+
+def test_another_grid_of_the_same_tissue_is_predicted_alike(dense, sparse, of_sparse):
+    here = predicted(sparse, of_sparse)
+    on_dense = predicted(dense, of_sparse).loc[here.index]
+    by_seed = predicted(sparse, trained(sparse, seed=1))
+    unknown = dense.copy()
+    for entry in unknown.uns["spatial"].values():
+        del entry["scalefactors"]["microns_per_pixel"]
+    by_count = predicted(unknown, of_sparse).loc[here.index]
+    off, off_of_seed, off_by_count = (np.abs(p - here).to_numpy().mean() for p in (on_dense, by_seed, by_count))
+    assert off < off_of_seed
+    assert off < 0.8 * off_by_count
+
+
+def test_the_model_knows_its_spacing_and_says_so(of_sparse, dense, tmp_path, caplog):
+    caplog.set_level("INFO", logger="histovar")
+    of_sparse.save(tmp_path / "m")
+    loaded = hv.TwoStageVARST.load(tmp_path / "m")
+    assert loaded.registry["spacing_um"] == pytest.approx(100, rel=0.1)
+    predicted(dense, loaded)
+    assert "section 'S4': spots lie" in caplog.text
+    caplog.clear()
+    unknown = dense[dense.obs["section"] == "S4"].copy()
+    del unknown.uns["spatial"]
+    hv.tl.predict(unknown, loaded)
+    assert "microns per pixel of sections ['S4'] are not known" in caplog.text
+
+
+def test_stored_niche_of_another_grid_is_not_used(dense, of_sparse):
+    query = dense[dense.obs["section"] == "S4"].copy()
+    hv.pp.niche(query, use_rep="X_histology", n_neighbors=(4, 8), library_key="section")
+    np.testing.assert_allclose(predicted(query, of_sparse), predicted(dense, of_sparse), atol=1e-5)
+
+
+def test_chunks_have_the_same_neighbourhoods(dense, of_sparse):
+    import dask.array as da
+
+    query = dense[dense.obs["section"] == "S4"].copy()
+    query.obsm["X_histology"] = da.from_array(query.obsm["X_histology"], chunks=(150, -1))
+    np.testing.assert_allclose(predicted(query, of_sparse), predicted(dense, of_sparse), atol=1e-4)

@@ -198,7 +198,7 @@ def test_wrong_encoder(changes, message):
 
 
 def test_unknown_encoder():
-    with pytest.raises(KeyError, match=r"encoder: no 'dino'; there are \['conch'"):
+    with pytest.raises(KeyError, match=r"name: no encoder 'dino'; there are \['conch'"):
         hv.encoders.get("dino")
 
 

@@ -117,4 +117,7 @@ class Encoder:
         TypeError, ValueError
             If a field is unknown, or a value of another type or out of range.
         """
+        unknown = sorted(set(changes) - {f.name for f in fields(self)})
+        if unknown:
+            raise TypeError(f"{unknown[0]}: no such field of an encoder; it has {[f.name for f in fields(self)]}")
         return replace(self, **changes)

@@ -164,10 +164,11 @@ def get(name: Key) -> Encoder:
         If there is none of this name.
     """
     if name not in ENCODERS:
-        raise KeyError(f"encoder: no {name!r}; there are {sorted(ENCODERS)}, and any torch.nn.Module of your own")
+        raise KeyError(f"name: no encoder {name!r}; there are {sorted(ENCODERS)}, and any torch.nn.Module of your own")
     return ENCODERS[name]
 
 
+@check_arguments
 def describe() -> pd.DataFrame:
     """All encoders that are known by name.
 

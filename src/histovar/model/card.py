@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "histovar"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 CARD = "model.json"
 # Bytes. A panel of 40,000 genes and 10,000 sections take some 2 MB.
 LARGEST_CARD = 2**26

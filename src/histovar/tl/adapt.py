@@ -123,6 +123,7 @@ def adapt(
         spatial_key=registry["spatial_key"],
         library_key=library_key,
         encoders=registry["covariates"],
+        spacing_um=registry.get("spacing_um"),
         key=key_added,
     )
     adapted = deepcopy(model)

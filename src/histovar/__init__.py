@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import datasets, get, metrics, pl, pp, tl
+    from . import datasets, get, io, metrics, pl, pp, tl
     from .model import ModelConfig, TwoStageVARST
 
-__all__ = ["ModelConfig", "TwoStageVARST", "__version__", "datasets", "get", "metrics", "pl", "pp", "tl"]
+__all__ = ["ModelConfig", "TwoStageVARST", "__version__", "datasets", "get", "io", "metrics", "pl", "pp", "tl"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
 OF_COUNTS = ("log_counts", "counts", "rates")
 # Neighbours of a spot by which its place in a pattern is told: on a hexagonal grid, all that touch it.
 N_NEIGHBORS = 6
+# Shares of the values that central intervals promise to hold, at which coverage is looked at.
+SHARES = np.arange(0.05, 1, 0.05)
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,45 @@ def read_measured(
                 f"{trained.n_genes}; normalise before genes are dropped"
             )
     return expression.expression(adata, layer, columns).values
+
+
+def read_measured_if_there(
+    adata: AnnData, keys: Keys, genes: Sequence[str], layer: str | None, sections: NDArray[np.str_] | None
+) -> tuple[NDArray[np.float32] | None, str]:
+    """Measured expression of some genes of a prediction, and why there is none.
+
+    Parameters
+    ----------
+    adata, keys, sections
+        As for :func:`read_measured`.
+    genes
+        Genes of the panel.
+    layer
+        A layer that must be there; None for that of training, if it is.
+
+    Returns
+    -------
+    measured
+        (n_obs, n_genes), NaN for genes that were not measured; None if no gene was, or in other units.
+    reason
+        Why the layer of training cannot be compared with; empty where it can, or no gene was measured.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`read_measured`, of a layer that was named.
+    """
+    there = [gene for gene in predicted_genes(adata, keys) if gene in adata.var_names]
+    if not set(genes) & set(there):
+        return None, ""
+    try:
+        chosen = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+        values = read_measured(adata, keys, there, chosen, sections)
+    except (KeyError, ValueError) as error:
+        if layer is not None:
+            raise
+        return None, str(error.args[0])
+    return pd.DataFrame(values, columns=there).reindex(columns=list(genes)).to_numpy(np.float32), ""
 
 
 def read_individuals(
@@ -164,16 +206,75 @@ def read_distribution(
     return "normal", metrics.normal_quantiles(mean, std, levels).astype(np.float32), levels
 
 
-def composed_quantiles(composed: Composed) -> tuple[NDArray[Any], NDArray[Any]]:
+def read_interval(
+    adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any], confidence_level: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Ends of the central interval of each spot and gene, each (n_obs, n_genes), from the best distribution there is.
+
+    Parameters
+    ----------
+    adata, keys, mean, std
+        As for :func:`read_distribution`.
+    confidence_level
+        Share of the values that the interval is to hold, between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If draws or quantiles do not reach as far out.
+    """
+    ends = np.array([(1 - confidence_level) / 2, (1 + confidence_level) / 2])
+    composed = read_composed(adata, keys)
+    if composed is not None:
+        quantiles, _ = composed_quantiles(composed, ends)
+        return quantiles[..., 0], quantiles[..., 1]
+    kind, quantiles, levels = read_distribution(adata, keys, mean, std)
+    if ends[0] < levels[0] - 1e-9 or ends[1] > levels[-1] + 1e-9:
+        raise ValueError(
+            f"confidence_level: {confidence_level:g} reaches beyond the levels {levels[0]:g} to {levels[-1]:g} of the "
+            f"predicted distribution ({kind}); give {levels[-1] - levels[0]:g} at most"
+        )
+    return metrics.interval(quantiles, levels, confidence_level)
+
+
+def coverage_by_share(
+    quantiles: NDArray[Any], levels: NDArray[Any], measured: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How often central intervals hold what was measured, against how often they promise to.
+
+    Parameters
+    ----------
+    quantiles, levels
+        Of :func:`read_distribution`.
+    measured
+        (n_obs, n_genes).
+
+    Returns
+    -------
+    shares
+        (n_shares,): what is promised, as far out as the levels reach.
+    covered
+        (n_shares, n_genes): share of the spots whose value lies inside.
+    """
+    shares = np.array([share for share in SHARES if (1 - share) / 2 >= levels[0] - 1e-9])
+    ends = (metrics.interval(quantiles, levels, float(share)) for share in shares)
+    return shares, np.array([metrics.coverage(low, high, measured) for low, high in ends])
+
+
+def composed_quantiles(
+    composed: Composed, levels: NDArray[np.float64] | None = None
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Quantiles of a prediction from counts, (n_obs, n_genes, n_levels), and their levels.
 
     Parameters
     ----------
     composed
         Of :func:`read_composed`.
+    levels
+        (n_levels,) between 0 and 1; levels that stand for the distribution by default.
     """
     observation, composition, units, depth = composed
-    levels = (np.arange(LEVELS) + 0.5) / LEVELS
+    levels = (np.arange(LEVELS) + 0.5) / LEVELS if levels is None else levels
     found = []
     for rows in torch.arange(len(composition.rates)).split(SPOTS_AT_ONCE):
         points = observation.points(composition.take(rows), units, None if depth is None else depth[rows])

@@ -12,12 +12,10 @@ from histovar import metrics
 from histovar._arguments import Key, check_arguments
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.comparison import read_comparison, read_distribution
+from histovar.anndata_io.comparison import coverage_by_share, read_comparison, read_distribution
 from histovar.anndata_io.gate import Data
 
 from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
-
-SHARES = np.arange(0.05, 1, 0.05)
 
 
 @check_arguments
@@ -72,14 +70,11 @@ def calibration(
     keys = Keys(key)
     scored = read_comparison(adata, keys, layer)
     kind, quantiles, levels = read_distribution(adata, keys, scored.mean, scored.std)
-    shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
-    covered = np.array(
-        [metrics.coverage(*metrics.interval(quantiles, levels, share), scored.measured) for share in shares]
-    )
+    shares, covered = coverage_by_share(quantiles, levels, scored.measured)
     place = metrics.pit(quantiles, levels, scored.measured)
     axes = axes_grid(ax, 1, 2, (9, 4))[0]
     left, right = axes
-    _coverage(left, np.array(shares), covered)
+    _coverage(left, shares, covered)
     right.hist(place.ravel(), bins=20, range=(0, 1), density=True, alpha=0.6)
     right.axhline(1, color="0.4", linestyle="--", linewidth=1)
     right.set(

@@ -126,9 +126,9 @@ def spatialdata(
 
         Of an AnnData further, of every section, ``shapes["{section}_spots"]``, circles of the spots' diameter in pixels
         of the full-resolution slide, and ``images["{section}_image"]``, where ``uns["spatial"]`` has one, scaled to the
-        same pixels by its scale factor. Each section has a coordinate system of its own, called as the section;
-        characters that SpatialData does not allow in names, also those of ``obs`` and such, become ``_``. An object that is one section without a name
-        has ``"spots"`` and ``"image"`` in ``"global"``.
+        same pixels by its scale factor. Each section has a coordinate system of its own, called as the section. An
+        object that is one section without a name has ``"spots"`` and ``"image"`` in ``"global"``. Characters that
+        SpatialData does not allow in names, also in those of columns of ``obs`` and such, become ``_``.
 
         Of a SpatialData its images, labels, points and shapes, not copied, with their transformations; the table is of
         the same regions as before.

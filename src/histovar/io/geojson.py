@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -106,7 +107,7 @@ def write_geojson(
         "units": str(adata.uns[keys.uns]["units"]),
         "confidence_level": confidence_level,
     }
-    with atomic_file(path) as file, file.open("w", encoding="utf-8") as stream:
+    with atomic_file(Path(path)) as file, file.open("w", encoding="utf-8") as stream:
         stream.write('{"type": "FeatureCollection", ')
         stream.writelines(f"{json.dumps(name)}: {json.dumps(value)}, " for name, value in about.items())
         stream.write('"features": [\n')

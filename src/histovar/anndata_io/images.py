@@ -160,6 +160,34 @@ def to_rgb(image: Any) -> NDArray[np.uint8]:
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
+def crop_to(
+    image: NDArray[np.uint8], factor: float, low: NDArray[np.floating], high: NDArray[np.floating]
+) -> tuple[NDArray[np.uint8], tuple[float, float, float, float]]:
+    """Cut out the part of an image that shows a region.
+
+    Parameters
+    ----------
+    image
+        (height, width, channels).
+    factor
+        Pixels of the image for each of the full-resolution slide.
+    low, high
+        (2,) corners x and y of the region, in pixels of the full-resolution slide.
+
+    Returns
+    -------
+    image
+        A view; whole pixels, so that it may show a little more.
+    corners
+        Left, top, right and bottom of what it shows, in pixels of the full-resolution slide.
+    """
+    size = np.array(image.shape[1::-1])
+    start = np.clip(np.floor(low * factor), 0, size - 1).astype(int)
+    stop = np.clip(np.ceil(high * factor), start + 1, size).astype(int)
+    corners = np.concatenate([start, stop]) / factor
+    return image[start[1] : stop[1], start[0] : stop[0]], tuple(corners.tolist())
+
+
 def _find_entry(images: Any, section: str | None, column: pd.Series | None) -> Mapping[str, Any]:
     if not isinstance(images, Mapping):
         raise ValueError(f"expected a dictionary of sections, found {type(images).__name__}")

@@ -1,10 +1,11 @@
-"""Plots: maps, training, codebook, scores, calibration, co-expression."""
+"""Plots: maps, training, codebook, scores, calibration, co-expression; a report to hand on."""
 
 from .calibration import calibration
 from .codebook import codebook
 from .gene_correlation import gene_correlation
 from .metrics import metrics
+from .report import report
 from .spatial import spatial
 from .training import training
 
-__all__ = ["calibration", "codebook", "gene_correlation", "metrics", "spatial", "training"]
+__all__ = ["calibration", "codebook", "gene_correlation", "metrics", "report", "spatial", "training"]

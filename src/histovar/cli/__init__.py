@@ -12,8 +12,10 @@ import typer
 from .calibrate import calibrate
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .info import info
 from .predict import predict
+from .report import report
 from .text import printable
 from .train import train
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, predict, calibrate, evaluate, demo, info):
+for command in (train, predict, calibrate, evaluate, report, export, demo, info):
     app.command()(command)
 
 
@@ -53,7 +55,7 @@ def main() -> None:
         _refuse(f"not enough memory ({error})")
     except EOFError as error:
         _refuse(f"the input ends too early ({error})")
-    except (ValueError, KeyError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         _refuse(str(text))
     except Exception as error:  # click's own usage errors, whose class typer does not export

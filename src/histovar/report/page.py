@@ -191,7 +191,7 @@ def _scores(scores: pd.DataFrame) -> str:
     """A table with a row a score, as there are more scores than sections."""
     head = "".join(f'<th class="number">{escape(str(name))}</th>' for name in scores.index)
     shown = [name for name in scores if scores[name].notna().any()]
-    cells = ["".join(f'<td class="number">{value:.3f}</td>' for value in scores[name]) for name in shown]
+    cells = ["".join(f'<td class="number">{value:.4g}</td>' for value in scores[name]) for name in shown]
     body = "".join(f"<tr><th>{escape(str(name))}</th>{c}</tr>" for name, c in zip(shown, cells, strict=True))
     note = '<p class="quiet">By histovar.tl.evaluate; its documentation has their formulas.</p>'
     return f"<h2>Scores against what was measured</h2>{note}<table><tr><th></th>{head}</tr>{body}</table>"
@@ -231,7 +231,8 @@ def _map(content: Content, table: ColumnDataSource) -> tuple[UIElement, CustomJS
     tissue.outline_line_color = None
     tissue.title.text_font_size = "15px"
     picture = tissue.image_url(url="url", x="x", y="y", w="w", h="h", anchor="top_left", source=image)
-    mapper = LinearColorMapper(palette=Viridis256, nan_color="rgba(0, 0, 0, 0)")
+    # The ends are those of the gene that is shown; numbers that are there from the start get room beside the bar.
+    mapper = LinearColorMapper(palette=Viridis256, low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
     circles = tissue.circle(
         "x",
         "y",
@@ -244,15 +245,15 @@ def _map(content: Content, table: ColumnDataSource) -> tuple[UIElement, CustomJS
     )
     tips = [(labels[name], f"@{{{name}}}{{0.000}}") for name in quantities]
     tissue.add_tools(HoverTool(renderers=[circles], tooltips=[("spot", "@spot"), *tips]))
-    bar = ColorBar(color_mapper=mapper, title=" ", width=14, padding=6, title_text_font_style="normal")
+    bar = ColorBar(color_mapper=mapper, title=" ", width=14, padding=6, title_text_font_style="normal", margin=20)
     tissue.add_layout(bar, "right")
 
-    section = Select(title="Section", value=first.label, options=[s.label for s in content.sections], width=140)
+    section = Select(title="Section", value=first.label, options=[s.label for s in content.sections], width=120)
     gene = Select(
         title=f"Gene ({len(content.genes):,})", value=content.table.index[0], options=content.genes, width=190
     )
-    quantity = Select(title="Show", value=MEAN, options=[(name, labels[name]) for name in quantities], width=190)
-    opacity = Slider(title="Opacity of the spots", start=0, end=1, step=0.05, value=OPACITY, width=190)
+    quantity = Select(title="Show", value=MEAN, options=[(name, labels[name]) for name in quantities], width=180)
+    opacity = Slider(title="Opacity of the spots", start=0, end=1, step=0.05, value=OPACITY, width=150)
     opacity.js_link("value", circles.glyph, "fill_alpha")
     show = CustomJS(
         code=SHOW,
@@ -329,7 +330,7 @@ def _colours(sections: list[Section], quantities: list[str]) -> list[list[NDArra
     ends = {}
     for name in quantities:
         values = np.hstack([s.values[name] for s in sections])
-        known: NDArray[np.bool_] = np.isfinite(values).all(1)
+        known = np.asarray(np.isfinite(values).all(1))
         ends[name] = np.percentile(np.where(known[:, None], values, 0), PERCENTILES, axis=1)
         if not known.all():  # genes that were not measured
             ends[name] = np.where(known, ends[name], ends[MEAN])

@@ -23,7 +23,6 @@ from bokeh.models import (
     DataTable,
     Div,
     HoverTool,
-    InlineStyleSheet,
     LinearColorMapper,
     NumberFormatter,
     PanTool,
@@ -81,8 +80,7 @@ CARD = {
     "padding": "14px",
     "box-shadow": "0 1px 2px rgba(31, 41, 51, 0.05)",
 }
-TEXT = InlineStyleSheet(
-    css="""
+TEXT = """
 :host { font: 14px/1.45 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2933; }
 h1 { font-size: 22px; margin: 0 0 2px; } h2 { font-size: 15px; margin: 0 0 6px; } p { margin: 0 0 6px; }
 .quiet { color: #616e7c; } ul { margin: 0; padding-left: 18px; } li { margin: 2px 0; }
@@ -90,7 +88,6 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; border-bottom: 1px solid #edf0f3; }
 th { font-weight: 600; color: #52606d; } td.number, th.number { text-align: right; }
 """
-)
 
 # Show the gene, quantity and section that are chosen.
 SHOW = """

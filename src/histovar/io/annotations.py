@@ -199,7 +199,8 @@ def _assign(places: Any, annotations: list[Annotation]) -> tuple[pd.Series, int]
     overlapping = np.zeros(len(places), dtype=bool)
     for i in order:
         inside = tree.query(annotations[i].region, predicate="intersects")
-        overlapping[inside] |= [label not in (None, annotations[i].label) for label in labels[inside]]
+        others = [label not in (None, annotations[i].label) for label in labels[inside]]
+        overlapping[inside] |= np.array(others, dtype=bool)
         labels[inside] = annotations[i].label
     return pd.Series(labels), int(overlapping.sum())
 

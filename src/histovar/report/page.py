@@ -426,6 +426,6 @@ def _calibration(coverage: Coverage) -> UIElement:
     chart.outline_line_color = None
     text = (
         '<p class="quiet">On the dashed line intervals hold what they promise; above it they are too wide, below it '
-        "too narrow. Over all spots that were measured.</p>"
+        f"too narrow. Over {coverage.n_spots:,} spots of all sections.</p>"
     )
     return column(chart, _text(text), width=DETAILS_WIDTH)

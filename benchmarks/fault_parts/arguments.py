@@ -339,6 +339,8 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("TwoStageVARST.load_stage", model.load_stage, {"path": scratch / "first", "stage": 1},
              {"path": "nothing", "stage": "stage"}),
         Call("TwoStageVARST.save", model.save, {"path": scratch / "saved"}, {"path": "directory"}),
+        Call("TwoStageVARST.push", model.push, {"repository": "no owner, no name"},
+             {"repository": "nothing", "private": "nothing"}),
         Call("TwoStageVARST.save_stage", model.save_stage, {"path": scratch / "saved", "stage": 1},
              {"path": "directory", "stage": "stage"}),
         *(call._replace(name=f"metrics.{call.name}") for call in metrics),

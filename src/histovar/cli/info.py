@@ -16,7 +16,9 @@ def info(model: Annotated[Path, typer.Argument(help="Directory of the trained mo
     from histovar import TwoStageVARST
     from histovar.model.card import read_card
     from histovar.model.checkpoint import verify
+    from histovar.model.hub import local_directory
 
+    model = local_directory(model)
     sha256, stage2 = verify(model), TwoStageVARST.load(model).stage2
     learnt = {} if stage2 is None else {"learnt from": "counts" if stage2.of_counts else "values"}
     for name, value in {**_summary(read_card(model)), **learnt, "SHA-256": sha256}.items():

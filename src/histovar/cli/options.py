@@ -50,7 +50,9 @@ def strictly_between(value: float) -> float:
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}
 FILES: dict[str, Any] = {"parser": path_of, "metavar": "INPUTS"}
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Directory of the trained model.", **PATH)]
+Model = Annotated[
+    Path, typer.Option("--model", "-m", help="Directory of the trained model, or hf://owner/name.", **PATH)
+]
 UseRep = Annotated[
     list[str] | None,
     typer.Option(

@@ -29,7 +29,7 @@ def test_saved_model_predicts_the_same(model, query, tmp_path):
     np.testing.assert_array_equal(one.obsm["histovar"], other.obsm["histovar"])
     for stage, frame in model.history.items():
         np.testing.assert_allclose(again.history[stage], frame)
-    assert {f.suffix for f in (tmp_path / "m").iterdir()} == {".json", ".safetensors"}
+    assert {f.suffix for f in (tmp_path / "m").iterdir()} == {".json", ".md", ".safetensors"}
 
 
 def test_stages_travel_apart(model, query, tmp_path):
@@ -145,7 +145,7 @@ def test_files_of_the_user_stay(model, tmp_path):
         model.save_stage(path, 1)
     assert hv.TwoStageVARST.load(path).registry == model.registry
     assert (path / "notes.txt").read_text() == "mine" and (path / "figures" / "a.txt").read_text() == "mine, too"
-    assert len(list(path.iterdir())) == 5
+    assert len(list(path.iterdir())) == 6
 
     other = tmp_path / "other"
     other.mkdir()
@@ -188,7 +188,7 @@ def test_interrupted_saves_leave_the_old_or_the_new(has_locks, model, loaded, tm
             assert verify(path) == json.loads((path / "model.json").read_text())["sha256"]
     loaded.save(path)
     names = sorted(f.name for f in path.iterdir() if has_locks or not f.name.startswith("."))
-    assert names == ["model.json", "stage1.safetensors", "stage2.safetensors"]
+    assert names == ["README.md", "model.json", "stage1.safetensors", "stage2.safetensors"]
 
 
 def test_leftovers_are_removed_and_never_loaded(model, tmp_path):
@@ -199,7 +199,7 @@ def test_leftovers_are_removed_and_never_loaded(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="not a saved model"):
         hv.TwoStageVARST.load(path)
     model.save(path)
-    assert len(list(path.iterdir())) == 3
+    assert len(list(path.iterdir())) == 4
 
 
 def test_save_stage_joins_what_belongs_together(model, loaded, prepared, query, tmp_path):

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import inspect
 import io
+import json
 import logging
 import re
 import shutil
@@ -107,6 +108,7 @@ KINDS: dict[str, set[str]] = {
     "rate above zero": {"half"},
     "truth": {"true", "NumPy false"},
     "prefix": NAMES,
+    "text": NAMES,
     "increasing": {"list of numbers"},
     "increasing, or none": {"list of numbers", "empty list"},
     "counts": {"list of numbers", "list that falls"},
@@ -162,6 +164,15 @@ class Objects:
         factors = {"tissue_hires_scalef": 0.03, "spot_diameter_fullres": 55.0}
         self.drawn.uns["spatial"] = {"S4": {"images": image, "scalefactors": factors}}
         self.gene = model.registry["genes"][0]
+
+    def annotations(self, scratch: Path) -> Path:
+        """A file of a region around all spots, as QuPath exports it."""
+        low, high = (f(self.query.obsm["spatial"], axis=0) for f in (np.min, np.max))
+        ring = [[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]], [low[0], low[1]]]
+        geometry = {"type": "Polygon", "coordinates": [[list(map(float, corner)) for corner in ring]]}
+        path = scratch / "annotations.geojson"
+        path.write_text(json.dumps({"type": "Feature", "geometry": geometry, "properties": {}}))
+        return path
 
 
 class MeanColour(torch.nn.Module):
@@ -337,6 +348,20 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
              training_options),
         Call("get.prediction", hv.get.prediction, {"data": objects.predicted}, shared(**key, min_trust="?trust")),
         Call("get.genes", hv.get.genes, {"model": model}, {"model": "nothing"}),
+        Call("get.prediction", hv.get.prediction, {"data": objects.predicted}, shared(**key)),
+        Call("get.spatialdata", hv.get.spatialdata, {"data": objects.predicted},
+             shared(**key, **library, confidence_level="rate above zero")),
+        Call("io.write_geojson", hv.io.write_geojson,
+             {"data": objects.predicted, "path": scratch / "out.geojson", "genes": objects.gene},
+             shared(**key, **library, path="nothing", genes="?nothing", section="?nothing", shape="nothing",
+                    confidence_level="rate above zero", diameter="?positive")),
+        Call("io.read_geojson", hv.io.read_geojson, {"data": objects.query, "path": objects.annotations(scratch)},
+             shared(**library, path="nothing", key_added="prefix", section="?nothing", spatial_key="nothing",
+                    copy="truth")),
+        Call("pl.report", hv.pl.report,
+             {"data": objects.drawn, "path": scratch / "report.html", "genes": objects.gene},
+             shared(**key, **library, **layer, path="nothing", model="?nothing", genes="?nothing", title="text",
+                    confidence_level="rate above zero"), slow=True),
         Call("pl.spatial", hv.pl.spatial, {"data": objects.drawn, "genes": objects.gene},
              shared(genes="nothing", **key, section="?nothing", **library, **layer, cmap="nothing", std_cmap="nothing",
                     size="size", img_alpha="probability", **plot)),
@@ -358,6 +383,8 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("TwoStageVARST.load_stage", model.load_stage, {"path": scratch / "first", "stage": 1},
              {"path": "nothing", "stage": "stage"}),
         Call("TwoStageVARST.save", model.save, {"path": scratch / "saved"}, {"path": "directory"}),
+        Call("TwoStageVARST.push", model.push, {"repository": "no owner, no name"},
+             {"repository": "nothing", "private": "nothing"}),
         Call("TwoStageVARST.save_stage", model.save_stage, {"path": scratch / "saved", "stage": 1},
              {"path": "directory", "stage": "stage"}),
         *(call._replace(name=f"metrics.{call.name}") for call in metrics),
@@ -516,6 +543,20 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
             **dict.fromkeys(("--encoder", "--library-key", "--spatial-key", "--precision", "--out"), "nothing"),
             **{"--image": "nothing", "--field-um": "positive", "--mpp": "positive", "--weights": "directory"},
             **{"--batch-size": "count", "--gpus": "zero gpus"},
+        },
+    ),
+    "report": (
+        ["predicted.h5ad", "--out", "new.html"],
+        {
+            **dict.fromkeys(("--model", "--library-key", "--key", "--layer", "--gene", "--out"), "nothing"),
+            **{"--title": "prefix", "--confidence-level": "rate above zero"},
+        },
+    ),
+    "export": (
+        ["predicted.h5ad", "--to", "geojson", "--out", "new.geojson"],
+        {
+            **dict.fromkeys(("--to", "--section", "--shape", "--library-key", "--key", "--gene", "--out"), "nothing"),
+            **{"--diameter": "positive", "--confidence-level": "rate above zero"},
         },
     ),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),

@@ -6,10 +6,22 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import datasets, encoders, get, metrics, pl, pp, tl
+    from . import datasets, encoders, get, io, metrics, pl, pp, tl
     from .model import ModelConfig, TwoStageVARST
 
-__all__ = ["ModelConfig", "TwoStageVARST", "__version__", "datasets", "encoders", "get", "metrics", "pl", "pp", "tl"]
+__all__ = [
+    "ModelConfig",
+    "TwoStageVARST",
+    "__version__",
+    "datasets",
+    "encoders",
+    "get",
+    "io",
+    "metrics",
+    "pl",
+    "pp",
+    "tl",
+]
 
 
 def __getattr__(name: str) -> Any:

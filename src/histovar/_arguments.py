@@ -157,6 +157,8 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Probability = Annotated[Real, Field(ge=0, le=1)]
+# What an interval is to hold: a share that is neither nothing nor all.
+ConfidenceLevel = Annotated[Real, Field(gt=0, lt=1)]
 # A probability of something.
 Share = Annotated[Probability, Field(gt=0)]
 # A share that is not all.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from .prediction import (
     predicted_genes,
     predicted_normalization,
     predicted_sections,
+    read_composed,
     read_draws,
     read_prediction,
     read_quantiles,
@@ -34,6 +36,8 @@ LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
 OF_COUNTS = ("log_counts", "counts", "rates")
 # Neighbours of a spot by which its place in a pattern is told: on a hexagonal grid, all that touch it.
 N_NEIGHBORS = 6
+# Shares of the values that central intervals promise to hold, at which coverage is looked at.
+SHARES = np.arange(0.05, 1, 0.05)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +100,45 @@ def read_measured(
                 f"{trained.n_genes}; normalise before genes are dropped"
             )
     return expression.expression(adata, layer, columns).values
+
+
+def read_measured_if_there(
+    adata: AnnData, keys: Keys, genes: Sequence[str], layer: str | None, sections: NDArray[np.str_] | None
+) -> tuple[NDArray[np.float32] | None, str]:
+    """Measured expression of some genes of a prediction, and why there is none.
+
+    Parameters
+    ----------
+    adata, keys, sections
+        As for :func:`read_measured`.
+    genes
+        Genes of the panel.
+    layer
+        A layer that must be there; None for that of training, if it is.
+
+    Returns
+    -------
+    measured
+        (n_obs, n_genes), NaN for genes that were not measured; None if no gene was, or in other units.
+    reason
+        Why the layer of training cannot be compared with; empty where it can, or no gene was measured.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`read_measured`, of a layer that was named.
+    """
+    there = [gene for gene in predicted_genes(adata, keys) if gene in adata.var_names]
+    if not set(genes) & set(there):
+        return None, ""
+    try:
+        chosen = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+        values = read_measured(adata, keys, there, chosen, sections)
+    except (KeyError, ValueError) as error:
+        if layer is not None:
+            raise
+        return None, str(error.args[0])
+    return pd.DataFrame(values, columns=there).reindex(columns=list(genes)).to_numpy(np.float32), ""
 
 
 def read_individuals(
@@ -193,22 +236,89 @@ def _of_quantiles(
     return Distribution(kind, levels, of)
 
 
+def _points(composed: Composed, spots: NDArray[np.bool_]) -> Iterator[torch.Tensor]:
+    """Values of equal probability of some spots at a time."""
+    observation, composition, units, depth = composed
+    for rows in torch.from_numpy(np.flatnonzero(spots)).split(SPOTS_AT_ONCE):
+        yield observation.points(composition.take(rows), units, None if depth is None else depth[rows])
+
+
 def _of_counts(composed: Composed) -> Distribution:
     """That of a prediction from counts."""
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
 
     def of(spots: NDArray[np.bool_], shares: Sequence[float]) -> tuple[NDArray[Any], list[Interval]]:
-        observation, composition, units, depth = composed
+        observation = composed.observation
         tails = torch.tensor([(1 + side * share) / 2 for share in shares for side in (-1, 1)])
         quantiles, ends = [], []
-        for rows in torch.from_numpy(np.flatnonzero(spots)).split(SPOTS_AT_ONCE):
-            points = observation.points(composition.take(rows), units, None if depth is None else depth[rows])
+        for points in _points(composed, spots):
             quantiles.append(observation.at_levels(points, torch.from_numpy(levels)).numpy())
             ends.append(observation.ends(points, tails).numpy())
         outer = np.concatenate(ends)
         return np.concatenate(quantiles), [(outer[..., 2 * i], outer[..., 2 * i + 1]) for i in range(len(shares))]
 
     return Distribution("negative binomial", levels, of)
+
+
+def read_interval(
+    adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any], confidence_level: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Ends of the central interval of each spot and gene, each (n_obs, n_genes), from the best distribution there is.
+
+    Parameters
+    ----------
+    adata, keys, mean, std
+        As for :func:`read_distribution`.
+    confidence_level
+        Share of the values that the interval is to hold, between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If draws or quantiles do not reach as far out.
+    """
+    composed, every = read_composed(adata, keys), np.ones(adata.n_obs, bool)
+    if composed is not None:
+        tails = torch.tensor([(1 - confidence_level) / 2, (1 + confidence_level) / 2])
+        ends = np.concatenate([composed.observation.ends(points, tails) for points in _points(composed, every)])
+        return ends[..., 0], ends[..., 1]
+    kind, levels, of = read_distribution(adata, keys, mean, std, None)
+    reach = float(levels[-1] - levels[0])
+    if confidence_level > reach + 1e-9:
+        raise ValueError(
+            f"confidence_level: {confidence_level:g} reaches beyond the levels {levels[0]:g} to {levels[-1]:g} of the "
+            f"predicted distribution ({kind}); give {reach:g} at most"
+        )
+    return of(every, (confidence_level,))[1][0]
+
+
+def coverage_by_share(
+    distribution: Distribution, spots: NDArray[np.bool_], measured: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[Any]]:
+    """How often central intervals hold what was measured, against how often they promise to.
+
+    Parameters
+    ----------
+    distribution
+        Of :func:`read_distribution`.
+    spots
+        (n_obs,): those to look at.
+    measured
+        (n_spots, n_genes): of them.
+
+    Returns
+    -------
+    shares
+        (n_shares,): what is promised, as far out as the levels reach.
+    covered
+        (n_shares, n_genes): share of the spots whose value lies inside.
+    quantiles
+        (n_spots, n_genes, n_levels).
+    """
+    shares = [float(share) for share in SHARES if (1 - share) / 2 >= distribution.levels[0] - 1e-9]
+    quantiles, intervals = distribution.of(spots, shares)
+    covered = [metrics.coverage(low, high, measured) for low, high in intervals]
+    return np.array(shares), np.array(covered), quantiles
 
 
 def given_depth(composed: Composed | None, totals: NDArray[Any] | None) -> tuple[NDArray[Any], Distribution] | None:

@@ -29,7 +29,12 @@ OVERSHOOT = 0.1
 
 
 def section_image(
-    images: Any, section: str | None, column: pd.Series | None, coordinates: NDArray[np.floating]
+    images: Any,
+    section: str | None,
+    column: pd.Series | None,
+    coordinates: NDArray[np.floating],
+    *,
+    whole: bool = False,
 ) -> dict[str, dict[str, Any]] | None:
     """Choose the image of a section and convert it to what squidpy draws.
 
@@ -49,6 +54,8 @@ def section_image(
         object has no labels, and is one section.
     coordinates
         (n_spots, 2) of the spots of this section, finite, in pixels of the full-resolution image.
+    whole
+        Take all pixels, not every n-th of an image that is much finer than is drawn.
 
     Returns
     -------
@@ -61,7 +68,7 @@ def section_image(
     if isinstance(images, Mapping) and not images:
         return None
     try:
-        return _choose_image(_find_entry(images, section, column), coordinates)
+        return _choose_image(_find_entry(images, section, column), coordinates, whole)
     except ValueError as error:
         spots = "the spots" if section is None else f"the spots of section {section!r}"
         logger.warning("uns['spatial']: %s are drawn without a tissue image: %s", spots, error)
@@ -203,6 +210,34 @@ def to_rgb(image: Any) -> NDArray[np.uint8]:
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
+def crop_to(
+    image: NDArray[np.uint8], factor: float, low: NDArray[np.floating], high: NDArray[np.floating]
+) -> tuple[NDArray[np.uint8], tuple[float, float, float, float]]:
+    """Cut out the part of an image that shows a region.
+
+    Parameters
+    ----------
+    image
+        (height, width, channels).
+    factor
+        Pixels of the image for each of the full-resolution slide.
+    low, high
+        (2,) corners x and y of the region, in pixels of the full-resolution slide.
+
+    Returns
+    -------
+    image
+        A view; whole pixels, so that it may show a little more.
+    corners
+        Left, top, right and bottom of what it shows, in pixels of the full-resolution slide.
+    """
+    size = np.array(image.shape[1::-1])
+    start = np.clip(np.floor(low * factor), 0, size - 1).astype(int)
+    stop = np.clip(np.ceil(high * factor), start + 1, size).astype(int)
+    corners = np.concatenate([start, stop]) / factor
+    return image[start[1] : stop[1], start[0] : stop[0]], tuple(corners.tolist())
+
+
 def _find_entry(images: Any, section: str | None, column: pd.Series | None) -> Mapping[str, Any]:
     if not isinstance(images, Mapping):
         raise ValueError(f"expected a dictionary of sections, found {type(images).__name__}")
@@ -221,7 +256,9 @@ def _find_entry(images: Any, section: str | None, column: pd.Series | None) -> M
     return entry
 
 
-def _choose_image(entry: Mapping[str, Any], coordinates: NDArray[np.floating]) -> dict[str, dict[str, Any]]:
+def _choose_image(
+    entry: Mapping[str, Any], coordinates: NDArray[np.floating], whole: bool
+) -> dict[str, dict[str, Any]]:
     """Convert the first image that can be used; ValueError says what is wrong with each if none can."""
     for key in ("images", "scalefactors"):
         if not isinstance(entry.get(key), Mapping):
@@ -237,7 +274,7 @@ def _choose_image(entry: Mapping[str, Any], coordinates: NDArray[np.floating]) -
             scale = _as_number(factors.get(f"tissue_{name}_scalef"))
             if scale is None or scale <= 0:
                 raise ValueError(f"no positive number 'tissue_{name}_scalef' in scalefactors")
-            pixels, scale = _take_pixels(named[name], coordinates, scale)
+            pixels, scale = _take_pixels(named[name], coordinates, scale, whole)
             image = to_rgb(pixels)
         except ValueError as error:
             problems.append(f"image {name!r}: {error}")
@@ -252,7 +289,7 @@ def _choose_image(entry: Mapping[str, Any], coordinates: NDArray[np.floating]) -
     raise ValueError("; ".join(problems))
 
 
-def _take_pixels(image: Any, coordinates: NDArray[np.floating], scale: float) -> tuple[Any, float]:
+def _take_pixels(image: Any, coordinates: NDArray[np.floating], scale: float, whole: bool) -> tuple[Any, float]:
     """Refuse an image that is not where the spots are; take every n-th pixel of one much finer than is drawn.
 
     Nothing is read or copied here of arrays that know their shape.
@@ -269,10 +306,10 @@ def _take_pixels(image: Any, coordinates: NDArray[np.floating], scale: float) ->
             f"at scale factor {scale:g}"
         )
     step = max(1, int(np.ptp(place, axis=0).max() // PIXELS_ACROSS_SPOTS))
-    if step > 1:
-        every = slice(None, None, step)
-        image = image[:, every, every] if axis else image[every, every]
-    return image, scale / step
+    if step == 1 or whole:
+        return image, scale
+    every = slice(None, None, step)
+    return image[:, every, every] if axis else image[every, every], scale / step
 
 
 def _as_array(image: Any) -> NDArray[Any]:

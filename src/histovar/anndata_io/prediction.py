@@ -384,6 +384,20 @@ def predicted_genes(adata: AnnData, keys: Keys) -> list[str]:
     return [str(g) for g in np.asarray(genes).ravel()]
 
 
+def genes_of_panel(panel: Sequence[str], genes: Sequence[str] | None) -> list[str]:
+    """Genes that were asked for, or else all of the panel.
+
+    Raises
+    ------
+    KeyError
+        If one is not in the panel.
+    """
+    unknown = [gene for gene in genes or () if gene not in panel]
+    if unknown:
+        raise KeyError(f"genes: {unknown} are not in the predicted panel ({list(panel[:3])}, ...)")
+    return list(panel if genes is None else genes)
+
+
 def predicted_sections(adata: AnnData, keys: Keys, library_key: str | None) -> NDArray[np.str_] | None:
     """Section of each spot, by a column that is named, or else by that of the prediction."""
     params = slots.record(adata, keys)["params"]

@@ -14,8 +14,10 @@ from .calibrate import calibrate
 from .demo import demo
 from .embed import embed
 from .evaluate import evaluate
+from .export import export
 from .info import info
 from .predict import predict
+from .report import report
 from .text import printable
 from .tile import tile
 from .train import train
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (tile, embed, train, predict, calibrate, adapt, evaluate, demo, info):
+for command in (tile, embed, train, predict, calibrate, adapt, evaluate, report, export, demo, info):
     app.command()(command)
 
 
@@ -56,7 +58,7 @@ def main() -> None:
         _refuse(f"not enough memory ({error})")
     except EOFError as error:
         _refuse(f"the input ends too early ({error})")
-    except (ValueError, KeyError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         _refuse(str(text))
     except Exception as error:  # click's own usage errors, whose class typer does not export

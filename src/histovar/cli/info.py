@@ -26,7 +26,9 @@ def info(
     from histovar._gene_trust import gene_table, in_words
     from histovar.model.card import read_card
     from histovar.model.checkpoint import verify
+    from histovar.model.hub import local_directory
 
+    model = local_directory(model)
     sha256, loaded = verify(model), TwoStageVARST.load(model)
     stage2, registry = loaded.stage2, loaded.registry
     trust = {"trust": in_words(gene_table(registry)) if registry.get("trust") else "not known"}

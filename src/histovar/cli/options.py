@@ -45,10 +45,19 @@ def positive_or_none(value: float | None) -> float | None:
     return value if value is None else positive(value)
 
 
+def strictly_between(value: float) -> float:
+    """Refuse 0 and 1, which a range of typer would let pass."""
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"{value:g} is not more than 0 and less than 1")
+    return value
+
+
 PATH: dict[str, Any] = {"parser": path_of, "metavar": "PATH"}
 FILES: dict[str, Any] = {"parser": path_of, "metavar": "INPUTS"}
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Directory of the trained model.", **PATH)]
+Model = Annotated[
+    Path, typer.Option("--model", "-m", help="Directory of the trained model, or hf://owner/name.", **PATH)
+]
 UseRep = Annotated[
     list[str] | None,
     typer.Option(
@@ -95,6 +104,31 @@ KeyAdded = Annotated[
         callback=not_empty,
         help="Prefix of the names under which a file holds what histovar has made, such as var['histovar_panel']; "
         "another prefix keeps two models' results side by side.",
+    ),
+]
+Prediction = Annotated[
+    str, typer.Option("--key", callback=not_empty, help="Name of the prediction, the --key-added of predict.")
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        callback=not_empty,
+        help="Layer with measured expression, in the units of training; the layer trained on by default.",
+    ),
+]
+Gene = Annotated[
+    list[str] | None,
+    typer.Option("--gene", callback=not_empty, help="Gene to take; repeatable. All that were predicted by default."),
+]
+Interval = Annotated[
+    float,
+    typer.Option(
+        "--confidence-level",
+        "--confidence_level",
+        min=0,
+        max=1,
+        callback=strictly_between,
+        help="Share of what would be measured that the interval between lower and upper bound is to hold.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Spots at once.")]

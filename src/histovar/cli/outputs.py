@@ -13,12 +13,16 @@ from histovar._atomic import atomic_directory, atomic_file
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 DATA_SUFFIXES = (".h5ad", ".zarr")
 # What evaluate and info write of every gene, and predict into uns.
 SCORES = {"pearson", "spearman", "mse", "mae", "crps", "coverage", "constant"}
 TRUST = {"expected_pearson", "ceiling", "q_value"}
 RECORD = {"genes", "units", "params", "version"}
+# What tells reports and GeoJSON of histovar, within their first characters.
+REPORT, GEOJSON, FIRST_CHARACTERS = '<meta name="generator" content="histovar', '"generator": "histovar', 10_000
+EXPORT_SUFFIXES = {"geojson": ".geojson", "spatialdata": ".zarr"}
 
 
 def check_data(out: Path, inputs: Iterable[Path], what: str = "prediction") -> None:
@@ -76,6 +80,25 @@ def _check_table(out: Path, inputs: Iterable[Path], columns: set[str], what: str
     _check_place(out, inputs, directory=False)
     if out.exists() and not _holds_table(out, columns):
         _refuse_replacing(out, f"it is not {what} of histovar")
+
+
+def check_report(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a report that cannot be written, or must not be; see :func:`check_data`."""
+    if out.suffix != ".html":
+        raise ValueError(f"--out must end in .html, got {str(out)!r}")
+    _check_place(out, inputs, directory=False)
+    if out.exists() and not _begins_with(out, REPORT):
+        _refuse_replacing(out, "it is not a report of histovar")
+
+
+def check_export(out: Path, inputs: Iterable[Path], to: str) -> None:
+    """Refuse an export that cannot be written, or must not be; see :func:`check_data`."""
+    suffix = EXPORT_SUFFIXES[to]
+    if out.suffix != suffix:
+        raise ValueError(f"--out must end in {suffix} for --to {to}, got {str(out)!r}")
+    _check_place(out, inputs, directory=out.suffix == ".zarr")
+    if out.exists() and not (_holds_spatialdata(out) if out.is_dir() else _begins_with(out, GEOJSON)):
+        _refuse_replacing(out, "histovar did not export it")
 
 
 def check_demo(out: Path) -> None:
@@ -171,6 +194,24 @@ def _holds_table(path: Path, columns: set[str]) -> bool:
     return set(header.strip().split(",")) >= columns
 
 
+def _begins_with(path: Path, mark: str) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return mark in file.read(FIRST_CHARACTERS)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _holds_spatialdata(path: Path) -> bool:
+    """Whether a store is a SpatialData that :func:`histovar.get.spatialdata` made."""
+    import zarr
+
+    try:
+        return "histovar" in zarr.open_group(path, mode="r").attrs
+    except (OSError, KeyError, ValueError, TypeError):
+        return False
+
+
 def write_data(adata: AnnData, out: Path) -> None:
     """Write an object as .h5ad or .zarr, as the suffix says; parent directories are made."""
     from histovar.anndata_io.zarr_store import write_whole
@@ -197,3 +238,11 @@ def write_genes(table: pd.DataFrame, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as written:
         table.to_csv(written)
+
+
+def write_spatialdata(sdata: SpatialData, out: Path) -> None:
+    """Write a SpatialData as .zarr; parent directories are made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(out) as written:
+        written.rmdir()  # it is not written to a directory that is no store
+        sdata.write(written)

@@ -1,4 +1,4 @@
-"""Save and load models: a directory with a card (JSON) and the weights of each stage (safetensors).
+"""Save and load models: a directory with a card (JSON), the weights of each stage (safetensors) and a README.md.
 
 The card is what counts. New weights are written beside the old ones under hidden names, then the card is renamed into
 place, then the weights; a card names its weights by their SHA-256, and whoever reads it looks for them under both
@@ -39,6 +39,8 @@ from .card import (
 )
 from .config import ModelConfig
 from .distributed import rank_and_world
+from .hub import local_directory
+from .readme import BEGINNING, FILE, readme
 from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights, with_statistics
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ Model = TypeVar("Model", bound="TwoStageVARST")
 # Seconds to wait for another process that saves to the same directory.
 SAVING_SECONDS, LOADING_SECONDS = 600.0, 60.0
 # What a save that was killed may leave in a model's directory.
-LEFTOVERS = re.compile(r"\.stage[12]-[0-9a-f]{16}\.safetensors|\.\.stage[12]-.*\.tmp.*|\.model\.json\..*\.tmp.*")
+LEFTOVERS = re.compile(
+    r"\.stage[12]-[0-9a-f]{16}\.safetensors|\.\.stage[12]-.*\.tmp.*|\.(?:model\.json|README\.md)\..*\.tmp.*"
+)
 
 __all__ = ["load_model", "load_stage", "read_card", "save_model", "verify"]
 
@@ -126,7 +130,20 @@ def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2))
                 os.replace(_hidden(path, stage, weights[stage]), path / weights_name(stage))
         for stage in {1, 2} - {*card["stages"]}:
             (path / weights_name(stage)).unlink(missing_ok=True)
+        _write_readme(path, card)
         flush_directory(path)
+
+
+def _write_readme(path: Path, card: Mapping[str, Any]) -> None:
+    """Describe the model that the directory holds; a README.md of something else stays."""
+    file = path / FILE
+    if file.exists() and not (file.is_file() and file.read_bytes().startswith(BEGINNING.encode())):
+        return
+    history = {name: _table(values) for name, values in card["history"].items()}
+    with atomic_file(file) as written:
+        written.write_text(
+            readme(card["registry"], ModelConfig.from_json(json.dumps(card["config"])), history), "utf-8"
+        )
 
 
 def _hidden(path: Path, stage: int, digest: str) -> Path:
@@ -272,6 +289,7 @@ def verify(path: Path) -> str:
     ValueError
         If the card or the weights are damaged, changed or do not belong together.
     """
+    path = local_directory(path)
     with _reading(path):
         card = read_card(path)
         if card["format_version"] >= CHECKSUMS_SINCE:
@@ -288,6 +306,7 @@ def verify(path: Path) -> str:
 @in_float32
 def load_model(cls: type[Model], path: Path) -> Model:
     """Read a whole model; see :meth:`TwoStageVARST.load`."""
+    path = local_directory(path)
     with _reading(path):
         card = read_card(path)
         if 1 not in card["stages"]:
@@ -311,6 +330,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
 @in_float32
 def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
     """Take one stage from a directory; see :meth:`TwoStageVARST.load_stage`."""
+    path = local_directory(path)
     with _reading(path):
         card = read_card(path)
         if stage not in card["stages"]:

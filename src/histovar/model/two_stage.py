@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from histovar._arguments import PathLike, check_arguments, not_bool
+from histovar._arguments import Key, PathLike, check_arguments, not_bool
 
 from .adaptation import Adaptation
 from .calibration import Calibration
@@ -485,10 +485,11 @@ class TwoStageVARST(nn.Module):
 
     @check_arguments
     def save(self, path: PathLike) -> None:
-        """Write the model to a directory: weights as safetensors, all else as JSON.
+        """Write the model to a directory: weights as safetensors, all else as JSON, and a README.md that describes it.
 
         In a distributed run, the first process does. A model that is there is replaced in one step: killed at any
-        moment, a save leaves the old one or the new one. Other files in the directory stay.
+        moment, a save leaves the old one or the new one. Other files in the directory stay, a README.md of your own
+        among them.
 
         Parameters
         ----------
@@ -512,12 +513,13 @@ class TwoStageVARST(nn.Module):
     @classmethod
     @check_arguments
     def load(cls, path: PathLike) -> Self:
-        """Read a model that :meth:`save` wrote.
+        """Read a model that :meth:`save` or :meth:`push` wrote.
 
         Parameters
         ----------
         path
-            Its directory.
+            Its directory; or ``"hf://owner/name"``, with ``"@revision"`` if not the newest, of the Hugging Face Hub,
+            whose cache is enough without a network.
 
         Returns
         -------
@@ -527,7 +529,10 @@ class TwoStageVARST(nn.Module):
         Raises
         ------
         FileNotFoundError
-            If there is no such directory, or a file is missing from it.
+            If there is no such directory, or a file is missing from it; if the hub has no such model, or cannot be
+            reached and its cache has none.
+        ImportError
+            If the hub is asked and huggingface-hub is not installed: ``pip install 'histovar[hub]'``.
         ValueError
             If it is not a model, or was written in a newer format; if its card or its weights are truncated, damaged or
             edited, do not belong together, or hold values that are not finite.
@@ -535,6 +540,35 @@ class TwoStageVARST(nn.Module):
         from .checkpoint import load_model
 
         return load_model(cls, Path(path))
+
+    @check_arguments
+    def push(self, repository: Key, *, private: bool = False) -> str:
+        """Save the model to the Hugging Face Hub, from where :meth:`load` reads ``"hf://owner/name"``.
+
+        Parameters
+        ----------
+        repository
+            ``"owner/name"``, made if absent.
+        private
+            Whether a repository that is made is private.
+
+        Returns
+        -------
+        str
+            Its new revision.
+
+        Raises
+        ------
+        ImportError
+            If huggingface-hub is not installed: ``pip install 'histovar[hub]'``.
+        ValueError
+            If `repository` is not of that form, and where :meth:`save` raises it.
+        ConnectionError
+            If the hub cannot be reached or refuses, as without ``hf auth login``.
+        """
+        from .hub import push_model
+
+        return push_model(self, repository, private=private)
 
     @check_arguments
     def save_stage(self, path: PathLike, stage: Stage) -> None:

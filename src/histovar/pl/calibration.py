@@ -12,13 +12,11 @@ from histovar import metrics
 from histovar._arguments import Key, check_arguments
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.comparison import read_comparison, read_distribution
+from histovar.anndata_io.comparison import coverage_by_share, read_comparison, read_distribution
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.prediction import read_composed
 
 from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
-
-SHARES = np.arange(0.05, 1, 0.05)
 
 
 @check_arguments
@@ -72,21 +70,19 @@ def calibration(
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key)
     scored = read_comparison(adata, keys, layer)
-    kind, levels, distribution_of = read_distribution(adata, keys, scored.mean, scored.std, read_composed(adata, keys))
-    shares = [s for s in SHARES if (1 - s) / 2 >= levels[0] - 1e-9]
-    quantiles, intervals = distribution_of(np.ones(adata.n_obs, bool), shares)
-    covered = np.array([metrics.coverage(*ends, scored.measured) for ends in intervals])
-    place = metrics.pit(quantiles, levels, scored.measured)
+    distribution = read_distribution(adata, keys, scored.mean, scored.std, read_composed(adata, keys))
+    shares, covered, quantiles = coverage_by_share(distribution, np.ones(adata.n_obs, bool), scored.measured)
+    place = metrics.pit(quantiles, distribution.levels, scored.measured)
     axes = axes_grid(ax, 1, 2, (9, 4))[0]
     left, right = axes
-    _coverage(left, np.array(shares), covered)
+    _coverage(left, shares, covered)
     right.hist(place.ravel(), bins=20, range=(0, 1), density=True, alpha=0.6)
     right.axhline(1, color="0.4", linestyle="--", linewidth=1)
     right.set(
         xlabel="level of the measured value (PIT)", ylabel="density", title=f"{place.shape[1]} genes", xlim=(0, 1)
     )
     calibrated = "calibrated" if slots.record(adata, keys).get("calibrated", False) else "not calibrated"
-    left.set_title(f"intervals from {kind}, {calibrated}")
+    left.set_title(f"intervals from {distribution.kind}, {calibrated}")
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
     finish(figure_of(left), show, save)

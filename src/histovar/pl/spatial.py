@@ -17,10 +17,10 @@ from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arg
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._squidpy import sq
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.comparison import read_measured
+from histovar.anndata_io.comparison import read_measured_if_there
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.images import section_image, spot_diameter
-from histovar.anndata_io.prediction import predicted_genes, predicted_sections, read_prediction
+from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, predicted_sections, read_prediction
 from histovar.metrics import pearson
 
 from ._figure import AxesList, Colormap, FigureFile, axes_grid, figure_of, finish
@@ -106,10 +106,7 @@ def spatial(
     adata = gate.table(data, table_name, writes=False)
     keys = Keys(key)
     panel = predicted_genes(adata, keys)
-    wanted = list(genes)  # a single gene has become a list
-    unknown = [g for g in wanted if g not in panel]
-    if unknown:
-        raise KeyError(f"genes: {unknown} are not in the predicted panel ({panel[:3]}, ...)")
+    wanted = genes_of_panel(panel, genes)  # a single gene has become a list
     params = slots.record(adata, keys)["params"]
     if library_key is None:
         library_key = str(params["library_key"]) or None  # an empty string is how uns holds None
@@ -117,8 +114,10 @@ def spatial(
     rows, label = _rows_of(names, adata.n_obs, section)
     columns = np.array([panel.index(g) for g in wanted])
     mean, std = (values[np.ix_(rows, columns)] for values in read_prediction(adata, keys, panel))
-    measured = _measured(adata, keys, panel, wanted, layer, names)
-    measured = None if measured is None else measured[rows]
+    measured, reason = read_measured_if_there(adata, keys, wanted, layer, names)
+    if reason:
+        logger.warning("measured expression is not drawn: %s", reason)
+    measured = None if measured is None or np.isnan(measured).any() else measured[rows]
     place = gate.coordinates(adata, str(params["spatial_key"]))[rows]
     column = None if library_key is None else adata.obs[library_key]
     canvas = _canvas(place, section_image(adata.uns.get("spatial", {}), label, column, place))
@@ -163,28 +162,6 @@ def _rows_of(
     if label not in there:
         raise ValueError(f"section: no section {label!r}; the object has {there}")
     return np.flatnonzero(names == label), label
-
-
-def _measured(
-    adata: AnnData,
-    keys: Keys,
-    panel: list[str],
-    wanted: list[str],
-    layer: str | None,
-    sections: NDArray[np.str_] | None,
-) -> NDArray[np.float32] | None:
-    """Measured expression of the genes wanted, all spots; None where it was not measured, or is in other units."""
-    there = [gene for gene in panel if gene in adata.var_names]
-    if not set(wanted) <= set(there):
-        return None
-    try:
-        chosen = str(slots.record(adata, keys)["layer"]) if layer is None else layer
-        return read_measured(adata, keys, there, chosen, sections)[:, [there.index(gene) for gene in wanted]]
-    except (KeyError, ValueError) as error:
-        if layer is not None:
-            raise
-        logger.warning("measured expression is not drawn: %s", error.args[0])
-        return None
 
 
 def _canvas(place: NDArray[np.float64], image: dict[str, dict[str, Any]] | None) -> AnnData:

@@ -1,0 +1,58 @@
+"""``histovar report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import outputs
+from .options import FILES, PATH, Gene, Interval, Layer, LibraryKey, Prediction, not_empty
+from .predictions import read_predictions
+
+
+def report(
+    inputs: Annotated[list[Path], typer.Argument(help="Predicted sections, as .h5ad files or .zarr stores.", **FILES)],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Directory of the model that predicted, to say what it was trained on and which genes can be trusted.",
+            **PATH,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write, which ends in .html.", **PATH)] = Path(
+        "report.html"
+    ),
+    gene: Gene = None,
+    title: Annotated[str, typer.Option(callback=not_empty, help="Heading of the page.")] = "Predicted gene expression",
+    library_key: LibraryKey = None,
+    key: Prediction = "histovar",
+    layer: Layer = None,
+    confidence_level: Interval = 0.9,
+) -> None:
+    """Make one page of a prediction, to look at in any browser and to hand on; it needs no network.
+
+    Choose a gene and see its predicted map over the H&E, how uncertain it is and, where it was measured, what was
+    measured; how far intervals can be believed, and what to be careful about.
+    """
+    outputs.check_report(out, [*inputs, *([] if model is None else [model])])
+    from histovar import TwoStageVARST, pl
+
+    trained = None if model is None else TwoStageVARST.load(model)
+    adata, library_key = read_predictions(inputs, library_key, key)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pl.report(
+        adata,
+        out,
+        trained,
+        genes=gene if gene else None,
+        title=title,
+        key=key,
+        library_key=library_key,
+        layer=layer,
+        confidence_level=confidence_level,
+    )
+    typer.echo(f"report written to {out}")

@@ -1,0 +1,134 @@
+"""Results as objects that scanpy and squidpy understand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from spatialdata import SpatialData, sanitize_name, sanitize_table
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Identity, Scale
+
+from histovar._arguments import ConfidenceLevel, Key, check_arguments
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar._version import __version__
+from histovar.anndata_io import gate
+from histovar.anndata_io.comparison import read_interval
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.slides import Slide, read_slides
+
+from .prediction import prediction
+
+# How a SpatialData table says which shape each of its rows is of.
+REGION, INSTANCE = "histovar_region", "histovar_instance"
+
+
+@check_arguments
+def spatialdata(
+    data: Data,
+    key: Prefix = DEFAULT_KEY,
+    *,
+    confidence_level: ConfidenceLevel = 0.9,
+    library_key: Key | None = None,
+    table_name: Key | None = None,
+) -> SpatialData:
+    """A prediction as a SpatialData, for spatialdata-plot, napari-spatialdata and vitessce.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
+    key
+        Prefix of the slots, the `key_added` of :func:`histovar.tl.predict`.
+    confidence_level
+        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+    library_key
+        Column of ``obs`` with the section; that of the prediction by default. Not for SpatialData, whose table says
+        which region each spot is of.
+    table_name
+        Table of a SpatialData.
+
+    Returns
+    -------
+    SpatialData
+        ``tables[key]`` is what :func:`prediction` returns with the layers ``"mean"`` (which ``X`` is, too), ``"std"``,
+        ``"lower"`` and ``"upper"``, the ends of the interval.
+
+        Of an AnnData further, of every section, ``shapes["{section}_spots"]``, circles of the spots' diameter in pixels
+        of the full-resolution slide, and ``images["{section}_image"]``, where ``uns["spatial"]`` has one, scaled to the
+        same pixels by its scale factor. Each section has a coordinate system of its own, called as the section. An
+        object that is one section without a name has ``"spots"`` and ``"image"`` in ``"global"``. Characters that
+        SpatialData does not allow in names, also in those of columns of ``obs`` and such, become ``_``.
+
+        Of a SpatialData its images, labels, points and shapes, not copied, with their transformations; the table is of
+        the same regions as before.
+
+        ``attrs["histovar"]`` has ``"version"``, ``"key"``, ``"units"`` and ``"confidence_level"``.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction under `key`, no such column, or there are no coordinates.
+    ValueError
+        If what was predicted was changed since, draws or quantiles do not reach as far out as `confidence_level`, or
+        `library_key` is given for SpatialData.
+    """
+    if isinstance(data, SpatialData) and library_key is not None:
+        raise ValueError(
+            f"library_key: the table of a SpatialData names its regions; leave it out, got {library_key!r}"
+        )
+    adata = gate.table(data, table_name, writes=False)
+    keys = Keys(key)
+    table = prediction(adata, key)
+    table.layers["lower"], table.layers["upper"] = (
+        end.astype(np.float32) for end in read_interval(adata, keys, table.X, table.layers["std"], confidence_level)
+    )
+    table.layers["mean"] = table.X.copy()
+    sanitize_table(table)
+    name = sanitize_name(key)
+    about = {"version": __version__, "key": key, "units": table.uns["units"], "confidence_level": confidence_level}
+    attrs = {"histovar": about}
+    if isinstance(data, SpatialData):
+        elements = {kind: dict(getattr(data, kind)) for kind in ("images", "labels", "points", "shapes")}
+        return SpatialData(**elements, tables={name: table}, attrs=attrs)
+    images: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
+    regions = np.empty(adata.n_obs, dtype=object)
+    slides = read_slides(adata, keys, library_key, whole_images=True)
+    for slide, section in zip(slides, _element_names(slides), strict=True):
+        prefix, system = (f"{section}_", section) if section else ("", "global")
+        regions[slide.rows] = f"{prefix}spots"
+        shapes[f"{prefix}spots"] = ShapesModel.parse(
+            slide.coordinates,
+            geometry=0,
+            radius=slide.diameter / 2,
+            index=pd.Index(adata.obs_names[slide.rows]),
+            transformations={system: Identity()},
+        )
+        if slide.image is not None:
+            factor = 1 / slide.image["scalefactors"]["tissue_hires_scalef"]
+            images[f"{prefix}image"] = Image2DModel.parse(
+                slide.image["images"]["hires"],
+                dims=("y", "x", "c"),
+                c_coords=["r", "g", "b"],
+                transformations={system: Scale([factor, factor], axes=("y", "x"))},
+            )
+    table.uns.pop(TableModel.ATTRS_KEY, None)
+    table.obs[REGION] = pd.Categorical(regions)
+    table.obs[INSTANCE] = table.obs_names.to_numpy()
+    # The images are elements now.
+    table.uns.pop("spatial", None)
+    table = TableModel.parse(table, region=list(shapes), region_key=REGION, instance_key=INSTANCE)
+    return SpatialData(images=images, shapes=shapes, tables={name: table}, attrs=attrs)
+
+
+def _element_names(slides: list[Slide]) -> list[str]:
+    """A name that SpatialData allows for each section, each once; empty for a section without a name."""
+    names: list[str] = []
+    for slide in slides:
+        name = "" if slide.label is None else sanitize_name(slide.label)
+        taken = {n.lower() for n in names}
+        candidates = (name, *(f"{name}_{i}" for i in range(2, len(slides) + 2)))
+        names.append(next(n for n in candidates if n.lower() not in taken))
+    return names

@@ -1,0 +1,141 @@
+"""Predictions as GeoJSON for QuPath: a detection of every spot, with measurements."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from histovar._arguments import ConfidenceLevel, Key, KeyOrKeys, PathLike, Positive, check_arguments
+from histovar._atomic import atomic_file
+from histovar._keys import DEFAULT_KEY, Keys, Prefix
+from histovar._version import __version__
+from histovar.anndata_io import gate
+from histovar.anndata_io.comparison import read_interval
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, read_prediction
+from histovar.anndata_io.slides import read_slides
+
+Shape = Literal["circle", "square"]
+
+# Vertices of a circle, a multiple of 4; significant digits of measurements; decimals of pixels.
+VERTICES, DIGITS, DECIMALS = 32, 5, 2
+# Makes the same id of the same spot of the same section, in every file.
+NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "histovar")
+
+
+@check_arguments
+def write_geojson(
+    data: Data,
+    path: PathLike,
+    *,
+    genes: KeyOrKeys | None = None,
+    section: Key | int | None = None,
+    key: Prefix = DEFAULT_KEY,
+    library_key: Key | None = None,
+    confidence_level: ConfidenceLevel = 0.9,
+    shape: Shape = "circle",
+    diameter: Positive | None = None,
+    table_name: Key | None = None,
+) -> None:
+    """Write a section's prediction as GeoJSON, to be opened on its slide in QuPath (File, Import objects from file).
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
+    path
+        File to write, such as ``"S4.geojson"``; its directory exists. A file that is there is replaced.
+    genes
+        Genes of the panel; all of them by default, which makes some 100 bytes a spot and gene.
+    section
+        Section to write, compared as a string; needed where there are several, as QuPath shows one slide at a time.
+    key
+        Prefix of the slots.
+    library_key
+        Column of ``obs`` with the section; that of the prediction by default.
+    confidence_level
+        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+    shape
+        ``"circle"`` for spots and cells, ``"square"`` for tiles.
+    diameter
+        Of the circles, or side of the squares, in pixels of the full-resolution slide. By default that of the image's
+        scale factors in ``uns["spatial"]``, or else 0.55 of the median distance between nearest spots.
+    table_name
+        Table of a SpatialData.
+
+    Notes
+    -----
+    Every spot is a feature with a polygon around its place in ``obsm``, in pixels of the full-resolution slide as
+    QuPath has them (x to the right, y down). Its properties are QuPath's: ``"objectType": "detection"``, its ``"name"``
+    in ``obs_names`` and ``"measurements"``: of each gene ``"ERBB2 mean"``, ``"ERBB2 lower"`` and ``"ERBB2 upper"``, to
+    5 digits and in the units of the prediction, which ``"units"`` beside the features names. Coordinates are not
+    longitudes and latitudes, as RFC 7946 has them; QuPath uses the format all the same.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction, a gene is not in the panel, or there are no coordinates.
+    ValueError
+        If there are several sections and none is named, or no such section.
+    OSError
+        If the file cannot be written.
+    """
+    adata = gate.table(data, table_name, writes=False)
+    keys = Keys(key)
+    panel = predicted_genes(adata, keys)
+    chosen = genes_of_panel(panel, genes)
+    slides = read_slides(adata, keys, library_key, section=None if section is None else str(section))
+    if len(slides) > 1:
+        raise ValueError(f"section: the object has sections {[s.label for s in slides]}; name the one to write")
+    slide = slides[0]
+    mean, std = read_prediction(adata, keys, panel)
+    lower, upper = read_interval(adata, keys, mean, std, confidence_level)
+    columns = np.array([panel.index(gene) for gene in chosen])
+    values = np.stack([m[np.ix_(slide.rows, columns)] for m in (mean, lower, upper)], axis=2)
+    names = [f"{gene} {what}" for gene in chosen for what in ("mean", "lower", "upper")]
+    outlines = _outlines(slide.coordinates, slide.diameter if diameter is None else diameter, shape)
+    spots = adata.obs_names[slide.rows].astype(str)
+    about = {
+        "generator": f"histovar {__version__}",
+        "units": str(adata.uns[keys.uns]["units"]),
+        "confidence_level": confidence_level,
+    }
+    with atomic_file(Path(path)) as file, file.open("w", encoding="utf-8") as stream:
+        stream.write('{"type": "FeatureCollection", ')
+        stream.writelines(f"{json.dumps(name)}: {json.dumps(value)}, " for name, value in about.items())
+        stream.write('"features": [\n')
+        features = _features(spots, slide.label, outlines, names, values.reshape(len(values), -1))
+        for i, feature in enumerate(features):
+            stream.write(",\n" * (i > 0) + json.dumps(feature, allow_nan=False))
+        stream.write("\n]}\n")
+
+
+def _outlines(coordinates: NDArray[np.float64], diameter: float, shape: Shape) -> NDArray[Any]:
+    """Polygons around the centres, (n_spots,), counterclockwise as RFC 7946 has them."""
+    if shape == "square":
+        corners = np.hstack([coordinates - diameter / 2, coordinates + diameter / 2]).T
+        return shapely.box(*corners, ccw=True)
+    circles = shapely.buffer(shapely.points(coordinates), diameter / 2, quad_segs=VERTICES // 4)
+    return shapely.orient_polygons(circles)
+
+
+def _features(
+    spots: Any, section: str | None, outlines: NDArray[Any], names: list[str], values: NDArray[Any]
+) -> Iterator[dict[str, Any]]:
+    """A feature a spot, with QuPath's properties."""
+    for spot, outline, row in zip(spots, outlines, values, strict=True):
+        ring = shapely.get_coordinates(outline).round(DECIMALS).tolist()
+        measurements = {name: float(f"{value:.{DIGITS}g}") for name, value in zip(names, row.tolist(), strict=True)}
+        yield {
+            "type": "Feature",
+            "id": str(uuid.uuid5(NAMESPACE, f"{section or ''}\n{spot}")),
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {"objectType": "detection", "name": spot, "measurements": measurements},
+        }

@@ -1,0 +1,79 @@
+"""Models on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from histovar._extras import import_extra
+
+if TYPE_CHECKING:
+    from .two_stage import TwoStageVARST
+
+# hf://owner/name, or hf://owner/name@revision; a path has made one slash of the two.
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+ADDRESS = re.compile(rf"hf:/+(?P<repository>{REPOSITORY.pattern})(?:@(?P<revision>[\w./-]+))?")
+FILES = ("model.json", "*.safetensors", "README.md")
+
+
+def local_directory(path: Path) -> Path:
+    """Where a model is on this machine: a directory as it is, one of the hub in its cache, downloaded if need be.
+
+    Parameters
+    ----------
+    path
+        A directory, ``hf://owner/name`` or ``hf://owner/name@revision``.
+
+    Raises
+    ------
+    ImportError
+        If huggingface-hub is needed and not installed.
+    ValueError
+        If the address is not of that form.
+    FileNotFoundError
+        If there is no such model on the hub, or it is neither in the cache nor within reach.
+    """
+    if path.parts[:1] != ("hf:",):
+        return path
+    address = ADDRESS.fullmatch(path.as_posix())
+    if address is None:
+        raise ValueError(f"path: expected hf://owner/name or hf://owner/name@revision, got {path.as_posix()!r}")
+    hub = import_extra("huggingface_hub", "hub", "loading from hf://")
+    try:
+        found = hub.snapshot_download(address["repository"], revision=address["revision"], allow_patterns=list(FILES))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"path: {address['repository']!r} is not to be had from the Hugging Face Hub, nor in its cache "
+            f"({_short(error)}); check the name, the network and, if it is private or gated, hf auth login"
+        ) from None
+    return Path(found)
+
+
+def push_model(model: TwoStageVARST, repository: str, *, private: bool) -> str:
+    """Save a model to the hub; see :meth:`TwoStageVARST.push`."""
+    if REPOSITORY.fullmatch(repository) is None:
+        raise ValueError(f"repository: expected 'owner/name', got {repository!r}")
+    hub = import_extra("huggingface_hub", "hub", "push")
+    api = hub.HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model of histovar")
+        except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+            _refuse(repository, error)
+    return str(done.oid)
+
+
+def _refuse(repository: str, error: Exception) -> NoReturn:
+    raise ConnectionError(
+        f"repository: {repository!r} could not be written on the Hugging Face Hub ({_short(error)}); check the name, "
+        "the network and hf auth login"
+    ) from None
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).split("\n")
+    return f"{type(error).__name__}: {' '.join(lines[0].split())[:160]}"

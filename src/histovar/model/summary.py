@@ -1,0 +1,54 @@
+"""What a model was trained on, in words for whoever uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .config import ModelConfig
+
+
+def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
+    """Facts of a trained model, by their names.
+
+    Parameters
+    ----------
+    registry, config
+        Of the model.
+
+    Returns
+    -------
+    dict
+        Only what is known.
+    """
+    n_genes = len(registry.get("genes", []))
+    embeddings = zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)
+    calibration = registry.get("calibration") or {}
+    facts = {
+        "Genes": f"{n_genes:,}" if n_genes else "",
+        "Units of training": str(registry.get("units", "")),
+        "Embeddings": ", ".join(f"{name} ({width:,} numbers)" for name, width in embeddings),
+        "Neighbourhoods": ", ".join(map(str, config.n_neighbors)) + " spots" if config.n_neighbors else "",
+        "Covariates": _names(registry.get("covariates", {})),
+        "Gene tokens learnt from": _spots(registry, "stage1"),
+        "Prediction learnt from": _spots(registry, "stage2"),
+        "Individuals": _names(registry.get("groups_stage2", [])),
+        "Intervals calibrated on": f"{calibration['n_spots']:,} spots of {_names(calibration['sections'])}"
+        if calibration
+        else "",
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names))
+
+
+def _spots(registry: Mapping[str, Any], stage: str) -> str:
+    """Spots and sections of a stage."""
+    if f"n_spots_{stage}" not in registry:
+        return ""
+    sections = list(registry.get(f"sections_{stage}", []))
+    return f"{registry[f'n_spots_{stage}']:,} spots of {len(sections)} section{'s' * (len(sections) != 1)}: " + _names(
+        sections
+    )

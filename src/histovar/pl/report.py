@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 from pydantic import AfterValidator
 
-from histovar import get
 from histovar._arguments import ConfidenceLevel, Key, KeyOrKeys, PathLike, check_arguments, refuse_value
 from histovar._extras import import_extra
+from histovar._gene_trust import gene_table
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
@@ -100,7 +99,7 @@ def report(
         adata,
         Keys(key),
         model=model,
-        trust=None if model is None else _trust(model),
+        trust=gene_table(model.registry) if model is not None and model.registry.get("trust") else None,
         genes=None if genes is None else list(genes),
         title=title,
         library_key=library_key,
@@ -108,12 +107,3 @@ def report(
         confidence_level=confidence_level,
     )
     write_page(content, Path(path))
-
-
-def _trust(model: TwoStageVARST) -> pd.DataFrame | None:
-    """How well each gene is predicted, where the model knows."""
-    genes = getattr(get, "genes", None)
-    try:
-        return None if genes is None else genes(model)
-    except (KeyError, ValueError):  # trained before models kept it
-        return None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import histovar as hv
+import histovar._torchvision  # before tests that import lightning, which imports torchvision
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # small models gain little from more

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from histovar._arguments import Key, check_arguments
 
 from ._checkpoints import conch_trunk, from_transformers
 from .encoder import Encoder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OPTIMUS_MEAN, OPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
@@ -178,8 +177,6 @@ def describe() -> pd.DataFrame:
         A row an encoder: repository of its weights, pixels of its input, layers, pooling, width of an embedding,
         licence, whether it is gated, and citation.
     """
-    import pandas as pd
-
     columns = ("hub", "input_px", "layers", "pooling", "width", "licence", "gated", "citation")
     rows = [{column: getattr(encoder, column) for column in columns} for encoder in ENCODERS.values()]
     return pd.DataFrame(rows, index=pd.Index(ENCODERS, name="encoder"))

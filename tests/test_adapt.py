@@ -34,7 +34,6 @@ def adapted(section, model):
 
 
 def scores(section, model):
-    others = section[~section.obs["measured"].to_numpy()].copy()
     hv.tl.predict(section, model)
     others = section[~section.obs["measured"].to_numpy()].copy()
     hv.tl.evaluate(others)
@@ -68,7 +67,6 @@ def test_measured_spots_tell_those_near_them(query, model):
     section = choose(query, 40)
     place = section.obsm["spatial"]
     left = place[:, 0] < np.median(place[:, 0])
-    gene = section.var_names.get_loc(model.registry["genes"][0])
     counts = np.asarray(section.X.toarray() if hasattr(section.X, "toarray") else section.X)
     counts[left] *= 6  # every gene's share stays, the depth does not
     section.X = counts
@@ -78,7 +76,6 @@ def test_measured_spots_tell_those_near_them(query, model):
     depth = hv.get.prediction(section).obs["total_count"].to_numpy()
     unseen = ~section.obs["measured"].to_numpy()
     assert np.median(depth[left & unseen]) > 2.5 * np.median(depth[~left & unseen])
-    assert np.isfinite(section.X[:, gene]).all()
 
 
 def test_the_model_given_stays_as_it_is_and_the_copy_is_saved(section, model, adapted, tmp_path):

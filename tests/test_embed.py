@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import histovar as hv
+from histovar.anndata_io.spacing import microns_per_pixel
 
 from .conftest import QUICK, small_config
 
@@ -209,6 +210,13 @@ def test_image_in_uns(spots, pixels, caplog):
     del coarse.uns["spatial"]
     with pytest.raises(ValueError, match=r"image: no image in uns\['spatial'\] .*; pass image="):
         embed(coarse, None)
+
+
+def test_scale_that_was_given_counts_more_than_the_stored_one(spots, png, pixels):
+    with_image(spots, pixels, microns_per_pixel=4 * MPP)
+    assert microns_per_pixel(spots, None, None) == 4 * MPP
+    embed(spots, png)
+    assert microns_per_pixel(spots, None, None) == pytest.approx(MPP)
 
 
 def test_file_that_is_noted_in_uns(spots, png, pixels):

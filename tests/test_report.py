@@ -222,7 +222,10 @@ def test_wrong_reports_are_refused(predicted, model, model_of_values, tmp_path, 
     with pytest.raises(ValueError, match="model: expected a trained model"):
         hv.pl.report(predicted, path, other)
     other.registry = {**model.registry, "genes": model.registry["genes"][::-1]}
-    with pytest.raises(ValueError, match="model: .*is not the one that predicted"):
+    with pytest.raises(ValueError, match="model: it has 30 genes, and these 30 were predicted by another"):
+        hv.pl.report(predicted, path, other)
+    other.registry = {**model.registry, "sections_stage2": ["S1"]}
+    with pytest.raises(ValueError, match=r"model: it learnt from sections \['S1'\], and the one"):
         hv.pl.report(predicted, path, other)
     with pytest.raises(KeyError, match="no prediction 'other'"):
         hv.pl.report(predicted, path, key="other")
@@ -230,7 +233,7 @@ def test_wrong_reports_are_refused(predicted, model, model_of_values, tmp_path, 
     with pytest.raises(ValueError, match="genes: 30 genes of 120 spots are too many.*name 8 genes at most"):
         hv.pl.report(predicted, path)
     monkeypatch.setitem(sys.modules, "bokeh", None)
-    with pytest.raises(ImportError, match=r"needs bokeh: pip install 'histovar\[report\]'"):
+    with pytest.raises(ImportError, match=r"needs bokeh, which is not installed: pip install 'histovar\[report\]'"):
         hv.pl.report(predicted, path)
     assert not path.exists()
 

@@ -104,7 +104,7 @@ def test_geojson_is_valid_and_reads_back_with_its_values(two_sections, tmp_path)
     FeatureCollection.model_validate_json(path.read_text())
     table = gpd.read_file(path)
     rows = (two_sections.obs["section"] == "S4").to_numpy()
-    place, diameter = two_sections.obsm["spatial"][rows], 0.0
+    place = two_sections.obsm["spatial"][rows]
     diameter = two_sections.uns["spatial"]["S4"]["scalefactors"]["spot_diameter_fullres"]
     assert list(table["name"]) == list(two_sections.obs_names[rows]) and (table["objectType"] == "detection").all()
     assert table["id"].is_unique

@@ -58,6 +58,7 @@ def test_spacing_is_that_of_the_grid(dense, sparse):
     steps = np.arange(20) * 7.0
     square = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
     assert spacing(square) == pytest.approx(7, rel=0.05)
+    assert np.isnan(spacing(np.zeros((50, 2))))
     of = {name: spacing(a[a.obs["section"] == "S1"].obsm["spatial"]) for name, a in (("d", dense), ("s", sparse))}
     assert of["s"] / of["d"] == pytest.approx(2, rel=0.1)
 

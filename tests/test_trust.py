@@ -149,6 +149,10 @@ def test_few_groups_are_no_error_and_undefined_genes_stay_so():
     assert np.isnan(one.mean).tolist() == [False, True, False] and one.lower[0] < 0.3 < 0.7 < one.upper[0] + 0.1
     assert np.isnan(expected_accuracy(np.full((2, 3), np.nan), np.full(3, 0.01))).all()
     assert np.isfinite(expected_accuracy(np.array([[0.5], [0.4]]), np.array([0.01]))).all()
+    groups = np.array([[0.5, 0.4], [np.nan, np.nan], [0.5, 0.3]])  # of the second nothing is known
+    np.testing.assert_array_equal(
+        expected_accuracy(groups, np.full(2, 0.01)), expected_accuracy(groups[[0, 2]], np.full(2, 0.01))
+    )
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])

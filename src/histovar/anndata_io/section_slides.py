@@ -94,8 +94,8 @@ class SectionSlides:
     ) -> None:
         self.sdata: SpatialData | None = None if isinstance(data, AnnData) else data
         self.adata = adata
-        self.column = None if library_key is None else adata.obs[library_key] if library_key in adata.obs else None
         names = gate.sections(adata, library_key, spatial_key)
+        self.column = None if library_key is None else adata.obs[library_key]
         self.names: list[str | None] = [None] if names is None else [str(name) for name in np.unique(names)]
         self._rows = [np.arange(adata.n_obs) if n is None else np.flatnonzero(names == n) for n in self.names]
         self.spatial_key = spatial_key

@@ -29,7 +29,8 @@ SAME_DENSITY = 1.25
 def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | None) -> float | None:
     """Microns per pixel of the full-resolution image of a section; None if the object does not say.
 
-    From ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``, or what :func:`histovar.pp.embed` recorded.
+    What :func:`histovar.pp.embed` recorded, as it was given or read; else
+    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``.
 
     Parameters
     ----------
@@ -40,17 +41,15 @@ def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | No
     library_key
         Column of ``obs`` with the section.
     """
-    column = None if library_key is None else adata.obs[library_key]
-    stored = stored_fact(adata.uns.get("spatial"), section, column, "scalefactors", "microns_per_pixel")
-    if isinstance(stored, float) and stored > 0:
-        return stored
     for entry in adata.uns.values():
         known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
         if isinstance(known, Mapping) and {"section", "mpp"} <= known.keys():
             by_name = dict(zip(map(str, known["section"]), map(float, known["mpp"]), strict=True))
             if (section or "") in by_name:
                 return by_name[section or ""]
-    return None
+    column = None if library_key is None else adata.obs[library_key]
+    stored = stored_fact(adata.uns.get("spatial"), section, column, "scalefactors", "microns_per_pixel")
+    return stored if isinstance(stored, float) and stored > 0 else None
 
 
 def scale_entry(mpp: Mapping[str | None, float]) -> dict[str, Any]:
@@ -67,13 +66,19 @@ def spacing(place: NDArray[np.floating]) -> float:
     ----------
     place
         (n_spots, 2).
+
+    Returns
+    -------
+    float
+        NaN of a single spot, or of spots in one place.
     """
     n_counted = min(COUNTED, max(len(place) // 4, 1), len(place) - 1)
     if not n_counted:
         return float("nan")
     some = place[:: max(1, len(place) // SAMPLED)]
     distance = cKDTree(place).query(some, k=n_counted + 1)[0][:, -1]
-    return float(np.quantile(distance, WITHIN) * np.sqrt(np.pi / n_counted))
+    radius = float(np.quantile(distance, WITHIN))
+    return radius * float(np.sqrt(np.pi / n_counted)) if radius else float("nan")
 
 
 def _by_section(

@@ -40,6 +40,8 @@ def info(
 
 
 def _summary(card: dict[str, Any]) -> dict[str, Any]:
+    from histovar.model.summary import embedded_by
+
     registry, config = card["registry"], card["config"]
     genes = registry.get("genes", [])
     calibration, adapted = registry.get("calibration"), registry.get("adapted")
@@ -51,7 +53,7 @@ def _summary(card: dict[str, Any]) -> dict[str, Any]:
         "scales": config["scales"],
         "codebook": f"{config['codebook_size']} x {config['codebook_dim']}",
         "embeddings": dict(zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)),
-        "embedded by": _embedded(registry) or "not recorded",
+        "embedded by": embedded_by(registry) or "not recorded",
         "neighbourhoods": config["n_neighbors"],
         "covariates": list(registry.get("covariates", {})),
         "trained on": f"stage 1 {registry.get('sections_stage1')}, stage 2 {registry.get('sections_stage2')}",
@@ -59,11 +61,3 @@ def _summary(card: dict[str, Any]) -> dict[str, Any]:
         "calibrated on": f"{calibration['n_spots']} spots of {calibration['sections']}" if calibration else "nothing",
         "adapted to": f"{adapted['n_spots']} spots of {adapted['section'] or 'a section'}" if adapted else "no section",
     }
-
-
-def _embedded(registry: dict[str, Any]) -> str:
-    """Encoder, layers and field of each embedding, as far as they are recorded."""
-    made = [record for record in registry.get("embeddings", []) if record]
-    return "; ".join(
-        f"{r['encoder']}, {r['pooling']} of blocks {r['layers'] or 'all'}, {r['field_um']:g} um" for r in made
-    )

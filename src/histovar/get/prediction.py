@@ -1,4 +1,4 @@
-"""Results as objects that scanpy and squidpy understand."""
+"""A prediction as an AnnData of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as objects that scanpy and squidpy understand."""
+"""A prediction as a SpatialData."""
 
 from __future__ import annotations
 

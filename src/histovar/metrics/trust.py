@@ -187,7 +187,8 @@ def expected_accuracy(correlation: NDArray[np.floating], variance: NDArray[np.fl
     defined = n > 0
     if not defined.any():
         return ExpectedAccuracy(*np.full((3, z.shape[1]), np.nan))
-    z, n, noise = z[:, defined], n[defined], np.asarray(variance, dtype=np.float64)[defined]
+    z = z[~np.isnan(z).all(1)][:, defined]  # groups in which no gene is defined say nothing
+    n, noise = n[defined], np.asarray(variance, dtype=np.float64)[defined]
     n_groups, n_genes = z.shape
     of_genes = np.nanmean(z, axis=0)
     of_groups = np.nanmean(z - of_genes, axis=1)

@@ -38,6 +38,8 @@ SUMMED, LEAST_ZERO = 128, math.exp(-60)
 REACH = 6.0
 # Probabilities of counts that are held at once.
 AT_ONCE = 2**24
+# Levels of measured values that calibration looks at, evenly taken; they are sorted.
+MOST_PLACES = 2**22
 # Spots whose distributions are held at once.
 SPOTS_AT_ONCE = 256
 # How much sections of one individual, and individuals, differ: standard deviations of log rates and of log depth, over
@@ -327,8 +329,9 @@ class Observation(nn.Module):
         known = INDIVIDUALS_APART if of_individuals else SECTIONS_APART
         self.dispersion.copy_(fitted_dispersion(counts, expected, composition.excess))
         even = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
-        places = self._places(counts, totals, composition, generator).flatten().double().cpu()
-        self.levels.copy_(torch.quantile(places[:: max(1, len(places) // 2**22)], even))
+        looked_at = slice(None, None, max(1, counts.numel() // MOST_PLACES))
+        places = self._places(counts, totals, composition, generator).flatten()[looked_at]
+        self.levels.copy_(torch.quantile(places.double().cpu(), even))
         # Intervals that hold for spots of groups as these are now made to hold for a new group.
         errors = (totals.clamp(min=1).log() - composition.log_depth) / composition.depth_spread
         (rates_apart, depth_apart), within, n_groups = known, self.dispersion, 0
@@ -342,8 +345,9 @@ class Observation(nn.Module):
         levels = (torch.arange(DEPTH_LEVELS, device=errors.device) + 0.5) / DEPTH_LEVELS
         self.depth_errors.copy_(spread * torch.quantile(errors, levels.to(errors)))
         if groups is not None and n_groups >= ENOUGH_GROUPS:
-            places = self._places(counts, totals, composition, generator)
-            self.levels.copy_(hierarchical_levels(places.cpu(), groups.cpu(), self.levels.cpu()))
+            places = self._places(counts, totals, composition, generator).flatten()[looked_at]
+            of_places = groups.repeat_interleave(counts.shape[1])[looked_at]
+            self.levels.copy_(hierarchical_levels(places.cpu(), of_places.cpu(), self.levels.cpu()))
         self.calibrated.fill_(True)
 
     def _places(self, counts: Tensor, totals: Tensor, composition: Composition, generator: Any) -> Tensor:
@@ -453,9 +457,9 @@ def hierarchical_levels(places: Tensor, groups: Tensor, levels: Tensor) -> Tenso
     Parameters
     ----------
     places
-        (n_spots, n_genes): level of each measured value in the distribution predicted.
+        (n,): level of each measured value, of any spot and gene, in the distribution predicted.
     groups
-        (n_spots,) number of each spot's group.
+        (n,) number of its group.
     levels
         (LEVELS,) what to keep of intervals for which there are too few groups, but no narrower than those within.
 
@@ -465,8 +469,8 @@ def hierarchical_levels(places: Tensor, groups: Tensor, levels: Tensor) -> Tenso
         (LEVELS,).
     """
     sizes = groups.bincount()
-    central, order = (2 * places.double() - 1).abs().flatten().sort()
-    reached = (1 / sizes.double() / places.shape[1] / len(sizes))[groups].repeat_interleave(places.shape[1])[order]
+    central, order = (2 * places.double() - 1).abs().sort()
+    reached = (1 / sizes.double() / len(sizes))[groups[order]]
     even = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
     half = even[LEVELS // 2 :]
     wanted = (2 * half - 1) * (len(sizes) + 1) / len(sizes)

@@ -23,11 +23,12 @@ def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str
     """
     n_genes = len(registry.get("genes", []))
     embeddings = zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)
-    calibration = registry.get("calibration") or {}
+    calibration, adapted = registry.get("calibration") or {}, registry.get("adapted") or {}
     facts = {
         "Genes": f"{n_genes:,}" if n_genes else "",
         "Units of training": str(registry.get("units", "")),
         "Embeddings": ", ".join(f"{name} ({width:,} numbers)" for name, width in embeddings),
+        "Embedded by": embedded_by(registry),
         "Neighbourhoods": ", ".join(map(str, config.n_neighbors)) + " spots" if config.n_neighbors else "",
         "Covariates": _names(registry.get("covariates", {})),
         "Gene tokens learnt from": _spots(registry, "stage1"),
@@ -36,8 +37,20 @@ def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str
         "Intervals calibrated on": f"{calibration['n_spots']:,} spots of {_names(calibration['sections'])}"
         if calibration
         else "",
+        "Adapted to": f"{adapted['n_spots']:,} spots of {adapted['section'] or 'a section'}, and for that section alone"
+        if adapted
+        else "",
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def embedded_by(registry: Mapping[str, Any]) -> str:
+    """Encoder, layers and field of each embedding, as far as they are recorded."""
+    made = [record for record in registry.get("embeddings", []) if record]
+    return "; ".join(
+        f"{r['encoder']}, {r['pooling']}{' of blocks ' + r['layers'] if r['layers'] else ''}, {r['field_um']:g} um"
+        for r in made
+    )
 
 
 def _names(names: Iterable[str]) -> str:

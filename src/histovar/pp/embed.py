@@ -135,11 +135,10 @@ def embed(
     AnnData or None
         Writes for each field ``obsm[f"{key_added}_{field}um"]``, such as ``obsm["X_dinov2_vits14_112um"]``, (n_obs,
         width) float32, and in ``uns[key_added]["embeddings"]`` what made it: encoder, layers, pooling, input pixels,
-        field and microns per pixel of the image, and in ``uns[key_added]["scale"]`` microns per unit of each section's
-        coordinates. Models keep
-        that, and :func:`histovar.tl.predict` refuses embeddings
-        that were made otherwise. Patches that reach beyond the image are white there, which is warned of, as is an
-        image with less than half as many pixels a field as the encoder takes.
+        field and microns per pixel of the image. Models keep that, and :func:`histovar.tl.predict` refuses embeddings
+        that were made otherwise. ``uns[key_added]["scale"]`` has microns per unit of each section's coordinates.
+        Patches that reach beyond the image are white there, which is warned of, as is an image with less than half as
+        many pixels a field as the encoder takes.
 
     Raises
     ------
@@ -221,9 +220,9 @@ def _check(slides: SectionSlides, encoder: Encoder, field_um: tuple[float, ...])
 
 
 def _pixels(slide: SectionSlide, place: NDArray[np.floating]) -> float:
-    """Pixels of a section's image for one unit of its coordinates; 1 of a single spot."""
-    extents = np.ptp(slide.centers, axis=0).max(), np.ptp(place[slide.rows], axis=0).max()
-    return float(extents[0] / extents[1]) if min(extents) > 0 else 1.0
+    """Pixels of a section's image for one unit of its coordinates, however they are turned; 1 of a single spot."""
+    in_image, own = (float(np.linalg.norm(at - at.mean(0))) for at in (slide.centers, place[slide.rows]))
+    return in_image / own if min(in_image, own) > 0 else 1.0
 
 
 def _check_field(slide: SectionSlide, field: float, input_px: int) -> None:

@@ -51,7 +51,7 @@ def cautions(
         name = "The section" if slide.label is None else f"Section {slide.label}"
         if slide.label in trained_on:
             found.append(f"{name} was among those trained on: how well it fits says little of new tissue.")
-        found += _of_spots(name, slide, columns, totals)
+        found += _of_spots(name, slide, columns, totals, adapted=bool(stored.get("n_adapted_spots", 0)))
         if config is not None and config.n_neighbors and len(slide.rows) < 4 * max(config.n_neighbors):
             found.append(
                 f"{name} has few spots, {len(slide.rows)}: neighbourhoods, of up to {max(config.n_neighbors)} spots in "
@@ -63,7 +63,12 @@ def cautions(
 
 
 def _of_spots(
-    name: str, slide: Slide, columns: Mapping[str, NDArray[Any]], totals: NDArray[np.float64] | None
+    name: str,
+    slide: Slide,
+    columns: Mapping[str, NDArray[Any]],
+    totals: NDArray[np.float64] | None,
+    *,
+    adapted: bool,
 ) -> list[str]:
     """Novelty and depth of a section, of a model that learnt from counts."""
     if not columns:
@@ -73,7 +78,7 @@ def _of_spots(
     if novelty > 0:
         found.append(
             f"{name} looks unlike the sections trained on (novelty {novelty:.2f} on a scale from 0 to 1): predictions "
-            "may be further off, and intervals are wider."
+            f"may be further off{'' if adapted else ', and intervals are wider'}."
         )
     depth = columns["total_count"][slide.rows]
     expected = columns["rates"][slide.rows] * depth[:, None] / RATE_TOTAL

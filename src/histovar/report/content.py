@@ -172,11 +172,8 @@ def collect(
     """
     panel = predicted_genes(adata, keys)
     chosen = sorted(panel) if genes is None else genes_of_panel(panel, genes)
-    if model is not None and model.registry["genes"] != panel:
-        raise ValueError(
-            f"model: it has {len(model.registry['genes'])} genes and is not the one that predicted these {len(panel)}; "
-            "give that one, or leave it out"
-        )
+    if model is not None:
+        _check_predicted_by(model, panel, slots.record(adata, keys))
     if len(chosen) * adata.n_obs > MOST_VALUES:
         raise ValueError(
             f"genes: {len(chosen):,} genes of {adata.n_obs:,} spots are too many for a page that browsers open; name "
@@ -206,6 +203,22 @@ def collect(
         | ({} if model is None else summarize(model.registry, model.config)),
         cautions=cautions(adata, keys, slides, measured_reason=reason, config=None if model is None else model.config),
     )
+
+
+def _check_predicted_by(model: TwoStageVARST, panel: Sequence[str], stored: Mapping[str, Any]) -> None:
+    """Refuse a model of other genes, or that learnt from other sections, than that which predicted."""
+    registry = model.registry
+    if registry["genes"] != list(panel):
+        found = f"it has {len(registry['genes'])} genes, and these {len(panel)} were predicted by another"
+    elif "trained_on" in stored and set(registry.get("sections_stage2", [])) != _named(stored, "trained_on"):
+        found = f"it learnt from sections {registry.get('sections_stage2')}, and the one that predicted did not"
+    else:
+        return
+    raise ValueError(f"model: {found}; give the one that predicted, or leave it out")
+
+
+def _named(stored: Mapping[str, Any], entry: str) -> set[str]:
+    return set(map(str, np.asarray(stored[entry]).ravel()))
 
 
 def _labels(slides: list[Slide], n_obs: int) -> NDArray[np.str_]:
@@ -282,6 +295,9 @@ def _facts(adata: AnnData, stored: Mapping[str, Any], slides: list[Slide], n_gen
         "Embeddings": ", ".join(map(str, np.asarray(params["use_rep"]).ravel())),
         "Trained on sections": ", ".join(map(str, np.asarray(stored.get("trained_on", [])).ravel())),
         "Trained on individuals": ", ".join(map(str, np.asarray(stored.get("trained_on_groups", [])).ravel())),
+        "Adapted to": f"{stored['n_adapted_spots']} measured spots of {stored.get('adapted_to', '') or 'the section'}"
+        if stored.get("n_adapted_spots", 0)
+        else "",
         "Method": str(params.get("method", "")),
     }
     return {name: text for name, text in facts.items() if text}

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Pixels that are read at once for a thumbnail.
+MOST_PIXELS_AT_ONCE = 2**26
+
 
 class TissueImage(ABC):
     """An RGB image in one or more resolutions, of which windows are read.
@@ -87,10 +90,6 @@ class TissueImage(ABC):
                 band = self.read(level, 0, top, width, bottom - top)
                 bands.append(np.asarray(Image.fromarray(band).resize((size[0], last - first), reducing_gap=2)))
         return np.concatenate(bands)
-
-
-# Pixels that are read at once for a thumbnail.
-MOST_PIXELS_AT_ONCE = 2**26
 
 
 class ArrayImage(TissueImage):

@@ -16,6 +16,7 @@ from histovar._keys import DEFAULT_KEY, Prefix
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
+from histovar.anndata_io.embeddings import check_like_training
 from histovar.anndata_io.expression import Counts, Normalization, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
@@ -91,7 +92,8 @@ def adapt(
         If the column, embeddings, coordinates or genes of the panel are missing.
     ValueError
         If fewer than 9 spots are measured, or spots of several sections; if the section was trained on; if the model
-        learnt from values, or is adapted already; if X holds no counts, or in other units than in training.
+        learnt from values, or is adapted already; if X holds no counts, or in other units than in training; if
+        embeddings were made otherwise than those of training.
     """
     adata = gate.table(data, table_name, genes=True, writes=False)
     registry, config = model.registry, model.config
@@ -106,6 +108,7 @@ def adapt(
         )
     if library_key is None and registry["library_key"] in adata.obs:
         library_key = registry["library_key"]
+    check_like_training(adata, registry["use_rep"], registry.get("embeddings", []))
     names = gate.sections(adata, library_key, registry["spatial_key"])
     measured = _measured(adata, measured_key)
     label = _section(names, measured, registry["sections_stage2"])

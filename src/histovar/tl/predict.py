@@ -103,7 +103,9 @@ def predict(
         learnt from counts, or is calibrated, draws keep these ranks and take values of the predicted distribution.
     quantiles
         Quantiles to add, such as ``(0.05, 0.95)``: those of the predicted distribution where the model learnt from
-        counts or is calibrated, else those of the draws, which needs `n_samples`.
+        counts or is calibrated, else those of the draws, which needs `n_samples`. Of counts they are
+        ends of intervals, as a value belongs to an interval if half of its probability or more lies within: where
+        less does, the next value towards the median.
     temperature, top_k, top_p
         Of sampling; see :class:`histovar.model.Decoding`.
     key_added

@@ -101,14 +101,13 @@ TEXTS = {
     ),
     "simulated_curve": (
         "## Many training spots",
-        "Simulated sections (`hv.datasets.simulate`), one held out. histovar at 20,000 spots was measured before its "
-        "prior learnt the mean expression of neighbours.",
+        "Simulated sections (`hv.datasets.simulate`), one held out. Measured before histovar learnt from counts.",
     ),
     "her2st_ablations": (
         "## What each part does",
         "histovar with one thing changed, her2st, section C2 held out; and the reference configuration cut to what "
         "two CPU cores train (one layer, 256 codes, scale order). One seed: compare differences with those of seeds, "
-        "above.",
+        "above. Measured before histovar learnt from counts.",
     ),
 }
 

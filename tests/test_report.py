@@ -18,6 +18,9 @@ from . import browser as browsers
 # Values of the page are whole steps of a thousandth of a gene's range, and are shown to three decimals.
 STEP = 1e-3
 
+# Milliseconds; a machine that does much else at once is slow to start a browser.
+PATIENCE = 180_000
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -49,6 +52,7 @@ def report(predicted, model, tmp_path_factory):
 def page(browser, report):
     context = browser.new_context(offline=True, viewport={"width": 1400, "height": 1000})
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("request", lambda r: page.problems.append(r.url) if r.url.startswith("http") else None)
@@ -172,6 +176,7 @@ def test_prediction_without_genes_image_or_section_names(browser, query, model, 
     bare.obs_names = [f"<i>{name}</i>" for name in bare.obs_names]
     hv.pl.report(bare, tmp_path / "bare.html", genes=prediction.var_names[:3], title="<script>alert(1)</script>")
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.on("dialog", lambda dialog: pytest.fail("the title was run as a script"))
     page.goto((tmp_path / "bare.html").as_uri())
     page.wait_for_function("window.Bokeh && Bokeh.documents.length && Bokeh.documents[0].is_idle")
@@ -196,6 +201,7 @@ def test_genes_one_can_trust_are_shown_best_first(browser, predicted, model, tmp
     content = collect(predicted, Keys("histovar"), model=model, trust=trust, **options)
     write_page(content, tmp_path / "trust.html")
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE)
     page.goto((tmp_path / "trust.html").as_uri())
     page.wait_for_selector(".slick-row")
     first = page.locator(".slick-row").first.locator(".slick-cell").all_inner_texts()

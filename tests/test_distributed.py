@@ -63,4 +63,6 @@ def test_codebooks_and_predictions_agree(runs):
     adata = hv.datasets.simulate(1, 48, 40, embedding_dim=16, random_state=2)
     first, second = (hv.tl.predict(adata, model, copy=True).obsm["histovar"] for model in runs)
     assert np.abs(first - second).mean() < 0.02 * first.std()
-    assert json.dumps(one.registry) == json.dumps(two.registry)
+    known = [{**model.registry, "trust": None} for model in runs]
+    assert json.dumps(known[0]) == json.dumps(known[1])
+    np.testing.assert_allclose(*(hv.get.genes(model)["expected_pearson"] for model in runs), atol=0.05)

@@ -244,7 +244,7 @@ def kills(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
         yield "kills, to a new directory" if is_new else "kills, over a model", outcome
     setting.models[0].save(path)
     names = sorted(file.name for file in path.iterdir())
-    if names != ["model.json", "notes.txt", "stage1.safetensors", "stage2.safetensors"]:
+    if names != ["README.md", "model.json", "notes.txt", "stage1.safetensors", "stage2.safetensors"]:
         yield "kills, over a model", f"left {names}"
 
 
@@ -252,7 +252,7 @@ def flips(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
     """One bit of one file."""
     for _ in range(round(200 * share)):
         path = setting.fresh("flipped")
-        file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name != "notes.txt"])
+        file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name not in ("README.md", "notes.txt")])
         content = bytearray(file.read_bytes())
         content[setting.rng.integers(len(content))] ^= 1 << int(setting.rng.integers(8))
         file.write_bytes(content)
@@ -263,7 +263,7 @@ def truncations(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
     """One file, cut."""
     for _ in range(round(30 * share)):
         path = setting.fresh("cut")
-        file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name != "notes.txt"])
+        file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name not in ("README.md", "notes.txt")])
         content = file.read_bytes()
         file.write_bytes(content[: setting.rng.integers(len(content))])
         yield "truncations", setting.outcome(path)

@@ -348,7 +348,6 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
              training_options),
         Call("get.prediction", hv.get.prediction, {"data": objects.predicted}, shared(**key, min_trust="?trust")),
         Call("get.genes", hv.get.genes, {"model": model}, {"model": "nothing"}),
-        Call("get.prediction", hv.get.prediction, {"data": objects.predicted}, shared(**key)),
         Call("get.spatialdata", hv.get.spatialdata, {"data": objects.predicted},
              shared(**key, **library, confidence_level="rate above zero")),
         Call("io.write_geojson", hv.io.write_geojson,

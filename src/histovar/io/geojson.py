@@ -83,7 +83,7 @@ def write_geojson(
     KeyError
         If there is no prediction, a gene is not in the panel, or there are no coordinates.
     ValueError
-        If there are several sections and none is named, or no such section.
+        If there are several sections and none is named, or no such section; if a value is not finite.
     OSError
         If the file cannot be written.
     """
@@ -99,6 +99,11 @@ def write_geojson(
     lower, upper = read_interval(adata, keys, mean, std, confidence_level)
     columns = np.array([panel.index(gene) for gene in chosen])
     values = np.stack([m[np.ix_(slide.rows, columns)] for m in (mean, lower, upper)], axis=2)
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).any((1, 2)).sum())
+        raise ValueError(
+            f"key: the prediction {key!r} is not finite in {bad} spots, which GeoJSON does not allow; predict again"
+        )
     names = [f"{gene} {what}" for gene in chosen for what in ("mean", "lower", "upper")]
     outlines = _outlines(slide.coordinates, slide.diameter if diameter is None else diameter, shape)
     spots = adata.obs_names[slide.rows].astype(str)

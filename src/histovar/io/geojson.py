@@ -6,13 +6,14 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
+from pydantic import AfterValidator
 
-from histovar._arguments import ConfidenceLevel, Key, KeyOrKeys, PathLike, Positive, check_arguments
+from histovar._arguments import ConfidenceLevel, Key, KeyOrKeys, PathLike, Positive, check_arguments, refuse_value
 from histovar._atomic import atomic_file
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._version import __version__
@@ -30,10 +31,18 @@ VERTICES, DIGITS, DECIMALS = 32, 5, 2
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "histovar")
 
 
+def _geojson_file(value: Path) -> Path:
+    return (
+        value
+        if value.suffix.lower() in (".geojson", ".json")
+        else refuse_value("a file that ends in .geojson or .json")
+    )
+
+
 @check_arguments
 def write_geojson(
     data: Data,
-    path: PathLike,
+    path: Annotated[PathLike, AfterValidator(_geojson_file)],
     *,
     genes: KeyOrKeys | None = None,
     section: Key | int | None = None,
@@ -51,7 +60,7 @@ def write_geojson(
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
     path
-        File to write, such as ``"S4.geojson"``; its directory exists. A file that is there is replaced.
+        File to write, such as ``"S4.geojson"`` (or ``.json``); its directory exists. A file that is there is replaced.
     genes
         Genes of the panel; all of them by default, which makes some 100 bytes a spot and gene.
     section

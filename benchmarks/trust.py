@@ -26,16 +26,13 @@ from typing import Any, NamedTuple
 import anndata as ad
 import numpy as np
 import pandas as pd
+from compare import NAMED
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 import histovar as hv
 
-FILES = {
-    "her2st": ("her2st/paired.h5ad", ["X_squeezenet", "X_squeezenet_wide"], "section", 0.1),
-    "mob": ("mob.h5ad", ["X_densenet121_112um", "X_densenet121_224um"], "animal", 0.2),
-}
 # Of a section's longer side, the width of a random field's hills.
 SMOOTH = 0.15
 
@@ -53,8 +50,8 @@ def read(name: str, data: Path) -> DataSet:
     """A data set by its name."""
     if name == "simulated":
         return DataSet(hv.datasets.simulate(4, 60, 40, embedding_dim=16), ["X_histology"], "section", 0.0)
-    file, *others = FILES[name]
-    return DataSet(ad.read_h5ad(data / file), *others)
+    known = NAMED[name]
+    return DataSet(ad.read_h5ad(data / known.file), known.use_rep, known.group_key, known.min_fraction)
 
 
 def trained(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.TwoStageVARST:
@@ -153,7 +150,7 @@ def main() -> None:
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     accuracy, false = {}, {}
-    for name in ["simulated"] if arguments.smoke else arguments.names or list(FILES):
+    for name in ["simulated"] if arguments.smoke else arguments.names or ["her2st", "mob"]:
         data = read(name, arguments.data)
         groups = data.adata.obs[data.column].astype(str)
         for fold in arguments.folds or (["S4"] if arguments.smoke else sorted(groups.unique())):

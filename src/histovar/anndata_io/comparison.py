@@ -261,9 +261,14 @@ def _of_counts(composed: Composed) -> Distribution:
 
 
 def read_interval(
-    adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any], confidence_level: float
+    adata: AnnData,
+    keys: Keys,
+    mean: NDArray[Any],
+    std: NDArray[Any],
+    confidence_level: float,
+    spots: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Ends of the central interval of each spot and gene, each (n_obs, n_genes), from the best distribution there is.
+    """Ends of the central interval of each spot and gene, each (n_spots, n_genes), from the best distribution there is.
 
     Parameters
     ----------
@@ -271,16 +276,18 @@ def read_interval(
         As for :func:`read_distribution`.
     confidence_level
         Share of the values that the interval is to hold, between 0 and 1.
+    spots
+        (n_obs,) of which; all by default.
 
     Raises
     ------
     ValueError
         If draws or quantiles do not reach as far out.
     """
-    composed, every = read_composed(adata, keys), np.ones(adata.n_obs, bool)
+    composed, spots = read_composed(adata, keys), np.ones(adata.n_obs, bool) if spots is None else spots
     if composed is not None:
         tails = torch.tensor([(1 - confidence_level) / 2, (1 + confidence_level) / 2])
-        ends = np.concatenate([composed.observation.ends(points, tails) for points in _points(composed, every)])
+        ends = np.concatenate([composed.observation.ends(points, tails) for points in _points(composed, spots)])
         return ends[..., 0], ends[..., 1]
     kind, levels, of = read_distribution(adata, keys, mean, std, None)
     reach = float(levels[-1] - levels[0])
@@ -289,7 +296,7 @@ def read_interval(
             f"confidence_level: {confidence_level:g} reaches beyond the levels {levels[0]:g} to {levels[-1]:g} of the "
             f"predicted distribution ({kind}); give {reach:g} at most"
         )
-    return of(every, (confidence_level,))[1][0]
+    return of(spots, (confidence_level,))[1][0]
 
 
 def coverage_by_share(

@@ -75,10 +75,14 @@ def check_chunks(array: zarr.Array, what: str) -> None:
     StoreError
         If so.
     """
+    _refuse_lost(array, what)
+    _refuse_cut(array, what)
+
+
+def _refuse_lost(array: zarr.Array, what: str) -> None:
     missing = missing_chunks(array)
     if missing.any():
         _refuse_missing(missing, what)
-    _refuse_cut(array, what)
 
 
 def missing_chunks(array: zarr.Array) -> NDArray[np.bool_]:
@@ -170,7 +174,7 @@ def _check_table(table: Any, what: str) -> None:
     index = table.attrs.get("_index")
     for name, column in table.members():
         if name == index and hasattr(column, "chunks"):
-            check_chunks(column, f"{name} of {what}")
+            _refuse_lost(column, f"{name} of {what}")
         elif column.attrs.get("encoding-type") == "categorical" and column["categories"].shape[0] > 1:
             missing = missing_chunks(column["codes"])
             if missing.all():
@@ -192,11 +196,11 @@ def _check_matrix(element: Any, what: str, *, may_be_zero: bool) -> None:
     elif kind in ("csr_matrix", "csc_matrix") and element["data"].shape[0]:
         # Zeros are not stored, and at most one index of a row or column is 0.
         for name in ("data", "indices", "indptr") if 1 not in element.attrs["shape"] else ("data",):
-            check_chunks(element[name], f"{name} of {what}")
+            _refuse_lost(element[name], f"{name} of {what}")
     elif kind == "dataframe" and not may_be_zero:
         for name, column in element.members():
             if hasattr(column, "chunks"):
-                check_chunks(column, f"{name} of {what}")
+                _refuse_lost(column, f"{name} of {what}")
 
 
 def _refuse_missing(missing: NDArray[np.bool_], what: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from histovar.prediction.device import moved
+
 from . import _checkpoints
 from .encoder import Encoder
 
@@ -99,19 +101,11 @@ class Features(nn.Module):
         ValueError
             If the device does not exist.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         first = next(self.module.parameters(), None)
         home, was_training = torch.device("cpu") if first is None else first.device, self.module.training
         try:
-            where = torch.device(device)
-            self.to(where).eval()
-        except (RuntimeError, AssertionError) as error:
-            self.to(home)
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device: {device!r} is not available ({reason}); use 'cpu'") from None
-        try:
-            yield where
+            with moved(self, device, home) as where:
+                self.eval()
+                yield where
         finally:
-            self.to(home)
             self.module.train(was_training)

@@ -105,9 +105,10 @@ def write_geojson(
         raise ValueError(f"section: the object has sections {[s.label for s in slides]}; name the one to write")
     slide = slides[0]
     mean, std = read_prediction(adata, keys, panel)
-    lower, upper = read_interval(adata, keys, mean, std, confidence_level)
+    own = np.isin(np.arange(adata.n_obs), slide.rows)
+    lower, upper = read_interval(adata, keys, mean, std, confidence_level, own)
     columns = np.array([panel.index(gene) for gene in chosen])
-    values = np.stack([m[np.ix_(slide.rows, columns)] for m in (mean, lower, upper)], axis=2)
+    values = np.stack([m[:, columns] for m in (mean[own], lower, upper)], axis=2)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).any((1, 2)).sum())
         raise ValueError(

@@ -36,17 +36,29 @@ def on_device(model: TwoStageVARST, device: str) -> Iterator[torch.device]:
     ValueError
         If the device does not exist.
     """
-    home = model.device
+    with moved(model, device, model.device) as where:
+        model.eval()
+        yield where
+
+
+@contextmanager
+def moved(module: torch.nn.Module, device: str, home: torch.device) -> Iterator[torch.device]:
+    """Move a module to a device for a while, and back home.
+
+    Raises
+    ------
+    ValueError
+        If the device does not exist.
+    """
     try:
         if device == "auto":  # never MPS by itself: it has given NaN where others do not
             device = "cuda" if torch.cuda.is_available() else "cpu"
         where = torch.device(device)
-        model.to(where)
+        module.to(where)
     except (RuntimeError, AssertionError) as error:
-        model.to(home)
+        module.to(home)
         raise ValueError(f"device: {device!r} is not available ({str(error).splitlines()[0]}); use 'cpu'") from None
-    model.eval()
     try:
         yield where
     finally:
-        model.to(home)
+        module.to(home)

@@ -113,6 +113,25 @@ def test_attention_to_few_keys_is_that_to_many(ordered, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("style", ["modern", "reference"])
+def test_mixed_precision_loses_little_of_loss_and_ranks(loaded, style):
+    torch.manual_seed(0)
+    if style == "reference":
+        loaded.add_stage2(loaded.config.replace(n_members=0, style=style))
+        loaded.stage2.head.set_codes(loaded.stage1)
+    histology, config = histology_of(loaded.config, 32), loaded.eval().config
+    tokens = loaded.predict(histology, Decoding("sample"), generator=torch.Generator().manual_seed(0)).tokens
+    loss, rank = loaded.token_loss_and_rank(histology, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_loss, mixed_rank = loaded.token_loss_and_rank(histology, tokens)
+        expression = torch.rand(32, config.n_genes)
+        mixed_tokens = loaded.stage1(expression).tokens
+    assert (loss - mixed_loss).abs().max() < 0.05
+    assert ((rank < 5) != (mixed_rank < 5)).float().mean() < 0.05
+    assert mixed_tokens.equal(loaded.tokenize(expression))
+
+
+@torch.no_grad()
 def test_half_precision_means_are_near(loaded):
     loaded.stage2.head.gate.fill_(1)
     histology = histology_of(loaded.config, 32)

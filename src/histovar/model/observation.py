@@ -159,10 +159,12 @@ class Observation(nn.Module):
         novelty
             (n_spots,) between 0 and 1.
         """
-        beyond = (torch.tensor(INDIVIDUALS_APART, device=rates.device).square() - self.apart.square()).clamp(min=0)
-        excess = (disagreement - self.usual_disagreement).clamp(min=0) + novelty * beyond[0]
+        of_rates, of_depth = (
+            (i**2 - s.square()).clamp(min=0) for i, s in zip(INDIVIDUALS_APART, self.apart, strict=True)
+        )
+        excess = (disagreement - self.usual_disagreement).clamp(min=0) + novelty * of_rates
         variance = self.depth_errors.square().mean().clamp(min=1e-6)
-        return Composition(rates, log_depth, excess, (1 + novelty * beyond[1] / variance).sqrt())
+        return Composition(rates, log_depth, excess, (1 + novelty * of_depth / variance).sqrt())
 
     def moments(self, composition: Composition, units: Units, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what would be measured.

@@ -20,6 +20,7 @@ from .config import ModelConfig
 from .decoding import Decoding, Generation, generate, pieces_of_spots
 from .head import TokenHead
 from .observation import Composition, Observation
+from .precision import full_precision
 from .prior import ConditionalMeanPrior, disagreement
 from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
@@ -218,7 +219,9 @@ class TwoStageVARST(nn.Module):
 
     def prior_mean(self, genes: Tensor) -> list[Tensor]:
         """The prior's standardised expression (n_spots, n_genes) as means of every scale's group values."""
-        return self.stage1.scales.split(genes)
+        scales = self.stage1.scales
+        with full_precision(genes.device):
+            return scales.split(genes.to(scales.mean.dtype))
 
     def token_loss(
         self,

@@ -73,8 +73,9 @@ class _Stage2Module(StageModule):
     model: TwoStageVARST
 
     def on_fit_start(self) -> None:
-        """Lightning's hook."""
+        """Lightning's hook: what a step needs beside what it trains."""
         self.model.stage1.to(self.device)
+        self.model.var_stage.observation.to(self.device)
 
 
 class PriorModule(_Stage2Module):
@@ -100,7 +101,7 @@ class PriorModule(_Stage2Module):
         stage2 = self.model.var_stage
 
         def of_rates(rates: Tensor) -> Tensor:
-            expected = stage2.observation.base.to(rates.device) * totals * rates
+            expected = stage2.observation.base * totals * rates
             return negative_log_likelihood(measured, expected, self.log_dispersion.exp()).mean(2)
 
         def of_values(values: Tensor) -> Tensor:
@@ -284,7 +285,7 @@ class Stage2Trainer:
         FloatingPointError
             If training diverges.
         """
-        options, model = self.options, self.model
+        options, model = self.options, self.model.cpu()
         stage2 = model.var_stage
         stage2.transformer.parents.copy_(model.stage1.scales.parents())
         stage2.head.set_codes(model.stage1)

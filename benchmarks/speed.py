@@ -43,7 +43,7 @@ import histovar as hv
 from histovar._memory import keep_freed_memory
 from histovar.model import Decoding, Histology, ModelConfig, TwoStageVARST
 from histovar.training.stage1 import Stage1Module
-from histovar.training.stage2 import Stage2Module
+from histovar.training.stage2_modules import Stage2Module
 from histovar.training.trainer import TrainingOptions
 
 MOST_OF_REFERENCE = 64

@@ -9,7 +9,7 @@ from histovar.model import Decoding, GeneVARTransformer, Histology, ModelConfig,
 from histovar.model.decoding import pieces_of_spots
 from histovar.model.observation import Composition, Observation
 from histovar.training.stage1 import Stage1Module
-from histovar.training.stage2 import PriorModule, Stage2Module
+from histovar.training.stage2_modules import PriorModule, Stage2Module
 from histovar.training.trainer import TrainingOptions
 
 from .conftest import small_config

@@ -85,7 +85,7 @@ def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
     monkeypatch.setattr("histovar.model.decoding.SPOTS_AT_ONCE", 4)
     torch.testing.assert_close(loaded.predict(histology).expression, whole.expression, atol=1e-4, rtol=1e-4)
     monkeypatch.setattr("histovar.model.feedforward.HIDDEN_AT_ONCE", 512)
-    monkeypatch.setattr("histovar.model.head.LOGITS_AT_ONCE", 512)
+    monkeypatch.setattr("histovar.model.code_softmax.LOGITS_AT_ONCE", 512)
     torch.testing.assert_close(loaded.predict(histology).expression, whole.expression, atol=1e-4, rtol=1e-4)
     genes = torch.tensor([0, 3, 4, 21])
     n_coarse = config.n_tokens - config.n_genes

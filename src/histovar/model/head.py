@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .at_once import at_once
+from .code_softmax import Normaliser, softmax_in_pieces, tokens_at_once, two_parts
 from .config import ModelConfig
 from .precision import full_precision
 from .vqvae import MultiScaleGeneVQVAE
@@ -20,8 +20,6 @@ from .vqvae import MultiScaleGeneVQVAE
 NEVER = -1e4
 # The codes in use are filled up to a multiple of so many, for draws to search them block by block.
 CODES_AT_ONCE = 64
-# Logits that are held at once on a CPU.
-LOGITS_AT_ONCE = 2**20
 # Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
 GATE_ERRORS = 2.0
 
@@ -274,8 +272,8 @@ class TokenHead(nn.Module):
             offset = (-precision / 2 * prior.square()).sum(-1, keepdim=True)
             multipliers = torch.cat([prior * precision, (-precision / 2).expand_as(prior), offset, ones], -1)
             values = torch.cat([values, torch.ones_like(log_weight), log_weight], 1)
-        high, low = _two(multipliers, half)
-        high_values, low_values = _two(values, half)
+        high, low = two_parts(multipliers, half)
+        high_values, low_values = two_parts(values, half)
         query = torch.cat([self.output(hidden), high, low, high], -1)
         return query, torch.cat([vectors.to(half), high_values, high_values, low_values], 1)
 
@@ -328,7 +326,7 @@ class TokenHead(nn.Module):
         moments_of = features[:, dim : dim + 2 * c].T.contiguous()
         embeddings_of = self._embeddings(scale).T.contiguous() if embed else None
         moments, embeddings, likeliest = [], [], []
-        for _, shares in _shares(*self._operands(hidden, scale, groups, prior)):
+        for _, shares in softmax_in_pieces(*self._operands(hidden, scale, groups, prior)):
             likeliest.append(shares.max(1).indices)  # on CPUs several times as fast as argmax
             moments.append(F.linear(shares, moments_of))
             if embeddings_of is not None:
@@ -373,7 +371,7 @@ class TokenHead(nn.Module):
         moments_of, values_of = values.T.contiguous(), values[:, :c].T.contiguous()
         query, codes = self._operands(hidden, scale, groups, prior)
         query = query.flatten(0, 1)
-        n = _tokens_at_once(codes)
+        n = tokens_at_once(codes)
         means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(n)
         for chunk, mean in zip(query.split(n), means, strict=False):
             logits = (chunk @ codes.T).float()
@@ -407,7 +405,7 @@ class TokenHead(nn.Module):
         if not self.tied:
             return F.cross_entropy(self.output(hidden).transpose(1, 2), tokens, reduction="none")
         query = self._query(hidden, scale, groups, prior)
-        normaliser: Tensor = _Normaliser.apply(query, self._used(scale)[1])
+        normaliser: Tensor = Normaliser.apply(query, self._used(scale)[1])
         targets = self.get_buffer(f"stand_in_{scale}")[tokens]
         own_codes = F.embedding(targets, self.get_buffer(f"codes_{scale}"))
         return normaliser - (query[..., :-1] * own_codes).sum(-1) - self.get_buffer(f"log_weight_{scale}")[targets]
@@ -418,7 +416,7 @@ class TokenHead(nn.Module):
         """How many codes are more probable than the true one; arguments and shape as in :meth:`loss`."""
         ranks = []
         codes = self._used(scale)[1] if self.tied else self.get_buffer(f"codes_{scale}")
-        n_spots = max(1, _tokens_at_once(codes) // tokens.shape[1])
+        n_spots = max(1, tokens_at_once(codes) // tokens.shape[1])
         for start in range(0, len(tokens), n_spots):
             some = slice(start, start + n_spots)
             ids, state = tokens[some], hidden[some]
@@ -439,45 +437,3 @@ class TokenHead(nn.Module):
 def _select_codes(head: TokenHead, _: object) -> None:
     """What is to happen after a state is loaded."""
     head._select_codes()
-
-
-def _tokens_at_once(codes: Tensor) -> int:
-    """Number of tokens whose logits for the codes, (n_codes, n), are held at once."""
-    return max(1, at_once(LOGITS_AT_ONCE, codes.device) // len(codes))
-
-
-def _two(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers of lower precision whose sum is near each number."""
-    high = x.to(half)
-    return high, (x - high).to(half)
-
-
-def _shares(query: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of queries (..., n) for codes (n_codes, n), and their softmax, some queries at a time, never all held."""
-    for chunk in query.flatten(0, -2).split(_tokens_at_once(codes)):
-        logits = chunk @ codes.T
-        # Many times faster than exp, which is slow for very small results.
-        yield logits, logits.softmax(1, dtype=torch.float32)
-
-
-class _Normaliser(torch.autograd.Function):
-    """Log-sum-exp of queries over the codes.
-
-    Its gradient with respect to the query is the expected code, so the forward pass yields all that the backward pass
-    needs. Codes are constants.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, codes: Tensor) -> Tensor:
-        normalisers, means = [], []
-        columns = codes.T.contiguous()
-        for logits, shares in _shares(query, codes):
-            normalisers.append(logits.amax(1) - shares.amax(1).log())
-            means.append(F.linear(shares, columns))
-        ctx.save_for_backward(torch.cat(means).view(query.shape))
-        return torch.cat(normalisers).view(query.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (mean,) = ctx.saved_tensors
-        return gradients[0][..., None] * mean, None

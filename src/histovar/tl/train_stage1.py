@@ -15,8 +15,8 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import expression, gate, slots
-from histovar.anndata_io.expression import SpotTotals
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.normalization import SpotTotals, common_normalization
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp.gene_scales import gene_scales, genes_in_scales
@@ -132,7 +132,7 @@ def train_stage1(
 
         with sections.scratch() as scratch:
             spots = collected(sections.map(measured), adata.n_obs, scratch)
-            normalization = expression.common_normalization(totals, wanted, adata.n_vars, len(columns))
+            normalization = common_normalization(totals, wanted, adata.n_vars, len(columns))
             model.registry |= {
                 "units": expression.units(wanted, normalization),
                 "normalization": normalization.plain(),

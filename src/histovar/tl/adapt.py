@@ -72,7 +72,7 @@ def adapt(
     batch_size
         Spots at once.
     device
-        ``"auto"`` or a torch device.
+        ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
         Seed of the choice of 1,000 spots that tell of those near them, where more are measured.
     show_progress_bar

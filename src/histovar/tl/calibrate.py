@@ -83,7 +83,7 @@ def calibrate(
     batch_size
         Spots at once.
     device
-        ``"auto"`` or a torch device.
+        ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
         Seed of the choice of 4,000 spots, where there are more.
     show_progress_bar

@@ -48,7 +48,7 @@ def train_stage1(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, in memory, backed, or of dask or zarr arrays, which are read
+        AnnData or SpatialData of the training sections, in memory, backed, or of dask or zarr arrays, which are read
         section by section; what is learnt from is then kept in a temporary directory. Its panel and scales are those of
         :func:`histovar.pp.gene_panel` and :func:`histovar.pp.gene_scales`, which are called with their defaults where
         they have not been.

@@ -53,7 +53,7 @@ def train_stage2(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, with the panel's genes; in memory, backed, or of dask or zarr
+        AnnData or SpatialData of the training sections, with the panel's genes; in memory, backed, or of dask or zarr
         arrays, which are read section by section, twice, with what is learnt from (some 3 kB a spot) in a temporary
         directory.
     model

@@ -60,7 +60,7 @@ BASELINES = {
 RANDOM = {"MLP"}
 TRAINING = "training sections, measured"
 NOISE = "sampling noise of held-out spots"
-OURS, REFERENCE = "histovar", "reference, cut"
+OURS, REFERENCE, WHOLE_REFERENCE = "histovar", "reference, cut", "reference"
 # The reference with one layer, a narrower feed-forward, fewer codes and in scale order, which two CPU cores can train.
 REFERENCE_CUT = {
     "width": 640,
@@ -193,6 +193,8 @@ def configuration(method: str, train: ad.AnnData) -> tuple[hv.ModelConfig | None
     if method == OURS:
         return None, "expected"
     n_genes = int(train.var["histovar_panel"].sum())
+    if method == WHOLE_REFERENCE:
+        return hv.ModelConfig.reference(n_genes=n_genes), "expected"
     if method == REFERENCE:
         usual = hv.ModelConfig.default(n_genes)
         config = hv.ModelConfig.reference(
@@ -250,7 +252,7 @@ def predictors(
             yield unit, partial(predict_baseline, fitted, method, unit), time.monotonic() - begin
         return
     config, decoding = configuration(method, train)
-    if method == REFERENCE:
+    if method in (REFERENCE, WHOLE_REFERENCE):
         shared["use_rep"] = data.use_rep[:1]
     of_counts = decoding == "expected" and (config is None or config.n_members > 0)
     options = {"config": config, "random_state": seed, "enable_progress_bar": False, **quick}

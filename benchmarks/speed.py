@@ -31,7 +31,8 @@ import logging
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +43,48 @@ import histovar as hv
 from histovar._memory import keep_freed_memory
 from histovar.model import Decoding, Histology, ModelConfig, TwoStageVARST
 from histovar.training.stage1 import Stage1Module
-from histovar.training.stage2 import Stage2Module
+from histovar.training.stage2_modules import Stage2Module
 from histovar.training.trainer import TrainingOptions
 
 MOST_OF_REFERENCE = 64
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+CPU = torch.device("cpu")
 
 
-def best_time(work: Callable[[], Any], seconds: float) -> float:
+@contextmanager
+def products_in(kind: str) -> Iterator[None]:
+    """Have devices that can do so compute products of 32-bit floats in TF32, or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def best_time(work: Callable[[], Any], seconds: float, device: torch.device = CPU) -> float:
     """Shortest time of as many repetitions as fit, and two at the least after one to warm up, unless that was long."""
-    start = time.perf_counter()
-    work()
-    times = [time.perf_counter() - start]
+
+    def timed() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    times = [timed()]
     if times[0] > 3 * seconds > 0:
         return times[0]
     while len(times) < 3 or sum(times) < seconds:
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
+        times.append(timed())
     return min(times)
 
 
-def matrix_rate(kind: str, size: int, seconds: float) -> float:
+def matrix_rate(kind: str, size: int, seconds: float, device: torch.device = CPU) -> float:
     """FLOP/s of a square matrix product."""
-    a, b = torch.randn(2, size, size).to(TYPES[kind])
-    return 2 * size**3 / best_time(lambda: a @ b, seconds)
+    a, b = torch.randn(2, size, size, device=device).to(TYPES[kind])
+    with products_in(kind):
+        return 2 * size**3 / best_time(lambda: a @ b, seconds, device)
 
 
 def flops(model: TwoStageVARST, training: bool = False) -> float:
@@ -120,24 +138,28 @@ def trained(config: ModelConfig, n_genes: int) -> TwoStageVARST:
     return model.eval()
 
 
-def spots(config: ModelConfig, n: int) -> Histology:
+def spots(config: ModelConfig, n: int, device: torch.device = CPU) -> Histology:
     """Random inputs, aligned."""
     widths = config.aligned_dims if config.condition == "pca" else config.source_dims
-    sources = tuple(torch.randn(n, width) for width in widths)
-    place = torch.rand(n, 2 * config.coordinates)
-    return Histology(sources, place, torch.zeros(n, 0), torch.zeros(n))
+    sources = tuple(torch.randn(n, width, device=device) for width in widths)
+    place = torch.rand(n, 2 * config.coordinates, device=device)
+    return Histology(sources, place, torch.zeros(n, 0, device=device), torch.zeros(n, device=device))
 
 
-def peak_gb() -> float:
-    """Peak memory of the process so far."""
+def peak_gb(device: torch.device = CPU) -> float:
+    """Peak memory of the process so far, or of a device since the last call."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 class Table:
     """Rows printed as they are measured."""
 
-    def __init__(self, limits: dict[str, float]) -> None:
-        self.limits, self.rows = limits, list[dict[str, Any]]()
+    def __init__(self, limits: dict[str, float], device: torch.device = CPU) -> None:
+        self.limits, self.device, self.rows = limits, device, list[dict[str, Any]]()
 
     def add(self, model: str, what: str, batch: int, seconds: float, per_spot: float, kind: str = "fp32") -> float:
         """One measurement of a batch; returns spots per second."""
@@ -152,13 +174,13 @@ class Table:
             "GFLOP/s": rate / 1e9,
             "share of limit": rate / self.limits[kind],
             "share of fp32 limit": rate / self.limits["fp32"],
-            "peak GB": peak_gb(),
+            "peak GB": peak_gb(self.device),
         }
         self.rows.append(row)
         print(
-            f"{model:>9} {what:<24} {kind} batch {batch:>3}: {row['spots/s']:9.1f} spots/s, "
+            f"{model:>9} {what:<24} {kind} batch {batch:>5}: {row['spots/s']:9.1f} spots/s, "
             f"{row['GFLOP/s']:6.1f} GFLOP/s, {row['share of fp32 limit']:.0%} of the fp32 limit, "
-            f"peak {row['peak GB']:.1f} GB",
+            f"{row['share of limit']:.0%} of the type's, peak {row['peak GB']:.1f} GB",
             flush=True,
         )
         return float(row["spots/s"])
@@ -231,24 +253,27 @@ def caching(model: TwoStageVARST, n_spots: int) -> None:
     )
 
 
-def training_step(model: TwoStageVARST, batch: int) -> Callable[[], None]:
-    """A step of stage 2 with its backward pass, on random spots."""
+def training_step(model: TwoStageVARST, batch: int, kind: str = "fp32") -> Callable[[], None]:
+    """A step of stage 2 with its backward pass, on random spots, where the model is; bf16 is mixed precision."""
+    device = model.device
     model.set_training_stage(2)
     if model.var_stage.prior is not None:
         model.var_stage.prior.requires_grad_(False)
     module = Stage2Module(model, TrainingOptions(enable_progress_bar=False))
     module.watch = lambda *_, **__: None  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
-    histology = spots(model.config, batch)
-    tokens = torch.randint(0, model.config.codebook_size, (batch, model.config.n_tokens))
-    means = torch.zeros(batch, model.config.n_genes)
+    histology = spots(model.config, batch, device)
+    tokens = torch.randint(0, model.config.codebook_size, (batch, model.config.n_tokens), device=device)
+    means = torch.zeros(batch, model.config.n_genes, device=device)
     others = torch.zeros(0)  # which the prior's training takes
 
     def step() -> None:
-        loss = module.training_step((histology, tokens, others, others, others, others, means), 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with products_in(kind):
+            with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
+                loss = module.training_step((histology, tokens, others, others, others, others, means), 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     return step
 
@@ -261,22 +286,31 @@ def training(table: Table, name: str, model: TwoStageVARST, arguments: argparse.
             table.add(name, "training step, stage 2", batch, seconds, flops(model, True))
 
 
-def compiling(name: str, model: TwoStageVARST, batch: int, seconds: float) -> None:
-    """What ``torch.compile`` makes of the transformer's layers."""
+def compiling(
+    name: str, model: TwoStageVARST, batch: int, seconds: float, mode: str = "default"
+) -> tuple[float, float]:
+    """How many times as fast ``torch.compile`` makes training and generation, of the transformer's layers."""
 
     def times() -> list[float]:
         found = []
         for work in (training_step(model, batch), torch.no_grad()(lambda: model.eval().predict(inputs))):
             work()  # which compiles
-            found.append(best_time(work, seconds))
+            found.append(best_time(work, seconds, model.device))
         return found
 
-    inputs = spots(model.config, batch)
+    inputs = spots(model.config, batch, model.device)
     before = times()
     for layer in model.var_stage.transformer.layers:
-        layer.compile()
+        layer.compile(mode=mode)
     training, generation = (old / new for old, new in zip(before, times(), strict=True))
-    print(f"{name}, batch {batch}, compiled layers: training {training:.2f}, generation {generation:.2f} times as fast")
+    for layer in model.var_stage.transformer.layers:
+        layer._compiled_call_impl = None
+    print(
+        f"{name}, batch {batch}, layers compiled ({mode}), times as fast: training {training:.2f}, "
+        f"generation {generation:.2f}",
+        flush=True,
+    )
+    return training, generation
 
 
 def stage1_epoch(arguments: argparse.Namespace) -> None:
@@ -317,7 +351,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.batches, arguments.seconds = [1, 8], 0.0
     size = 256 if arguments.smoke else 2048
-    limits = {kind: matrix_rate(kind, size, arguments.seconds) for kind in TYPES}
+    limits = {kind: matrix_rate(kind, size, arguments.seconds) for kind in ("fp32", "bf16")}
     print(", ".join(f"{kind} limit {rate / 1e9:.1f} GFLOP/s" for kind, rate in limits.items()))
     if limits["bf16"] < limits["fp32"]:
         print("this machine has no arithmetic in bf16, which is left out")

@@ -23,7 +23,8 @@ import pandas as pd
 
 import histovar as hv
 from histovar._keys import LOGNORM
-from histovar.anndata_io.expression import Normalization, expression
+from histovar.anndata_io.expression import expression
+from histovar.anndata_io.normalization import Normalization
 
 N_GENES = 200
 

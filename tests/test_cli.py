@@ -21,8 +21,8 @@ from histovar.cli.predict import Precision as PrecisionChoice
 from histovar.cli.predict import Units as UnitsChoice
 from histovar.model.card import content_digest
 from histovar.model.decoding import Mode
+from histovar.model.network import Precision
 from histovar.model.observation import Units
-from histovar.model.two_stage import Precision
 
 from .conftest import QUICK
 

@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.model import Decoding, GeneVARTransformer, Histology, ModelConfig, TwoStageVARST
+from histovar.model.decoding import pieces_of_spots
 from histovar.model.observation import Composition, Observation
 from histovar.training.stage1 import Stage1Module
-from histovar.training.stage2 import PriorModule, Stage2Module
+from histovar.training.stage2_modules import PriorModule, Stage2Module
 from histovar.training.trainer import TrainingOptions
 
 from .conftest import small_config
@@ -90,6 +91,17 @@ def test_training_never_waits(model):
             loss = module.to("meta").train().training_step(given, 0)
             loss.backward()
         assert loss.is_meta
+
+
+def test_large_batches_go_through_the_transformer_in_pieces_that_fit():
+    with torch.device("meta"):
+        transformer = GeneVARTransformer(ModelConfig.reference(n_layers=2))
+    pieces = pieces_of_spots(65_536, transformer)
+    assert pieces[0].start == 0 and pieces[-1].stop >= 65_536 and len(pieces) > 1
+    assert all(one.stop == other.start for one, other in zip(pieces[:-1], pieces[1:], strict=True))
+    hidden_bytes = 4 * 241 * transformer.config.feedforward * (pieces[0].stop - pieces[0].start)
+    assert 2**30 < hidden_bytes < 2**34
+    assert pieces_of_spots(64, transformer) == [slice(0, pieces[0].stop)]
 
 
 def test_what_would_wait_is_an_error():

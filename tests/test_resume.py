@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 import histovar as hv
 from histovar.training import TrainingOptions
 from histovar.training.checkpoint_files import LOCK, locked, write_whole
-from histovar.training.stage2 import PriorModule
+from histovar.training.stage2_modules import PriorModule
 
 from .conftest import QUICK, small_config
 from .test_training import assert_same, weights

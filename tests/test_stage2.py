@@ -85,7 +85,7 @@ def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
     monkeypatch.setattr("histovar.model.decoding.SPOTS_AT_ONCE", 4)
     torch.testing.assert_close(loaded.predict(histology).expression, whole.expression, atol=1e-4, rtol=1e-4)
     monkeypatch.setattr("histovar.model.feedforward.HIDDEN_AT_ONCE", 512)
-    monkeypatch.setattr("histovar.model.head.LOGITS_AT_ONCE", 512)
+    monkeypatch.setattr("histovar.model.code_softmax.LOGITS_AT_ONCE", 512)
     torch.testing.assert_close(loaded.predict(histology).expression, whole.expression, atol=1e-4, rtol=1e-4)
     genes = torch.tensor([0, 3, 4, 21])
     n_coarse = config.n_tokens - config.n_genes
@@ -110,6 +110,25 @@ def test_attention_to_few_keys_is_that_to_many(ordered, monkeypatch):
     monkeypatch.setattr("histovar.model.transformer.FEW_KEYS", 0)
     for plain, library in zip(few, found(), strict=True):
         torch.testing.assert_close(plain, library, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", ["modern", "reference"])
+def test_mixed_precision_loses_little_of_loss_and_ranks(loaded, style):
+    torch.manual_seed(0)
+    if style == "reference":
+        loaded.add_stage2(loaded.config.replace(n_members=0, style=style))
+        loaded.stage2.head.set_codes(loaded.stage1)
+    histology, config = histology_of(loaded.config, 32), loaded.eval().config
+    tokens = loaded.predict(histology, Decoding("sample"), generator=torch.Generator().manual_seed(0)).tokens
+    loss, rank = loaded.token_loss_and_rank(histology, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_loss, mixed_rank = loaded.token_loss_and_rank(histology, tokens)
+        expression = torch.rand(32, config.n_genes)
+        mixed_tokens = loaded.stage1(expression).tokens
+    assert (loss - mixed_loss).abs().max() < 0.05
+    assert ((rank < 5) != (mixed_rank < 5)).float().mean() < 0.05
+    assert mixed_tokens.equal(loaded.tokenize(expression))
 
 
 @torch.no_grad()

@@ -10,14 +10,8 @@ from scipy import stats
 
 import histovar as hv
 from histovar.anndata_io.expression import counts_of_values
-from histovar.model.observation import (
-    Composition,
-    Observation,
-    count_quantiles,
-    fitted_dispersion,
-    log_moments,
-    randomised_levels,
-)
+from histovar.model.negative_binomial import count_quantiles, fitted_dispersion, log_moments
+from histovar.model.observation import Composition, Observation, randomised_levels
 
 from .conftest import QUICK, small_config
 from .test_errors import refuse

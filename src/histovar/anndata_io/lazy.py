@@ -269,4 +269,8 @@ def _moments(histology: Histology, sections: NDArray[np.integer]) -> dict[int, M
 def _aligned(
     model: TwoStageVARST, histology: Histology, sections: NDArray[np.integer], moments: dict[int, Moments]
 ) -> Histology:
-    return model.var_stage.condition.align(histology, torch.from_numpy(sections), moments)
+    where = model.device
+    there = {section: own.to(where) for section, own in moments.items()}
+    numbers = torch.from_numpy(sections).to(where)
+    aligned = model.var_stage.condition.align(histology.map(lambda t: t.to(where)), numbers, there)
+    return aligned.map(Tensor.cpu)

@@ -18,9 +18,9 @@ from histovar.metrics import METRICS
 from histovar.model.observation import RATE_TOTAL, Composition, Observation, Units
 
 from . import fingerprint, gate, slots
-from .expression import Normalization
 from .histology import source_fingerprint
 from .matrix import dense, is_lazy
+from .normalization import Normalization
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from histovar._arguments import Key, check_arguments, refuse_value
 from histovar._keys import Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar.anndata_io import expression, gate, slots
-from histovar.anndata_io.expression import Normalization
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.neighbors import Neighborhoods
+from histovar.anndata_io.normalization import Normalization
 from histovar.anndata_io.prediction import Prediction, prediction_slots, write_prediction
 
 from .linear import HestRidge, TunedRidge, pls

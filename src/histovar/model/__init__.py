@@ -6,12 +6,14 @@ from .condition import ConditionProcessor, Histology
 from .config import ModelConfig
 from .decoding import Decoding, Generation
 from .head import TokenHead
+from .network import TwoStageNetwork, count_parameters
 from .observation import Composition, Observation
 from .prior import ConditionalMeanPrior
 from .quantizer import SharedVectorQuantizer
 from .scales import GeneScales, group_genes
 from .transformer import GeneVARTransformer
-from .two_stage import TwoStageVARST, VARStage, count_parameters
+from .two_stage import TwoStageVARST
+from .var_stage import VARStage
 from .vqvae import MultiScaleDecoder, MultiScaleEncoder, MultiScaleGeneVQVAE, Stage1Losses
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "SharedVectorQuantizer",
     "Stage1Losses",
     "TokenHead",
+    "TwoStageNetwork",
     "TwoStageVARST",
     "VARStage",
     "count_parameters",

@@ -18,7 +18,8 @@ import torch
 from scipy.stats import norm, t
 from torch import Tensor, nn
 
-from .observation import INDIVIDUALS_APART, PATIENTS, Composition, Observation, negative_log_likelihood
+from .negative_binomial import negative_log_likelihood
+from .observation import INDIVIDUALS_APART, PATIENTS, Composition, Observation
 
 # Fewest measured spots that tell a level and its uncertainty.
 LEAST_MEASURED = 9

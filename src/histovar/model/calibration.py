@@ -1,9 +1,10 @@
-"""Conformal calibration: intervals that cover as often as they say, gene by gene."""
+"""Conformal calibration: intervals that cover as often as they say, of genes and of new groups of spots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,3 +95,36 @@ class Calibration(nn.Module):
         levels = (torch.arange(n, device=samples.device) + 0.5) / n
         ranks = samples.argsort(2).argsort(2)
         return self.quantiles(mean, std, levels).gather(2, ranks)
+
+
+def hierarchical_levels(places: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
+    """Levels by which central intervals hold for spots of a new group (Lee, Barber & Willett 2023, arXiv 2306.06342).
+
+    Every group weighs the same, however many its spots, and the new one as much, of which the worst is assumed: K
+    groups tell intervals that may fail in a share of 1 / (K + 1) or more.
+
+    Parameters
+    ----------
+    places
+        (n,): level of each measured value, of any spot and gene, in the distribution predicted.
+    groups
+        (n,) number of its group.
+    levels
+        (LEVELS,) what to keep of intervals for which there are too few groups, but no narrower than those within.
+
+    Returns
+    -------
+    Tensor
+        (LEVELS,).
+    """
+    sizes = groups.bincount()
+    central, order = (2 * places.double() - 1).abs().sort()
+    reached = (1 / sizes.double() / len(sizes))[groups[order]]
+    even = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
+    half = even[LEVELS // 2 :]
+    wanted = (2 * half - 1) * (len(sizes) + 1) / len(sizes)
+    held = np.interp(wanted, reached.cumsum(0), central)
+    known = torch.from_numpy(np.where(wanted <= 1, held, np.nan))
+    upper, lower = levels[LEVELS // 2 :].double(), 1 - levels[: LEVELS // 2 + 1].double().flip(0)
+    ends = [torch.where(known.isnan(), end, 0.5 + known / 2).cummax(0).values for end in (lower, upper)]
+    return torch.cat([1 - ends[0].flip(0), ends[1][1:]]).to(levels)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 from safetensors.torch import save
@@ -40,13 +40,11 @@ from .card import (
 from .config import ModelConfig
 from .distributed import rank_and_world
 from .hub import local_directory
+from .network import TwoStageNetwork
 from .readme import BEGINNING, FILE, readme
 from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights, with_statistics
 
-if TYPE_CHECKING:
-    from .two_stage import TwoStageVARST
-
-Model = TypeVar("Model", bound="TwoStageVARST")
+Model = TypeVar("Model", bound=TwoStageNetwork)
 
 # Seconds to wait for another process that saves to the same directory.
 SAVING_SECONDS, LOADING_SECONDS = 600.0, 60.0
@@ -58,7 +56,7 @@ LEFTOVERS = re.compile(
 __all__ = ["load_model", "load_stage", "read_card", "save_model", "verify"]
 
 
-def save_model(model: TwoStageVARST, path: Path, stages: Sequence[int] = (1, 2)) -> None:
+def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2)) -> None:
     """Write a model, or one stage of it, to a directory; in a distributed run, the first process does.
 
     Parameters
@@ -328,7 +326,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
 
 
 @in_float32
-def load_stage(model: TwoStageVARST, path: Path, stage: Literal[1, 2]) -> None:
+def load_stage(model: TwoStageNetwork, path: Path, stage: Literal[1, 2]) -> None:
     """Take one stage from a directory; see :meth:`TwoStageVARST.load_stage`."""
     path = local_directory(path)
     with _reading(path):

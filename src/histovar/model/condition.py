@@ -78,6 +78,10 @@ class Moments(NamedTuple):
         labels = sections.unique()
         return {int(label): cls.of([source[sections == label] for source in histology.sources]) for label in labels}
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device."""
+        return Moments(self.n, *(tuple(t.to(device) for t in values) for values in self[1:]))
+
     @classmethod
     def combined(cls, parts: Sequence[Moments]) -> Moments:
         """Those of all spots of several parts (Chan, Golub & LeVeque 1979)."""

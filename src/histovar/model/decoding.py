@@ -16,8 +16,10 @@ from .transformer import GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
 # Spots that go through the transformer at once on a CPU, in fp32, and twice as many in 16 bits: more do not fit its
-# caches, and cost time.
+# caches, and cost time. Elsewhere as many as have keys, values and a layer's hidden values of so many bytes together,
+# and no more than a grid of CUDA's has blocks along its shorter sides.
 SPOTS_AT_ONCE = 64
+BYTES_AT_ONCE, MOST_AT_ONCE = 2**33, 2**15
 
 Mode = Literal["expected", "sample", "greedy"]
 
@@ -105,9 +107,13 @@ class Generation(NamedTuple):
 
 
 def pieces_of_spots(n_spots: int, transformer: GeneVARTransformer) -> list[slice]:
-    """Rows that go through the transformer at once: on CPUs some, elsewhere all."""
-    like = transformer.positions
-    at_once = SPOTS_AT_ONCE * 4 // like.element_size() if like.device.type == "cpu" else max(1, n_spots)
+    """Rows that go through the transformer at once."""
+    like, config = transformer.positions, transformer.config
+    if like.device.type == "cpu":
+        at_once = SPOTS_AT_ONCE * 4 // like.element_size()
+    else:
+        n_values = 2 * config.n_layers * transformer.n_keys * config.width + config.n_tokens * config.feedforward
+        at_once = max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // (n_values * like.element_size())))
     return [slice(start, start + at_once) for start in range(0, max(1, n_spots), at_once)]
 
 

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .code_softmax import Normaliser, softmax_in_pieces, tokens_at_once, two_parts
 from .config import ModelConfig
+from .precision import full_precision
 from .vqvae import MultiScaleGeneVQVAE
 
 # Log-weight of codes that a scale never uses: impossible, yet finite.
 NEVER = -1e4
 # The codes in use are filled up to a multiple of so many, for draws to search them block by block.
 CODES_AT_ONCE = 64
-# Logits that are held at once: few enough to stay in cache and in reused memory.
-LOGITS_AT_ONCE = 2**20
 # Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
 GATE_ERRORS = 2.0
 
 # Some of the groups of a scale.
 Groups = slice | Tensor
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _not_autocast(
+    method: Callable[Concatenate[TokenHead, Tensor, P], R],
+) -> Callable[Concatenate[TokenHead, Tensor, P], R]:
+    """Compute logits from codes' features in the precision of hidden states and weights, mixed precision or not.
+
+    Large numbers cancel in them. The reference's logits are an ordinary linear layer's, and may be autocast.
+    """
+
+    @wraps(method)
+    def run(self: TokenHead, hidden: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self.tied:
+            return method(self, hidden, *args, **kwargs)
+        with full_precision(hidden.device):
+            return method(self, hidden.to(self.output.weight.dtype), *args, **kwargs)
+
+    return run
 
 
 class Expectation(NamedTuple):
@@ -249,11 +272,12 @@ class TokenHead(nn.Module):
             offset = (-precision / 2 * prior.square()).sum(-1, keepdim=True)
             multipliers = torch.cat([prior * precision, (-precision / 2).expand_as(prior), offset, ones], -1)
             values = torch.cat([values, torch.ones_like(log_weight), log_weight], 1)
-        high, low = _two(multipliers, half)
-        high_values, low_values = _two(values, half)
+        high, low = two_parts(multipliers, half)
+        high_values, low_values = two_parts(values, half)
         query = torch.cat([self.output(hidden), high, low, high], -1)
         return query, torch.cat([vectors.to(half), high_values, high_values, low_values], 1)
 
+    @_not_autocast
     def logits(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
         """Logits of some tokens of one scale.
 
@@ -280,6 +304,7 @@ class TokenHead(nn.Module):
         return F.linear(self._query(hidden, scale, groups, prior), codes)
 
     @torch.no_grad()
+    @_not_autocast
     def expected(
         self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, *, embed: bool = True
     ) -> Expectation:
@@ -301,7 +326,7 @@ class TokenHead(nn.Module):
         moments_of = features[:, dim : dim + 2 * c].T.contiguous()
         embeddings_of = self._embeddings(scale).T.contiguous() if embed else None
         moments, embeddings, likeliest = [], [], []
-        for _, shares in _shares(*self._operands(hidden, scale, groups, prior)):
+        for _, shares in softmax_in_pieces(*self._operands(hidden, scale, groups, prior)):
             likeliest.append(shares.max(1).indices)  # on CPUs several times as fast as argmax
             moments.append(F.linear(shares, moments_of))
             if embeddings_of is not None:
@@ -314,6 +339,7 @@ class TokenHead(nn.Module):
         embedding = torch.cat(embeddings).view(*shape, -1) if embed else None
         return Expectation(embedding, value, variance, used[torch.cat(likeliest)].view(shape))
 
+    @_not_autocast
     def choose(
         self,
         hidden: Tensor,
@@ -345,9 +371,9 @@ class TokenHead(nn.Module):
         moments_of, values_of = values.T.contiguous(), values[:, :c].T.contiguous()
         query, codes = self._operands(hidden, scale, groups, prior)
         query = query.flatten(0, 1)
-        at_once = _at_once(len(codes))
-        means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(at_once)
-        for chunk, mean in zip(query.split(at_once), means, strict=False):
+        n = tokens_at_once(codes)
+        means = [None] * len(query) if prior is None else prior.flatten(0, 1).split(n)
+        for chunk, mean in zip(query.split(n), means, strict=False):
             logits = (chunk @ codes.T).float()
             if mean is not None:
                 moments = F.linear(logits.softmax(1), moments_of)
@@ -358,6 +384,7 @@ class TokenHead(nn.Module):
             chosen.append(pick(logits))
         return used[torch.cat(chosen)].view(hidden.shape[:2])
 
+    @_not_autocast
     def loss(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
         """Cross-entropy.
 
@@ -378,73 +405,35 @@ class TokenHead(nn.Module):
         if not self.tied:
             return F.cross_entropy(self.output(hidden).transpose(1, 2), tokens, reduction="none")
         query = self._query(hidden, scale, groups, prior)
-        normaliser: Tensor = _Normaliser.apply(query, self._used(scale)[1])
+        normaliser: Tensor = Normaliser.apply(query, self._used(scale)[1])
         targets = self.get_buffer(f"stand_in_{scale}")[tokens]
         own_codes = F.embedding(targets, self.get_buffer(f"codes_{scale}"))
         return normaliser - (query[..., :-1] * own_codes).sum(-1) - self.get_buffer(f"log_weight_{scale}")[targets]
 
     @torch.no_grad()
+    @_not_autocast
     def rank(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
         """How many codes are more probable than the true one; arguments and shape as in :meth:`loss`."""
         ranks = []
-        for i, (ids, state) in enumerate(zip(tokens, hidden, strict=True)):
-            shift = None if prior is None else prior[i : i + 1]
+        codes = self._used(scale)[1] if self.tied else self.get_buffer(f"codes_{scale}")
+        n_spots = max(1, tokens_at_once(codes) // tokens.shape[1])
+        for start in range(0, len(tokens), n_spots):
+            some = slice(start, start + n_spots)
+            ids, state = tokens[some], hidden[some]
             if not self.tied:
                 logits = self.output(state)
-                own = logits.gather(1, ids[:, None])
+                own = logits.gather(2, ids[..., None])
             else:
-                query = self._query(state[None], scale, groups, shift)[0]
-                logits = query @ self._used(scale)[1].T
-                true_codes = getattr(self, f"codes_{scale}")[ids]
-                true_weight = getattr(self, f"log_weight_{scale}")[ids]
+                query = self._query(state, scale, groups, None if prior is None else prior[some])
+                logits = query @ codes.T
+                true_codes = F.embedding(ids, self.get_buffer(f"codes_{scale}"))
+                true_weight = self.get_buffer(f"log_weight_{scale}")[ids]
                 # A little more than rounding, for the true code not to outdo itself.
-                own = ((query[:, :-1] * true_codes).sum(1) + true_weight + 1e-4)[:, None]
-            ranks.append(torch.count_nonzero(logits > own, 1))
-        return torch.stack(ranks)
+                own = ((query[..., :-1] * true_codes).sum(-1) + true_weight + 1e-4)[..., None]
+            ranks.append(torch.count_nonzero(logits > own, -1))
+        return torch.cat(ranks)
 
 
 def _select_codes(head: TokenHead, _: object) -> None:
     """What is to happen after a state is loaded."""
     head._select_codes()
-
-
-def _at_once(n_codes: int) -> int:
-    """Number of tokens whose logits are held at once."""
-    return max(1, LOGITS_AT_ONCE // n_codes)
-
-
-def _two(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers of lower precision whose sum is near each number."""
-    high = x.to(half)
-    return high, (x - high).to(half)
-
-
-def _shares(query: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of queries (..., n) for codes (n_codes, n), and their softmax, some queries at a time, never all held."""
-    for chunk in query.flatten(0, -2).split(_at_once(len(codes))):
-        logits = chunk @ codes.T
-        # Many times faster than exp, which is slow for very small results.
-        yield logits, logits.softmax(1, dtype=torch.float32)
-
-
-class _Normaliser(torch.autograd.Function):
-    """Log-sum-exp of queries over the codes.
-
-    Its gradient with respect to the query is the expected code, so the forward pass yields all that the backward pass
-    needs. Codes are constants.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, codes: Tensor) -> Tensor:
-        normalisers, means = [], []
-        columns = codes.T.contiguous()
-        for logits, shares in _shares(query, codes):
-            normalisers.append(logits.amax(1) - shares.amax(1).log())
-            means.append(F.linear(shares, columns))
-        ctx.save_for_backward(torch.cat(means).view(query.shape))
-        return torch.cat(normalisers).view(query.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (mean,) = ctx.saved_tensors
-        return gradients[0][..., None] * mean, None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from histovar._extras import import_extra
-
-if TYPE_CHECKING:
-    from .two_stage import TwoStageVARST
 
 # hf://owner/name, or hf://owner/name@revision; a path has made one slash of the two.
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,14 +49,14 @@ def local_directory(path: Path) -> Path:
     return Path(found)
 
 
-def push_model(model: TwoStageVARST, repository: str, *, private: bool) -> str:
-    """Save a model to the hub; see :meth:`TwoStageVARST.push`."""
+def push_model(save: Callable[[Path], None], repository: str, *, private: bool) -> str:
+    """Put on the hub what a function saves to a directory; see :meth:`TwoStageVARST.push`."""
     if REPOSITORY.fullmatch(repository) is None:
         raise ValueError(f"repository: expected 'owner/name', got {repository!r}")
     hub = import_extra("huggingface_hub", "hub", "push")
     api = hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
-        model.save(folder)
+        save(Path(folder))
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model of histovar")

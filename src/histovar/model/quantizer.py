@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
+from .at_once import at_once
 from .config import ModelConfig
 from .distributed import gathered
 
@@ -17,7 +18,7 @@ from .distributed import gathered
 # number from every scale: the finest has most tokens, and would leave the coarser ones no codes of their own.
 LATENTS_PER_START = 2048
 LATENTS_PER_UPDATE = 1024
-# Latents whose distances to all codes are held at once: few enough to stay in reused memory.
+# Latents whose distances to all codes are held at once on a CPU.
 LATENTS_PER_LOOKUP = 1024
 
 
@@ -107,7 +108,8 @@ class SharedVectorQuantizer(nn.Module):
         offset = -codes.square().sum(1)
         flat = latents.reshape(-1, codes.shape[1])
         # On CPUs max is several times as fast as argmax.
-        chunks = [torch.addmm(offset, part, codes.T, alpha=2).max(1).indices for part in flat.split(LATENTS_PER_LOOKUP)]
+        parts = flat.split(at_once(LATENTS_PER_LOOKUP, flat.device))
+        chunks = [torch.addmm(offset, part, codes.T, alpha=2).max(1).indices for part in parts]
         return torch.cat(chunks).reshape(latents.shape[:-1])
 
     def decode(self, tokens: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .at_once import at_once
 from .config import ModelConfig
+from .precision import full_precision
 from .quantizer import LATENTS_PER_START, SharedVectorQuantizer, some, usage
 from .scales import GeneScales
 
-# Tokens that are made at once; an encoder's hidden layer takes a kilobyte for each. More take longer on CPUs.
+# Tokens that are made at once on a CPU; an encoder's hidden layer takes a kilobyte for each.
 TOKENS_AT_ONCE = 2**15
 
 
@@ -115,7 +117,7 @@ class MultiScaleGeneVQVAE(nn.Module):
             self.quantizer.start(latents)
 
     def forward(self, expression: Tensor, genes_made: Tensor | None = None) -> Stage1Losses:
-        """Losses of a batch; in training mode the codebook moves too.
+        """Losses of a batch, in full precision; in training mode the codebook moves too.
 
         Parameters
         ----------
@@ -128,6 +130,10 @@ class MultiScaleGeneVQVAE(nn.Module):
         -------
         Stage1Losses
         """
+        with full_precision(expression.device):
+            return self._losses(expression, genes_made)
+
+    def _losses(self, expression: Tensor, genes_made: Tensor | None) -> Stage1Losses:
         genes = self.scales.standardize(expression)
         total = torch.zeros_like(genes)
         latents, tokens = [], []
@@ -168,7 +174,7 @@ class MultiScaleGeneVQVAE(nn.Module):
         Tensor
             (n_spots, n_tokens), int64, coarse to fine.
         """
-        most = max(1, TOKENS_AT_ONCE // self.config.n_tokens)
+        most = max(1, at_once(TOKENS_AT_ONCE, expression.device) // self.config.n_tokens)
         return torch.cat([self._tokenize(part) for part in expression.split(most)])
 
     def _tokenize(self, expression: Tensor) -> Tensor:

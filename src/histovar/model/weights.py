@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .config import ModelConfig
-from .two_stage import VARStage
+from .var_stage import VARStage
 from .vqvae import MultiScaleGeneVQVAE
 
 # safetensors' names of the types that models have.

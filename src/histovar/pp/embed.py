@@ -94,7 +94,7 @@ def embed(
     Parameters
     ----------
     data
-        AnnData, or SpatialData.
+        AnnData or SpatialData.
     encoder
         Name of one of :func:`histovar.encoders.describe`, an :class:`histovar.encoders.Encoder`, or any
         :class:`torch.nn.Module` that maps images (n, 3, 224, 224), normalised as ImageNet's, to features (n, width).

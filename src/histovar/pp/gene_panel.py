@@ -43,7 +43,7 @@ def gene_panel(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, with counts in ``X`` or log-normalised expression in
+        AnnData or SpatialData of the training sections, with counts in ``X`` or log-normalised expression in
         ``layers["lognorm"]``.
     n_genes
         Number of genes.

@@ -37,7 +37,7 @@ def gene_scales(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, with a gene panel (see :func:`gene_panel`).
+        AnnData or SpatialData of the training sections, with a gene panel (see :func:`gene_panel`).
     scales
         Number of groups at each scale, increasing; the genes themselves are added as the last. Scales of as many
         groups as there are genes, or more, are left out.

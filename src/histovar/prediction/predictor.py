@@ -12,8 +12,8 @@ from histovar._memory import keep_freed_memory
 from histovar._progress import progress
 from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
+from histovar.model.network import Precision
 from histovar.model.observation import RATE_TOTAL, Units
-from histovar.model.two_stage import Precision
 
 from .device import on_device
 

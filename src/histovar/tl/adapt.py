@@ -17,9 +17,10 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import Counts, Normalization, counts_of_values, read_expression
+from histovar.anndata_io.expression import Counts, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
+from histovar.anndata_io.normalization import Normalization
 from histovar.model import Decoding, TwoStageVARST
 from histovar.model.adaptation import LEAST_MEASURED, MOST_NEIGHBORS
 from histovar.model.observation import RATE_TOTAL, Composition
@@ -71,7 +72,7 @@ def adapt(
     batch_size
         Spots at once.
     device
-        ``"auto"`` or a torch device.
+        ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
         Seed of the choice of 1,000 spots that tell of those near them, where more are measured.
     show_progress_bar

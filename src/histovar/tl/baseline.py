@@ -11,6 +11,7 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar.anndata_io import expression, gate
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.normalization import common_normalization
 from histovar.baselines.model import METHODS, Baseline, MethodName, Standardize
 
 from ._panel import ensure_panel
@@ -101,7 +102,7 @@ def baseline(
         layer = LOGNORM
     genes = adata.var_names[gate.panel(adata, keys)].tolist()
     values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
-    normalization = expression.common_normalization(totals, layer, adata.n_vars, len(genes))
+    normalization = common_normalization(totals, layer, adata.n_vars, len(genes))
     seed = 0 if random_state is None else random_state
     where_from = (reps, library_key, spatial_key)
     made = Baseline(method, genes, layer, normalization, *where_from, standardize, seed, group_key).fit(adata, values)

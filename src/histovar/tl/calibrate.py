@@ -20,9 +20,10 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
+from histovar.anndata_io.expression import add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
+from histovar.anndata_io.normalization import Normalization
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.observation import Composition
@@ -82,7 +83,7 @@ def calibrate(
     batch_size
         Spots at once.
     device
-        ``"auto"`` or a torch device.
+        ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
         Seed of the choice of 4,000 spots, where there are more.
     show_progress_bar

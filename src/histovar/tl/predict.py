@@ -37,8 +37,8 @@ from histovar.anndata_io.lazy import is_lazy
 from histovar.anndata_io.prediction import EXPECTED_PEARSON, OBSERVATION, prediction_slots, write_prediction
 from histovar.model import Decoding
 from histovar.model.decoding import Mode
+from histovar.model.network import Precision
 from histovar.model.observation import Units
-from histovar.model.two_stage import Precision
 from histovar.prediction import Device, Predictor, predict_lazily
 
 from ._trained import Trained

@@ -12,8 +12,9 @@ from histovar._arguments import Count, Key, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
-from histovar.anndata_io.expression import Normalization, add_lognorm, read_expression
+from histovar.anndata_io.expression import add_lognorm, read_expression
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.normalization import Normalization
 from histovar.prediction import Device, on_device
 
 from ._trained import TrainedStage1

@@ -116,7 +116,8 @@ def train(
             **of_stage2,
         )
         if model.config.n_members:
-            calibrate(adata, model, library_key, key_added=key_added, random_state=whole.random_state)
+            device = "cpu" if whole.resolved_accelerator() == "cpu" else "auto"
+            calibrate(adata, model, library_key, key_added=key_added, device=device, random_state=whole.random_state)
     return model
 
 

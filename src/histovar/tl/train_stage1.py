@@ -15,8 +15,8 @@ from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import expression, gate, slots
-from histovar.anndata_io.expression import SpotTotals
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.normalization import SpotTotals, common_normalization
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp.gene_scales import gene_scales, genes_in_scales
@@ -48,7 +48,7 @@ def train_stage1(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, in memory, backed, or of dask or zarr arrays, which are read
+        AnnData or SpatialData of the training sections, in memory, backed, or of dask or zarr arrays, which are read
         section by section; what is learnt from is then kept in a temporary directory. Its panel and scales are those of
         :func:`histovar.pp.gene_panel` and :func:`histovar.pp.gene_scales`, which are called with their defaults where
         they have not been.
@@ -132,7 +132,7 @@ def train_stage1(
 
         with sections.scratch() as scratch:
             spots = collected(sections.map(measured), adata.n_obs, scratch)
-            normalization = expression.common_normalization(totals, wanted, adata.n_vars, len(columns))
+            normalization = common_normalization(totals, wanted, adata.n_vars, len(columns))
             model.registry |= {
                 "units": expression.units(wanted, normalization),
                 "normalization": normalization.plain(),

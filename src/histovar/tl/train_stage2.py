@@ -16,10 +16,11 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate, spacing
 from histovar.anndata_io.embeddings import record_of
-from histovar.anndata_io.expression import Normalization, add_lognorm, counts_of_values, read_expression
+from histovar.anndata_io.expression import add_lognorm, counts_of_values, read_expression
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, covariate_width, histology, learn_covariates
 from histovar.anndata_io.images import scale_factors
+from histovar.anndata_io.normalization import Normalization
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.model.card import AFTER_TRAINING
@@ -52,7 +53,7 @@ def train_stage2(
     Parameters
     ----------
     data
-        AnnData (or SpatialData) of the training sections, with the panel's genes; in memory, backed, or of dask or zarr
+        AnnData or SpatialData of the training sections, with the panel's genes; in memory, backed, or of dask or zarr
         arrays, which are read section by section, twice, with what is learnt from (some 3 kB a spot) in a temporary
         directory.
     model

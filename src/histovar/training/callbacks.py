@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EpochSeed(Callback):
@@ -49,6 +51,24 @@ class History(Callback):
     def frame(self) -> pd.DataFrame:
         """The history as a DataFrame indexed by epoch."""
         return pd.DataFrame(self.rows).set_index("epoch") if self.rows else pd.DataFrame()
+
+
+class WeightAverage(WeightAveraging):
+    """Moving average of the weights, on the device on which they are trained.
+
+    Parameters
+    ----------
+    decay
+        How much of the average remains with every step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning's hook, before which it has not yet moved the module, and would average on the CPU."""
+        pl_module.to(trainer.strategy.root_device)
+        super().setup(trainer, pl_module, stage)
 
 
 class DivergenceCheck(Callback):

@@ -154,7 +154,7 @@ class Stage1Trainer:
         FloatingPointError
             If training diverges.
         """
-        options, model = self.options, self.model
+        options, model = self.options, self.model.cpu()
         model.set_training_stage(1)
         seen, watched = held_out_spots(sections, len(spots), options.random_state, individuals)
         train = spots.take(seen)

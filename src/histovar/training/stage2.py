@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,224 +14,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histovar._spots import sampled_spots
-from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
-from histovar.model.distributed import own_share, rank_and_world
-from histovar.model.observation import Composition, negative_log_likelihood
+from histovar.model.observation import Composition
 from histovar.model.weights import fingerprint
 
-from .callbacks import diverged
 from .data import CHUNK_SPOTS, Spots, collected, cross_fit_folds, held_out_spots
 from .isolation import seeded
 from .linear import fit_depth, fit_linear
 from .options import TrainingOptions
 from .resume import DIGEST, Digests, StageRun, identity
+from .stage2_modules import Batch, PriorModule, Stage2Module, free_run
 from .survey import Measured, surveyed
-from .trainer import StageModule, fit
+from .trainer import fit
 
 logger = logging.getLogger(__name__)
 
-# Inputs, tokens, counts (expression where there are none), fold, weight, total count and what the prior expects.
-Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The prior's recipe: one-cycle AdamW, few epochs, strong decay.
 PRIOR_EPOCHS = 30
 # Of many spots, fewer epochs: no more steps than this.
 PRIOR_STEPS = 10_000
-PRIOR_LEARNING_RATE = 2e-3
-PRIOR_WEIGHT_DECAY = 0.1
 # Small data need small batches, for there to be steps enough: a sixteenth of the spots, within these.
 PRIOR_BATCH = (16, 256)
-# The genes' dispersions are learnt so much faster than weights, and do not decay.
-DISPERSION_SPEED = 5.0
 # A disagreement of members that none exceeds.
 ANY_DISAGREEMENT = 1e6
 # A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
 HALF_WEIGHT = 0.3
-# Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
-GENES_AT_ONCE = 1024
-# Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
-EXPECTED_TEACHER = 0.5
-
-
-class _Stage2Module(StageModule):
-    """What both modules of stage 2 share.
-
-    Parameters
-    ----------
-    model
-        The model.
-    options
-        How to train.
-    """
-
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
-        super().__init__(options)
-        # Not a submodule: averaging, checkpoints and optimiser must not touch the frozen stage 1, not by a bit.
-        object.__setattr__(self, "model", model)
-
-    model: TwoStageVARST
-
-    def on_fit_start(self) -> None:
-        """Lightning's hook."""
-        self.model.stage1.to(self.device)
-
-
-class PriorModule(_Stage2Module):
-    """Lightning module of the conditional-mean prior, which it trains.
-
-    By the likelihood of counts, whose dispersions are learnt along, where there are counts; else by the squared error
-    of standardised expression.
-    """
-
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
-        super().__init__(model, options)
-        self.prior = model.var_stage.prior
-        self.log_dispersion = torch.nn.Parameter(torch.zeros(model.config.n_genes))
-        if not model.var_stage.of_counts:
-            self.log_dispersion.requires_grad_(False)
-            assert self.prior is not None
-            self.prior.depths.requires_grad_(False)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Lightning's hook."""
-        histology, _, measured, folds, weights, totals, _ = batch
-        assert self.prior is not None
-        stage2 = self.model.var_stage
-
-        def of_rates(rates: Tensor) -> Tensor:
-            expected = stage2.observation.base.to(rates.device) * totals * rates
-            return negative_log_likelihood(measured, expected, self.log_dispersion.exp()).mean(2)
-
-        def of_values(values: Tensor) -> Tensor:
-            return (values - self.model.stage1.scales.standardize(measured)).square().mean(2) * weights
-
-        features = stage2.condition.features(histology)
-        if stage2.of_counts:
-            loss = self.prior.loss(features, of_rates, folds, totals.log())
-        else:
-            loss = self.prior.loss(features, of_values, folds)
-        self.watch("prior", len(features), loss=loss / (2 * self.prior.config.n_members))
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        """Lightning's hook."""
-        of_network = [p for name, p in self.named_parameters() if name != "log_dispersion"]
-        rates = [PRIOR_LEARNING_RATE, DISPERSION_SPEED * PRIOR_LEARNING_RATE]
-        groups: list[dict[str, Any]] = [{"params": of_network}, {"params": [self.log_dispersion], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class Stage2Module(_Stage2Module):
-    """Lightning module of the token model: trains condition, transformer and head; parameters as of its base."""
-
-    def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
-        super().__init__(model, options)
-        self.stage2 = model.var_stage
-        self._batches: list[Batch] = []
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Lightning's hook."""
-        histology, tokens, *_, prior = batch
-        model = self.model
-        teacher = model.token_embeddings(tokens)
-        if model.config.style == "modern":
-            expected = model.expected_teacher(histology, prior)
-            _, world = rank_and_world()
-            swap = own_share(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
-            teacher = torch.where(swap[:, None, None], expected, teacher)
-        genes = self._some_genes(random=True)
-        loss = self._mean(model.token_loss(histology, tokens, prior, teacher, genes))
-        self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
-        return loss
-
-    def _some_genes(self, random: bool) -> Tensor | None:
-        """The tokens of a wide finest scale to learn, or to watch, in one step; None for all."""
-        config = self.model.config
-        wide = config.is_wide(len(config.scales) - 1)
-        return self.some_genes(config.n_genes, GENES_AT_ONCE, random=random) if wide else None
-
-    def _mean(self, losses: Tensor) -> Tensor:
-        """Mean over spots and all tokens, (n_spots, tokens predicted), those of the finest scale for all of it."""
-        config = self.model.config
-        n_coarse = config.n_tokens - config.n_genes
-        coarse, genes = losses[:, :n_coarse], losses[:, n_coarse:]
-        return (coarse.sum(1) + genes.mean(1) * config.n_genes).mean() / config.n_tokens
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Lightning's hook."""
-        histology, tokens, *_, prior = batch
-        genes = self._some_genes(random=False)
-        losses, rank = self.model.token_loss_and_rank(histology, tokens, prior, genes)
-        loss = self._mean(losses)
-        self.watch(
-            "val",
-            len(tokens),
-            loss=loss,
-            perplexity=loss.exp(),
-            accuracy=(rank == 0).float().mean(),
-            top5_accuracy=(rank < 5).float().mean(),
-        )
-        self._batches.append(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the correlation of free-running expected decoding over all held-out spots, with the best gate."""
-        self.watch("val", 1, pcc=free_run(self.model, self._batches).pcc)
-        self._batches.clear()
-
-
-class FreeRun(NamedTuple):
-    """Correlation of expected decoding, that of the prior alone, and the gate between them."""
-
-    pcc: float
-    prior_pcc: float
-    gate: list[float]
-
-
-def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
-    """Expected decoding of spots not trained on, without their tokens, gated as suits them best.
-
-    Parameters
-    ----------
-    model
-        The model, its gate open.
-    batches
-        The spots.
-
-    Returns
-    -------
-    FreeRun
-
-    Raises
-    ------
-    FloatingPointError
-        If predictions are not finite.
-    """
-    rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
-    measured = []
-    has_prior = model.var_stage.prior is not None
-    for histology, tokens, found, _, _, totals, prior in batches:
-        expected = model.predict(histology, means=prior).values
-        means = model.prior_mean(prior) if has_prior else expected
-        for k, ids in enumerate(tokens.split(model.config.scales, 1)):
-            rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
-        measured.append(model.lognorm(found, totals) if model.var_stage.of_counts else found)
-    gates, gated, alone = [], [], []
-    for parts in rows:
-        true_values, mean, value = (torch.cat(part) for part in zip(*parts, strict=True))
-        gate = model.var_stage.head.best_gate(true_values, mean, value) if has_prior else torch.ones(())
-        gates.append(float(gate))
-        gated.append(torch.lerp(mean, value, float(gate)))
-        alone.append(mean)
-    truth = torch.cat(measured).cpu().numpy()
-    predicted, of_prior = (model.stage1.assemble(values).cpu().numpy() for values in (gated, alone))
-    if not (np.isfinite(predicted).all() and np.isfinite(of_prior).all()):
-        raise diverged("stage 2: tokens", "predictions are not finite")
-    pcc, prior_pcc = mean_pearson(predicted, truth), mean_pearson(of_prior, truth)
-    return FreeRun(pcc, prior_pcc, gates)
 
 
 class Stage2Trainer:
@@ -284,7 +92,7 @@ class Stage2Trainer:
         FloatingPointError
             If training diverges.
         """
-        options, model = self.options, self.model
+        options, model = self.options, self.model.cpu()
         stage2 = model.var_stage
         stage2.transformer.parents.copy_(model.stage1.scales.parents())
         stage2.head.set_codes(model.stage1)

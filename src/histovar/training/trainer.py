@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 
 from histovar._memory import keep_freed_memory
 
-from .callbacks import DivergenceCheck, EpochSeed, History, diverged, is_finite
+from .callbacks import DivergenceCheck, EpochSeed, History, WeightAverage, diverged, is_finite
 from .checkpoint_files import BEST, LAST, PRIOR, WholeFiles, read_checkpoint
 from .data import Spots, train_loader, validation_loader
 from .isolation import interruptible, quiet_lightning
@@ -111,7 +111,7 @@ def fit(
     if validation is not None:
         callbacks += options.callbacks
     if averaging:
-        callbacks.append(EMAWeightAveraging(decay=options.averaging_decay, use_buffers=False))
+        callbacks.append(WeightAverage(options.averaging_decay))
     if options.enable_progress_bar:
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():

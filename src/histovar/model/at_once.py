@@ -1,0 +1,21 @@
+"""How much is computed at once: on CPUs what stays in caches and reused memory, elsewhere what keeps a device busy."""
+
+from __future__ import annotations
+
+import torch
+
+# How many times as much as on a CPU: few, large kernels, as every launch costs microseconds.
+ON_DEVICES = 64
+
+
+def at_once(on_cpu: int, device: torch.device) -> int:
+    """How many at once, and one at the least.
+
+    Parameters
+    ----------
+    on_cpu
+        How many on a CPU.
+    device
+        Where.
+    """
+    return max(1, on_cpu if device.type == "cpu" else ON_DEVICES * on_cpu)

@@ -1,0 +1,429 @@
+"""Both stages together: losses of tokens, and expression generated from histology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from .condition import Histology
+from .config import ModelConfig
+from .decoding import Decoding, Generation, generate, pieces_of_spots
+from .observation import Composition
+from .precision import full_precision
+from .prior import ConditionalMeanPrior, disagreement
+from .var_stage import VARStage
+from .vqvae import MultiScaleGeneVQVAE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Precision = Literal["fp32", "bf16"]
+
+
+class TwoStageNetwork(nn.Module):
+    """Stage 1, stage 2, and what they were trained on: :class:`TwoStageVARST`, but for its files.
+
+    Parameters
+    ----------
+    config
+        The model's configuration. Without ``embedding_dims`` there is no stage 2 yet; see :meth:`add_stage2`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stage1 = MultiScaleGeneVQVAE(config)
+        self.stage2: VARStage | None = VARStage(config) if config.embedding_dims else None
+        self.registry: dict[str, Any] = {}
+        self.history: dict[str, pd.DataFrame] = {}
+
+    def add_stage2(self, config: ModelConfig) -> None:
+        """Give a model with a trained stage 1 a new stage 2.
+
+        Parameters
+        ----------
+        config
+            The configuration with ``embedding_dims``; what concerns stage 1 must be as it is in ``self.config``.
+
+        Raises
+        ------
+        ValueError
+            If it is not, or has no ``embedding_dims``.
+        """
+        self.check_stage1(config)
+        if not config.embedding_dims:
+            raise ValueError("config: embedding_dims is empty; stage 2 needs the width of at least one embedding")
+        self.config = self.stage1.config = config
+        self.stage2 = VARStage(config).to(self.device)
+        self.stage2.transformer.parents.copy_(self.stage1.scales.parents())
+
+    def check_stage1(self, config: ModelConfig) -> None:
+        """Refuse a configuration whose stage 1 is not of this model's shape.
+
+        Parameters
+        ----------
+        config
+            A configuration.
+
+        Raises
+        ------
+        ValueError
+            Naming the fields that differ.
+        """
+        fixed = ("n_genes", "scales", "components", "residual", "codebook_size", "codebook_dim", "encoder_hidden")
+        differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if differing:
+            raise ValueError(f"config: {differing} differ from the trained stage 1; train stage 1 again, or leave them")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.stage1.scales.mean.device
+
+    @property
+    def var_stage(self) -> VARStage:
+        """Stage 2.
+
+        Raises
+        ------
+        ValueError
+            If there is none yet.
+        """
+        if self.stage2 is None:
+            raise ValueError("model has no stage 2 yet; train it with histovar.tl.train_stage2")
+        return self.stage2
+
+    def in_precision(self, precision: Precision) -> Self:
+        """The model with its transformer and the products with its codes in another precision, for generation.
+
+        Parameters
+        ----------
+        precision
+            ``"fp32"``: the model itself. ``"bf16"``: a copy of stage 2; all else is shared, and stays as it is, as are
+            sums over codes.
+
+        Returns
+        -------
+        TwoStageNetwork
+        """
+        if precision == "fp32":
+            return self
+        other = copy(self)
+        other._modules = {**self._modules, "stage2": deepcopy(self.var_stage)}
+        stage2 = other.var_stage
+        for module in (stage2.transformer, stage2.head.embedding, stage2.head.output):
+            module.to(torch.bfloat16)
+        return other
+
+    def set_training_stage(self, stage: Literal[1, 2]) -> None:
+        """Make one stage trainable and freeze the other: no gradients, evaluation mode.
+
+        Parameters
+        ----------
+        stage
+            1 or 2.
+
+        Raises
+        ------
+        ValueError
+            If `stage` is neither, or is 2 while there is no stage 2.
+        """
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {stage!r}")
+        if stage == 2:
+            _ = self.var_stage
+        for module, active in ((self.stage1, stage == 1), (self.stage2, stage == 2)):
+            if module is not None:
+                module.requires_grad_(active)
+                module.train(active)
+
+    def tokenize(self, expression: Tensor) -> Tensor:
+        """Tokens of measured expression, (n_spots, n_genes) in layer units to (n_spots, n_tokens)."""
+        return self.stage1.tokenize(expression)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Expression of tokens, (..., n_tokens) to (..., n_genes) in layer units."""
+        return self.stage1.decode(tokens)
+
+    def reconstruct(self, expression: Tensor) -> Tensor:
+        """Expression after tokenising and decoding, (n_spots, n_genes) in layer units."""
+        return self.decode(self.tokenize(expression))
+
+    def prior_mean(self, genes: Tensor) -> list[Tensor]:
+        """The prior's standardised expression (n_spots, n_genes) as means of every scale's group values."""
+        scales = self.stage1.scales
+        with full_precision(genes.device):
+            return scales.split(genes.to(scales.mean.dtype))
+
+    def token_loss(
+        self,
+        histology: Histology,
+        tokens: Tensor,
+        prior: Tensor | None = None,
+        teacher: Tensor | None = None,
+        genes: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of true tokens, each predicted from the tokens before it.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots, aligned.
+        tokens
+            (n_spots, n_tokens): the targets.
+        prior
+            (n_spots, n_genes): standardised conditional means; by default the mean over :meth:`prior_members`.
+        teacher
+            (n_spots, :attr:`ModelConfig.n_feeding`, width): embeddings to feed in place of those of `tokens`.
+        genes
+            Of a wide finest scale, the tokens to predict, increasing; all by default.
+
+        Returns
+        -------
+        Tensor
+            (n_spots, number of tokens predicted).
+        """
+        (loss,) = self._scored((self.var_stage.head.loss,), histology, tokens, prior, teacher, genes)
+        return loss
+
+    def token_loss_and_rank(
+        self, histology: Histology, tokens: Tensor, prior: Tensor | None = None, genes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and how many codes are more probable than the true one, each as :meth:`token_loss`."""
+        head = self.var_stage.head
+        loss, rank = self._scored((head.loss, head.rank), histology, tokens, prior, None, genes)
+        return loss, rank
+
+    def _scored(
+        self,
+        scores: Sequence[Callable[[Tensor, int, slice | Tensor, Tensor | None, Tensor], Tensor]],
+        histology: Histology,
+        tokens: Tensor,
+        prior: Tensor | None,
+        teacher: Tensor | None,
+        genes: Tensor | None,
+    ) -> list[Tensor]:
+        """Scores of the head for the true tokens, of one pass through the transformer."""
+        scales = self.config.scales
+        n_coarse = sum(scales[:-1])
+        positions = None
+        if genes is not None:
+            positions = torch.cat([torch.arange(n_coarse, device=genes.device), genes + n_coarse])
+        shifts = self._shifts(histology, prior)
+        found = []
+        for spots in pieces_of_spots(len(tokens), self.var_stage.transformer):
+            fed = None if teacher is None else teacher[spots]
+            hidden = self._hidden(histology.map(itemgetter(spots)), tokens[spots], fed, positions)
+            parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
+            rows = []
+            for k, (part, ids) in enumerate(zip(parts, tokens[spots].split(scales, 1), strict=True)):
+                some = slice(None) if genes is None or k < len(scales) - 1 else genes
+                shift = None if shifts is None else shifts[k][spots][:, some]
+                rows.append([score(part, k, some, shift, ids[:, some]) for score in scores])
+            found.append([torch.cat(columns, 1) for columns in zip(*rows, strict=True)])
+        return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+
+    def token_logits(self, histology: Histology, tokens: Tensor) -> Tensor:
+        """Logits of all tokens given the tokens before each, (n_spots, n_tokens, codebook_size)."""
+        hidden = self._hidden(histology, tokens)
+        shifts = self._shifts(histology, None)
+        rows = [
+            self.var_stage.head.logits(part, k, slice(None), None if shifts is None else shifts[k])
+            for k, part in enumerate(hidden.split(self.config.scales, 1))
+        ]
+        return torch.cat(rows, 1)
+
+    def token_embeddings(self, tokens: Tensor) -> Tensor:
+        """Embeddings of those tokens that others take in: (n_spots, :attr:`ModelConfig.n_feeding`, width)."""
+        return self.var_stage.head.embed(tokens[:, : self.config.n_feeding], self.stage1.quantizer.codebook)
+
+    def _hidden(
+        self, histology: Histology, tokens: Tensor, teacher: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        stage2 = self.var_stage
+        if teacher is None:
+            teacher = self.token_embeddings(tokens)
+        hidden: Tensor = stage2.transformer(teacher, stage2.condition(histology), positions)
+        return hidden
+
+    @torch.no_grad()
+    def expected_teacher(self, histology: Histology, prior: Tensor | None) -> Tensor:
+        """Embeddings that the head would expect without a transformer, shaped as :meth:`token_embeddings`.
+
+        Fed in place of true tokens during training, they show the model what it meets in expected decoding.
+        """
+        codebook = self.stage1.quantizer.codebook
+        shifts = self._shifts(histology, prior)
+        n_spots, n_feeding = len(histology.sources[0]), self.config.n_feeding
+        rows = []
+        for k, n in enumerate(self.config.scales):
+            if sum(self.config.scales[:k]) < n_feeding:
+                hidden = codebook.new_zeros(n_spots, n, self.config.width)
+                shift = None if shifts is None else shifts[k]
+                embedding = self.var_stage.head.expected(hidden, k, slice(None), shift).embedding
+                assert embedding is not None
+                rows.append(embedding)
+        return torch.cat(rows, 1)[:, :n_feeding]
+
+    def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
+        if self.var_stage.prior is None:
+            return None
+        return self.prior_mean(self.conditional_mean(histology) if prior is None else prior)
+
+    def prior_members(self, histology: Histology, *, cross_fitted: bool = False) -> Tensor:
+        """What members of the prior expect: (n_members, n_spots, n_genes).
+
+        Relative rates where the model learnt from counts (:attr:`VARStage.of_counts`), else standardised expression.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots, aligned.
+        cross_fitted
+            Of the members that have each left out some of the training spots, in place of those that have not.
+
+        Raises
+        ------
+        ValueError
+            If the model has no prior.
+        """
+        members: Tensor = self._prior(self.var_stage.condition.features(histology), cross_fitted=cross_fitted)
+        return members
+
+    @property
+    def _prior(self) -> ConditionalMeanPrior:
+        if self.var_stage.prior is None:
+            raise ValueError("the model has no prior (n_members=0)")
+        return self.var_stage.prior
+
+    def lognorm(self, counts: Tensor, totals: Tensor) -> Tensor:
+        """Counts (n_spots, n_genes), of total counts (n_spots, 1), in the units of training."""
+        return (counts * (self.var_stage.observation.target_sum / totals)).log1p()
+
+    def standardized_means(self, expected: Tensor, log_depth: Tensor) -> Tensor:
+        """What the prior expects, (..., n_spots, n_genes), as standardised expression at the expected depth."""
+        observation = self.var_stage.observation
+        if not self.var_stage.of_counts:
+            return expected
+        rates = (observation.base * expected).flatten(0, -2)
+        log_depth = log_depth.expand(expected.shape[:-1]).flatten()
+        return self.stage1.scales.standardize(observation.mean(rates, log_depth)).view_as(expected)
+
+    def conditional_mean(self, histology: Histology) -> Tensor:
+        """Standardised expression that the prior expects, (n_spots, n_genes)."""
+        features = self.var_stage.condition.features(histology)
+        return self.standardized_means(
+            self._prior(features).mean(0), self._prior.log_depth(features, histology.novelty).mean(0)
+        )
+
+    @torch.no_grad()
+    def composition(self, histology: Histology, members: Tensor, unseen: Tensor | None = None) -> Composition:
+        """What the prior says of rates and depth, of a model that learnt from counts.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots, aligned.
+        members
+            (n, n_spots, n_genes): of :meth:`prior_members`.
+        unseen
+            (n_members,) which cross-fitted members these are; None for those that saw all training spots.
+        """
+        observation = self.var_stage.observation
+        features, novelty = self.var_stage.condition.features(histology), histology.novelty
+        each = self._prior.log_depth(features, novelty, cross_fitted=unseen is not None)
+        log_depth = (each if unseen is None else each[unseen]).mean(0)
+        rates = observation.base * members.mean(0)
+        if unseen is not None or len(members) < 2:  # spots of training are as certain as those of training
+            return Composition(rates, log_depth, torch.zeros_like(log_depth), torch.ones_like(log_depth))
+        # How far an adapted model's section is away was measured.
+        novelty = histology.novelty if self.var_stage.adaptation is None else torch.zeros_like(histology.novelty)
+        return observation.composed(rates, log_depth, disagreement(members), novelty)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        histology: Histology,
+        decoding: Decoding | None = None,
+        *,
+        n_samples: int = 1,
+        members: Tensor | None = None,
+        means: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        keep_logits: bool = False,
+    ) -> Generation:
+        """Generate expression from histology, in the units of training.
+
+        Expected decoding takes the mean of the prior's members, and adds the variance between them to that of the token
+        distributions. Each draw takes one member at random.
+
+        Parameters
+        ----------
+        histology
+            Inputs of the spots, aligned (:meth:`ConditionProcessor.align`).
+        decoding
+            How tokens are chosen; expected decoding by default.
+        n_samples
+            Draws for each spot; the rows of the result are the draws of the first spot, then of the second.
+        members
+            (n, n_spots, n_genes) in place of :meth:`prior_members`.
+        means
+            (n_spots, n_genes): standardised conditional means in place of those of `members`.
+        generator
+            Source of randomness for sampling.
+        keep_logits
+            Return the logits of all tokens.
+
+        Returns
+        -------
+        Generation
+        """
+        stage2 = self.var_stage
+        decoding = decoding or Decoding()
+        memory = stage2.condition(histology)
+        if n_samples > 1:
+            memory = memory.repeat_interleave(n_samples, 0)
+        shifts = None
+        if stage2.prior is not None:
+            if members is None and means is None:
+                members = self.prior_members(histology)
+            if means is None:
+                assert members is not None
+                log_depth = stage2.prior.log_depth(stage2.condition.features(histology), histology.novelty).mean(0)
+                if decoding.mode == "sample":
+                    each = self.standardized_means(members, log_depth)
+                    n_spots = each.shape[1]
+                    drawn = torch.randint(len(each), (n_spots, n_samples), generator=generator, device=each.device)
+                    spots = torch.arange(n_spots, device=each.device)
+                    shifts = self.prior_mean(each[drawn, spots[:, None]].flatten(0, 1))
+                else:
+                    means = self.standardized_means(members.mean(0), log_depth)
+            if means is not None:
+                shifts = self.prior_mean(means.repeat_interleave(n_samples, 0))
+        made = generate(
+            self.stage1,
+            stage2.transformer,
+            stage2.head,
+            memory,
+            shifts,
+            decoding,
+            generator=generator,
+            keep_logits=keep_logits,
+        )
+        of_values = not stage2.of_counts
+        if decoding.mode == "expected" and members is not None and len(members) > 1 and of_values:
+            # Many times faster than var, which goes through members spot by spot.
+            variance = (members - members.mean(0)).square().sum(0) / (len(members) - 1)
+            disagreement = (variance * self.stage1.scales.std.square()).repeat_interleave(n_samples, 0)
+            made = made._replace(std=(made.std.square() + disagreement).sqrt())
+        return made
+
+
+def count_parameters(modules: Sequence[nn.Module]) -> int:
+    """Number of trainable and frozen parameters, buffers left out."""
+    return sum(p.numel() for module in modules for p in module.parameters())

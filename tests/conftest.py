@@ -1,6 +1,8 @@
 """Small data and one small trained model, shared by all tests."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -70,6 +72,22 @@ def model_of_values(prepared):
     adata.layers["values"] = adata.layers["lognorm"]
     options = {"use_rep": "X_histology", "library_key": "section", "config": small_config()}
     return hv.tl.train(adata, layer="values", **options, **QUICK)
+
+
+@contextmanager
+def few_steps() -> Iterator[None]:
+    """Fewer of the steps that training takes whatever `max_epochs` is, where it does not matter what is learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("histovar.training.stage1.WARMUP_STEPS", 20)
+        patch.setattr("histovar.training.stage2.PRIOR_EPOCHS", 4)
+        yield
+
+
+@pytest.fixture
+def brief():
+    """Training by few steps; the shared models were trained by all of them."""
+    with few_steps():
+        yield
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from histovar.model.two_stage import Precision
 
 from .conftest import QUICK
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 
 @pytest.fixture
 def histovar(tmp_path):

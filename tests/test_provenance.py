@@ -15,6 +15,7 @@ from .conftest import QUICK, small_config
 from .test_errors import refuse
 
 KEY = "X_histology"
+pytestmark = pytest.mark.usefixtures("brief")
 
 
 def predicted(adata, model, **options):

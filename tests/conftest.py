@@ -1,6 +1,8 @@
 """Small data and one small trained model, shared by all tests."""
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 import histovar as hv
 import histovar._torchvision  # before tests that import lightning, which imports torchvision
+from histovar.cli import main
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # small models gain little from more
@@ -102,6 +105,26 @@ def loaded(model, tmp_path):
     """A copy of the trained model that tests may change."""
     model.save(tmp_path / "copy")
     return hv.TwoStageVARST.load(tmp_path / "copy")
+
+
+@pytest.fixture
+def histovar(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process, in `tmp_path`: exit code, standard output, standard error."""
+    package = logging.getLogger("histovar")
+    monkeypatch.setattr(package, "level", package.level)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(package, "handlers", [])
+        monkeypatch.setattr(sys, "argv", ["histovar", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

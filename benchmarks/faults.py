@@ -357,6 +357,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
     mpl.use("agg")
     wrong: list[str] = []
     print(f"{'what':46} {'cases':>8}" + "".join(f"{kind:>8}" for kind in OUTCOMES))

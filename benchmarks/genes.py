@@ -120,7 +120,7 @@ def main() -> None:
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if arguments.smoke:
-        arguments.genes, arguments.spots, arguments.training_spots = [50, 100], 100, 100
+        arguments.genes, arguments.spots, arguments.training_spots = [50], 100, 100
     if arguments.accuracy:
         for section in arguments.sections:
             accuracy(arguments.data, section, arguments.smoke)

@@ -1,6 +1,10 @@
 """Small data and one small trained model, shared by all tests."""
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +13,7 @@ import torch
 
 import histovar as hv
 import histovar._torchvision  # before tests that import lightning, which imports torchvision
+from histovar.cli import main
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # small models gain little from more
@@ -72,6 +77,22 @@ def model_of_values(prepared):
     return hv.tl.train(adata, layer="values", **options, **QUICK)
 
 
+@contextmanager
+def few_steps() -> Iterator[None]:
+    """Fewer of the steps that training takes whatever `max_epochs` is, where it does not matter what is learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("histovar.training.stage1.WARMUP_STEPS", 20)
+        patch.setattr("histovar.training.stage2.PRIOR_EPOCHS", 4)
+        yield
+
+
+@pytest.fixture
+def brief():
+    """Training by few steps; the shared models were trained by all of them."""
+    with few_steps():
+        yield
+
+
 @pytest.fixture
 def loaded_of_values(model_of_values, tmp_path):
     """A copy of it that tests may change."""
@@ -84,6 +105,26 @@ def loaded(model, tmp_path):
     """A copy of the trained model that tests may change."""
     model.save(tmp_path / "copy")
     return hv.TwoStageVARST.load(tmp_path / "copy")
+
+
+@pytest.fixture
+def histovar(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process, in `tmp_path`: exit code, standard output, standard error."""
+    package = logging.getLogger("histovar")
+    monkeypatch.setattr(package, "level", package.level)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(package, "handlers", [])
+        monkeypatch.setattr(sys, "argv", ["histovar", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

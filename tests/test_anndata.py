@@ -17,6 +17,8 @@ from histovar.anndata_io.neighbors import Neighborhoods
 
 from .conftest import QUICK, small_config
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 
 def predicted(query, model, **options):
     return hv.tl.predict(query, model, copy=True, **options)

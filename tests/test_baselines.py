@@ -10,7 +10,7 @@ METHODS = ["ridge_hest", "ridge", "pls", "kernel_ridge", "knn", "mlp", "mfbp", "
 
 @pytest.fixture(scope="module")
 def sections():
-    adata = hv.datasets.simulate(4, 120, 60, embedding_dim=32, random_state=2)
+    adata = hv.datasets.simulate(4, 100, 60, embedding_dim=32, random_state=2)
     train = adata[adata.obs["section"] != "S4"].copy()
     hv.pp.gene_panel(train, n_genes=30)
     return train, adata[adata.obs["section"] == "S4"].copy()

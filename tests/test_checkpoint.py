@@ -202,6 +202,7 @@ def test_leftovers_are_removed_and_never_loaded(model, tmp_path):
     assert len(list(path.iterdir())) == 4
 
 
+@pytest.mark.usefixtures("brief")
 def test_save_stage_joins_what_belongs_together(model, loaded, prepared, query, tmp_path):
     path = tmp_path / "m"
     model.save_stage(path, 2)

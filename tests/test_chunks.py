@@ -153,7 +153,7 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
 @pytest.fixture
 def command(loaded, tmp_path):
     """To stream a store of three chunks; with the model and the input that it names."""
-    hv.datasets.simulate(1, 5000, 40, embedding_dim=16, random_state=1).write_zarr(tmp_path / "in.zarr")
+    hv.datasets.simulate(1, 4200, 40, embedding_dim=16, random_state=1).write_zarr(tmp_path / "in.zarr")
     loaded.save(tmp_path / "model")
     return ["predict", str(tmp_path / "in.zarr"), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out.zarr")]
 

@@ -1,5 +1,4 @@
 import json
-import logging
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from lightning.pytorch import Callback
 from typer.testing import CliRunner
 
 import histovar as hv
-from histovar.cli import app, main
+from histovar.cli import app
 from histovar.cli.predict import Decoding as DecodingChoice
 from histovar.cli.predict import Precision as PrecisionChoice
 from histovar.cli.predict import Units as UnitsChoice
@@ -26,34 +25,10 @@ from histovar.model.observation import Units
 
 from .conftest import QUICK
 
-
-@pytest.fixture
-def histovar(tmp_path):
-    """Run the program as users do: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        command = [sys.executable, "-c", "from histovar.cli import main; main()", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        return done.returncode, done.stdout, done.stderr
-
-    return run
+pytestmark = pytest.mark.usefixtures("brief")
 
 
-@pytest.fixture
-def refusal(tmp_path, monkeypatch, capsys):
-    """The same in this process, quicker, for commands that are refused."""
-    package = logging.getLogger("histovar")
-    monkeypatch.setattr(package, "handlers", [])
-    monkeypatch.setattr(package, "level", package.level)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["histovar", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+PROGRAM = [sys.executable, "-c", "from histovar.cli import main; main()"]
 
 
 def own_line(text):
@@ -106,7 +81,9 @@ def test_the_reference_command_lines(histovar, hest_layout, query, tmp_path):
     assert (hv.get.prediction(made).X == hv.get.prediction(query).X).all()
     code, out, _ = histovar("evaluate", "out.h5ad", "--out", "scores.csv")
     assert code == 0 and "PCC-10" in out and (tmp_path / "scores.csv").is_file()
-    code, out, _ = histovar("info", "two")
+    # Once as users do, in a process of its own.
+    info = subprocess.run([*PROGRAM, "info", "two"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    code, out = info.returncode, info.stdout
     assert code == 0 and "log1p(counts per 10,000)" in out and "'X_uni': 16" in out and "learnt from  counts\n" in out
 
 
@@ -123,8 +100,8 @@ def test_the_reference_command_lines(histovar, hest_layout, query, tmp_path):
         (["train", "--colour", "red"], "No such option"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(refusal, arguments, message):
-    code, out, error = refusal(*arguments)
+def test_errors_are_one_line_and_exit_2(histovar, arguments, message):
+    code, out, error = histovar(*arguments)
     assert code == 2 and out == ""
     lines = own_line(error)
     assert len(lines) == 1 and message in lines[0]
@@ -233,7 +210,7 @@ def test_prediction_and_its_scores_are_those_of_python(trained, query, capsys):
     assert ad.read_h5ad("out.h5ad").uns["histovar"]["params"]["decoding"] == "greedy"
 
 
-def test_scores_by_individual_are_those_of_python(trained, simulated, refusal, capsys):
+def test_scores_by_individual_are_those_of_python(trained, simulated, histovar, capsys):
     both = simulated[simulated.obs["section"].isin(["S3", "S4"])].copy()
     both.obs["animal"] = both.obs["section"].astype(str).map({"S3": "x", "S4": "y"})
     hv.tl.predict(both, trained)
@@ -245,7 +222,7 @@ def test_scores_by_individual_are_those_of_python(trained, simulated, refusal, c
     ends = both.uns["histovar"]["evaluation_interval"]["MSE"].tolist()
     (line,) = [line for line in printed if line.startswith("MSE ") and "given" not in line]
     assert [float(x) for x in line.split()[-2:]] == pytest.approx(ends, abs=1e-4)
-    assert "group_key: no 'patient' in obs" in refusal("evaluate", "both.h5ad", "--group-key", "patient")[2]
+    assert "group_key: no 'patient' in obs" in histovar("evaluate", "both.h5ad", "--group-key", "patient")[2]
 
 
 @pytest.mark.parametrize("depth", ["2500", "total", None])
@@ -277,7 +254,7 @@ def test_info_says_what_a_model_learnt_from(trained, model_of_values, capsys):
         assert learnt in out if learnt else "learnt from" not in out
 
 
-def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simulated, refusal):
+def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simulated, histovar):
     for name in ("S1", "S4"):
         part = simulated[simulated.obs["section"] == name].copy()
         del part.obs["section"]
@@ -293,8 +270,8 @@ def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simul
         run_app("predict", f"{name}.h5ad", "-m", "model", "-o", f"{name}_predicted.zarr")
     run_app("evaluate", "S1_predicted.zarr", "S4_predicted.zarr", "both.h5ad", "-o", "scores.csv")
     run_app("predict", "S4.h5ad", "-m", "model", "-o", "other.h5ad", "--quantile", "0.5")
-    assert "'quantiles' differs" in refusal("evaluate", "both.h5ad", "other.h5ad")[2]
-    assert "has no prediction 'b'" in refusal("evaluate", "both.h5ad", "--key", "b")[2]
+    assert "'quantiles' differs" in histovar("evaluate", "both.h5ad", "other.h5ad")[2]
+    assert "has no prediction 'b'" in histovar("evaluate", "both.h5ad", "--key", "b")[2]
 
 
 def test_calibration_with_held_out_sections(trained, query):
@@ -341,10 +318,10 @@ def test_calibration_with_held_out_sections(trained, query):
         (["calibrate", "query.h5ad", "-m", "model"], "--out"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(trained, refusal, tmp_path, arguments, message):
+def test_what_cannot_be_is_refused_in_one_line(trained, histovar, tmp_path, arguments, message):
     (tmp_path / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    code, out, error = refusal(*arguments)
+    code, out, error = histovar(*arguments)
     assert code == 2 and out == "" and "Traceback" not in error
     assert len(own_line(error)) == 1 and message in own_line(error)[0]
     assert sorted(tmp_path.rglob("*")) == before
@@ -377,33 +354,33 @@ def test_what_cannot_be_is_refused_in_one_line(trained, refusal, tmp_path, argum
         (["calibrate", "absent.h5ad", "-m", "model", "-o", "model/new"], "lies in the input 'model'"),
     ],
 )
-def test_outputs_are_checked_before_any_work(trained, refusal, tmp_path, arguments, message):
+def test_outputs_are_checked_before_any_work(trained, histovar, tmp_path, arguments, message):
     (tmp_path / "folder.h5ad").mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "link.h5ad").symlink_to("query.h5ad")
     for name, text in (("file.zarr", ""), ("notes.txt", "mine"), ("mine/table.csv", "gene,pearson\n")):
         (tmp_path / name).write_text(text)
     before = sorted(tmp_path.rglob("*"))
-    code, out, error = refusal(*arguments)
+    code, out, error = histovar(*arguments)
     assert code == 2 and out == ""
     assert len(own_line(error)) == 1 and message in own_line(error)[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_embedding_is_guessed_only_where_there_is_one(refusal, training, tmp_path):
+def test_an_embedding_is_guessed_only_where_there_is_one(histovar, training, tmp_path):
     training.obsm["X_uni"] = training.obsm["X_histology"]
     training.write_h5ad(tmp_path / "in.h5ad")
     assert "['X_histology', 'X_uni']; say which to use with --use-rep KEY" in " ".join(
-        own_line(refusal("train", "in.h5ad")[2])
+        own_line(histovar("train", "in.h5ad")[2])
     )
     del training.obsm["X_uni"], training.obsm["X_histology"]
     training.write_h5ad(tmp_path / "in.h5ad")
-    assert "--use-rep: no embeddings found" in refusal("train", "in.h5ad")[2]
+    assert "--use-rep: no embeddings found" in histovar("train", "in.h5ad")[2]
 
 
-def test_a_panel_of_another_number_is_refused(refusal, prepared, tmp_path):
+def test_a_panel_of_another_number_is_refused(histovar, prepared, tmp_path):
     prepared.write_h5ad(tmp_path / "in.h5ad")
-    (line,) = own_line(refusal("train", "in.h5ad", "--n-genes", "20")[2])
+    (line,) = own_line(histovar("train", "in.h5ad", "--n-genes", "20")[2])
     assert "--n-genes 20: the file has a panel of 30 genes already, in var['histovar_panel']" in line
 
 
@@ -425,7 +402,7 @@ def test_choices_are_those_of_python():
 
 
 def test_interrupted_training_says_so(tmp_path):
-    command = [sys.executable, "-c", "from histovar.cli import main; main()", "demo", "--n-spots", "2000"]
+    command = [*PROGRAM, "demo", "--n-spots", "2000"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     log = ""
     while "gene scales" not in log:  # what comes next is training

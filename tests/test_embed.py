@@ -293,6 +293,7 @@ def test_other_slots_are_left_alone(spots, png):
     embed(spots, png)  # its own are replaced
 
 
+@pytest.mark.usefixtures("brief")
 def test_model_keeps_what_made_its_embeddings(prepared, query, png, tmp_path, caplog):
     adata = prepared.copy()
     rng = np.random.default_rng(0)

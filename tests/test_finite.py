@@ -68,6 +68,7 @@ def test_predictions_that_are_not_finite_are_refused(query, loaded, lazy):
         refuse(query, lambda a: hv.tl.predict(a, loaded), ValueError, message)
 
 
+@pytest.mark.usefixtures("brief")
 def test_covariates_far_from_training_are_named(query, prepared):
     from .conftest import small_config
 

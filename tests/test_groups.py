@@ -77,6 +77,7 @@ def test_intervals_hold_for_another_individual(by_patient, split):
     assert covered["by_patient"] > covered["by_section"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_what_intervals_rest_on_is_logged(split, caplog):
     caplog.set_level("INFO", logger="histovar")
     training = split[0].copy()

@@ -440,6 +440,7 @@ def test_scale_factors_are_the_plain_numbers_there_are(images, expected):
     assert scale_factors(images) == expected
 
 
+@pytest.mark.usefixtures("brief")
 def test_training_does_not_fail_on_odd_images(prepared, model):
     adata = prepared.copy()
     adata.uns["spatial"] = {"S1": {"images": {}, "scalefactors": None}, "S2": adata.uns["spatial"]["S2"], "S3": None}

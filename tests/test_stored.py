@@ -16,6 +16,7 @@ from histovar.training.data import Spots, StoredSpots
 from .conftest import QUICK, small_config
 
 KEY = "X_histology"
+pytestmark = pytest.mark.usefixtures("brief")
 
 
 def on_disk(adata, path):

@@ -1,7 +1,5 @@
 """From a slide file to tiles, and on to embeddings, in Python and from the shell."""
 
-import subprocess
-import sys
 import warnings
 
 import anndata as ad
@@ -109,28 +107,22 @@ def test_what_lazyslide_has_tiled(slide):
         hv.pp.tile(wsi, spacing_um=50)
 
 
-def histovar(*arguments, cwd):
-    code = "import sys; from histovar.cli import main; sys.argv[0] = 'histovar'; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def test_shell_from_slide_to_embeddings(slide, data_dir, tmp_path):
-    done = histovar("tile", slide, "--spacing-um", 200, "-o", "tiles.h5ad", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_shell_from_slide_to_embeddings(histovar, slide, data_dir, tmp_path):
+    code, out, error = histovar("tile", slide, "--spacing-um", 200, "-o", "tiles.h5ad")
+    assert code == 0, error
     tiles = ad.read_h5ad(tmp_path / "tiles.h5ad")
-    assert f"{tiles.n_obs} tiles written to tiles.h5ad" in done.stdout
+    assert f"{tiles.n_obs} tiles written to tiles.h5ad" in out
     weights = data_dir / "encoders" / "dinov2_vits14.safetensors"
     embed = ("embed", "tiles.h5ad", "-o", "embedded.h5ad", "--field-um", 112, "--weights", weights, "--gpus", 0)
-    done = histovar(*embed, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, error = histovar(*embed)
+    assert code == 0, error
     embedded = ad.read_h5ad(tmp_path / "embedded.h5ad")
     assert embedded.obsm["X_dinov2_vits14_112um"].shape == (tiles.n_obs, 1536)
     assert embedded.uns["X_dinov2_vits14"]["embeddings"]["X_dinov2_vits14_112um"]["encoder"] == "dinov2_vits14"
-    done = histovar("embed", "tiles.h5ad", "-o", "tiles.h5ad", cwd=tmp_path)
-    assert done.returncode == 2 and "--out: 'tiles.h5ad' is the input" in done.stderr
-    done = histovar("embed", "tiles.h5ad", "--encoder", "dino", "-o", "new.h5ad", cwd=tmp_path)
-    assert done.returncode == 2 and "histovar: encoder: expected one of ['conch'" in done.stderr
+    code, _, error = histovar("embed", "tiles.h5ad", "-o", "tiles.h5ad")
+    assert code == 2 and "--out: 'tiles.h5ad' is the input" in error
+    code, _, error = histovar("embed", "tiles.h5ad", "--encoder", "dino", "-o", "new.h5ad")
+    assert code == 2 and "histovar: encoder: expected one of ['conch'" in error
 
 
 def test_tiles_of_the_shared_slides(data_dir):

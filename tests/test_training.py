@@ -35,6 +35,7 @@ def test_epochs_are_cut_short_by_steps():
         TrainingOptions(limit_train_batches=0)
 
 
+@pytest.mark.usefixtures("brief")
 def test_an_epoch_has_no_more_batches_than_asked_for(prepared):
     class Steps(Callback):
         n = 0
@@ -48,6 +49,7 @@ def test_an_epoch_has_no_more_batches_than_asked_for(prepared):
     assert steps.n == 6
 
 
+@pytest.mark.usefixtures("brief")
 def test_training_leaves_the_global_random_state(prepared):
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -56,6 +58,7 @@ def test_training_leaves_the_global_random_state(prepared):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.usefixtures("brief")
 def test_training_one_stage_leaves_the_other(prepared, loaded):
     before = weights(loaded.stage1)
     hv.tl.train_stage2(prepared.copy(), loaded, use_rep="X_histology", library_key="section", **QUICK)
@@ -72,6 +75,7 @@ class Interrupt(Callback):
 LONG = {**QUICK, "max_epochs": 5, "patience": 50}
 
 
+@pytest.mark.usefixtures("brief")
 def test_stage1_resumes_to_the_same_result(prepared, tmp_path):
     def train(**options):
         return hv.tl.train_stage1(prepared.copy(), library_key="section", config=small_config(), **LONG, **options)
@@ -84,6 +88,7 @@ def test_stage1_resumes_to_the_same_result(prepared, tmp_path):
     np.testing.assert_array_equal(whole.history["stage1"], resumed.history["stage1"])
 
 
+@pytest.mark.usefixtures("brief")
 def test_stage2_resumes_to_the_same_result(prepared, model, tmp_path):
     model.save(tmp_path / "model")
 
@@ -109,6 +114,7 @@ def test_history_holds_what_is_watched(model):
     assert len(stage1) == len(stage2) == 2
 
 
+@pytest.mark.usefixtures("brief")
 def test_stage2_learns(prepared, loaded):
     hv.tl.train_stage2(
         prepared.copy(), loaded, use_rep="X_histology", library_key="section", **{**QUICK, "max_epochs": 8}
@@ -163,6 +169,7 @@ def test_auto_accelerator_never_picks_mps():
     assert TrainingOptions().resolved_accelerator() in ("cpu", "cuda")
 
 
+@pytest.mark.usefixtures("brief")
 def test_reference_configuration_trains_a_step_and_predicts(simulated):
     adata = hv.datasets.simulate(2, 30, 40, embedding_dim=16)
     hv.pp.gene_panel(adata, n_genes=40, min_fraction=0)

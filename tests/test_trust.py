@@ -72,6 +72,7 @@ def test_individuals_are_compared_where_they_are_named(loaded, simulated):
     assert table.attrs == {"expected on": "an unseen individual", "groups": ["a", "b"], "n_spots": [120, 60]}
 
 
+@pytest.mark.usefixtures("brief")
 def test_of_one_section_it_is_said_that_no_other_was_tested(prepared, caplog):
     from .conftest import QUICK, small_config
 

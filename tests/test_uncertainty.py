@@ -182,6 +182,7 @@ def test_shifted_and_scaled_embeddings_of_a_section_change_little(query, model):
     assert np.median(within) > 0.85
 
 
+@pytest.mark.usefixtures("brief")
 def test_without_a_prior_only_held_out_sections_calibrate(prepared, query):
     config = small_config(n_members=0)
     model = hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=config, **QUICK)

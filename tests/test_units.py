@@ -317,6 +317,7 @@ def test_predictions_named_like_their_units_are_not_taken_for_measured(query, mo
         assert hv.tl.evaluate(query, key=units)["pearson"].max() < 0.99
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_layer_named_like_units_is_a_layer(training, query):
     for adata in (training, query):
         adata.layers["counts"] = adata.X.copy()
@@ -362,6 +363,7 @@ def test_genes_dropped_after_normalising_are_in_the_totals(training):
     np.testing.assert_allclose(some.totals, totals[3:9], rtol=1e-4)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_model_of_few_genes_learns_the_depth_of_all(training):
     log_totals = np.log(np.asarray(training.X.sum(1)).ravel())
     model = hv.tl.train(normalized(training)[:, 5:35].copy(), **OPTIONS)
@@ -369,6 +371,7 @@ def test_a_model_of_few_genes_learns_the_depth_of_all(training):
     assert float(model.stage2.prior.depth_mean) == pytest.approx(log_totals.mean(), abs=1e-3)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("change", ["smoothed", "of other counts", "without counts"])
 def test_values_that_do_not_follow_the_counts_are_learnt_as_values(training, query, change):
     training = normalized(training)

@@ -7,9 +7,9 @@ from torch.utils._pytree import tree_leaves
 
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.observation import Composition, Observation
+from histovar.training import TrainingOptions
 from histovar.training.stage1 import Stage1Module
 from histovar.training.stage2 import PriorModule, Stage2Module
-from histovar.training.trainer import TrainingOptions
 
 from .conftest import small_config
 

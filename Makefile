@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # Wheels are collected in pip's own cache, and installed from there: so that a fresh clone installs without a
 # network, too, once they are.
-WHEELS = $(shell $(BIN)/python -m pip cache dir)/histovar
+WHEELS := $$($(BIN)/python -m pip cache dir)/histovar
 QUIET := --quiet --disable-pip-version-check --constraint constraints.txt
 BACKEND := editables hatch-fancy-pypi-readme hatchling setuptools wheel
 EXTRAS := embed,hub,report,wsi

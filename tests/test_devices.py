@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 from histovar.model import Decoding, GeneVARTransformer, Histology, ModelConfig, TwoStageVARST
 from histovar.model.decoding import pieces_of_spots
 from histovar.model.observation import Composition, Observation
+from histovar.training import TrainingOptions
 from histovar.training.stage1 import Stage1Module
 from histovar.training.stage2_modules import PriorModule, Stage2Module
-from histovar.training.trainer import TrainingOptions
 
 from .conftest import small_config
 

@@ -245,7 +245,7 @@ WRONG = [
     (lambda a, m: hv.pp.gene_panel(a, copy="no"), TypeError, "copy: expected True or False, got 'no'"),
     (lambda a, m: hv.pp.gene_panel(a, library_key=""), ValueError, "library_key: expected text that is not empty"),
     (lambda a, m: hv.pp.niche(a, use_rep={"X_histology"}), TypeError, "use_rep: expected a list, got {'X_histology'}"),
-    (lambda a, m: hv.pp.niche(a), TypeError, "niche: missing a required argument: 'use_rep'"),
+    (lambda a, m: hv.pp.niche(a), TypeError, "niche: missing a required argument: 'use_rep'"),  # type: ignore[call-arg]
     (lambda a, m: hv.pp.niche(a, use_rep="X_histology", table_name="t"), ValueError, "table_name: is for SpatialData"),
     (lambda a, m: hv.tl.predict(a, "model"), TypeError, "model: expected TwoStageVARST, got 'model'"),
     (lambda a, m: hv.tl.predict(a, m, n_samples=1.5), ValueError, "n_samples: expected a whole number, got 1.5"),

@@ -24,7 +24,7 @@ PATIENCE = 180_000
 
 @pytest.fixture(scope="session")
 def browser():
-    pytest.importorskip("playwright", reason="Playwright is not installed: pip install 'histovar[test]'")
+    pytest.importorskip("playwright", reason="Playwright is not installed: pip install --group test")
     try:
         with browsers.launched() as launched:
             yield launched

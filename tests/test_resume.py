@@ -321,7 +321,7 @@ def test_diverged_training_says_so_or_predicts_numbers(prepared, stage, learning
 
 def test_threads_train_as_if_alone(prepared, whole):
     levels = {n: logging.getLogger(n).level for n in ("lightning.pytorch", "lightning.fabric")}
-    models = [None] * 2
+    models = {}
 
     def run(number):
         models[number] = stage1(prepared)
@@ -336,8 +336,8 @@ def test_threads_train_as_if_alone(prepared, whole):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    for model in models:
-        assert_same(weights(whole.stage1), weights(model.stage1))
+    for number in range(2):
+        assert_same(weights(whole.stage1), weights(models[number].stage1))
     assert levels == {n: logging.getLogger(n).level for n in levels}
 
 

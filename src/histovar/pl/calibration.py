@@ -16,7 +16,7 @@ from histovar.anndata_io.comparison import coverage_by_share, read_comparison, r
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.prediction import read_composed
 
-from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
+from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish, open_frame
 
 
 @check_arguments
@@ -83,8 +83,7 @@ def calibration(
     )
     calibrated = "calibrated" if slots.record(adata, keys).get("calibrated", False) else "not calibrated"
     left.set_title(f"intervals from {distribution.kind}, {calibrated}")
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
+    open_frame(*axes)
     finish(figure_of(left), show, save)
     return axes
 

@@ -9,7 +9,7 @@ from histovar._arguments import check_arguments
 from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity
 
-from ._figure import FigureFile, figure_of, finish, new_axes
+from ._figure import FigureFile, figure_of, finish, new_axes, open_frame
 
 
 @check_arguments
@@ -52,6 +52,6 @@ def codebook(
     title = f"{in_use} of {model.config.codebook_size} codes in use"
     ax.set(xscale="log", yscale="log", xlabel="code, by rank", ylabel="share of the scale's tokens", title=title)
     ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     finish(figure_of(ax), show, save)
     return ax

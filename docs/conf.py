@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import get_type_hints
 
 from anndata import AnnData
-from lightning.pytorch import Callback
 from matplotlib.axes import Axes
 from pandas import DataFrame
 from spatialdata import SpatialData
 from sphinx.ext.intersphinx import InventoryAdapter
 
-import histovar
+import histovar.training.callbacks
 
 project = "histovar"
 author = copyright = "histovar developers"
@@ -93,7 +92,7 @@ for documented, module in (
     (SpatialData, "spatialdata"),
     (DataFrame, "pandas"),
     (Axes, "matplotlib.axes"),
-    (Callback, "lightning.pytorch.callbacks"),
+    (histovar.training.callbacks.Callback, "lightning.pytorch.callbacks"),
 ):
     documented.__module__ = module
 

@@ -1,4 +1,4 @@
-"""Whether intervals cover as often as they say."""
+"""Plot the calibration of predicted intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def calibration(
     save: FigureFile | None = None,
     table_name: Key | None = None,
 ) -> NDArray[Any]:
-    """Coverage of central intervals against what they promise, and the PIT histogram.
+    """Plot the coverage of central intervals against their nominal level, and the PIT histogram.
 
     Left: share of measured values inside intervals of 5 to 95 %, over all spots, mean and the middle 80 % of the genes;
     on the diagonal is right, above it too wide, below it too narrow. Right: at which level of its predicted

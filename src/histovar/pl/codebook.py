@@ -1,4 +1,4 @@
-"""Use of the codebook."""
+"""Plot codebook usage per scale."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._figure import FigureFile, figure_of, finish, new_axes, open_frame
 def codebook(
     model: TwoStageVARST, *, ax: Axes | None = None, show: bool = False, save: FigureFile | None = None
 ) -> Axes:
-    """How often each scale uses the codes, ranked, on logarithmic axes.
+    """Plot codebook usage: how often each scale uses each code, ranked, on logarithmic axes.
 
     A collapsed codebook shows as a line that ends after a few codes.
 

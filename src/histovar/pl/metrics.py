@@ -1,4 +1,4 @@
-"""Scores of every gene."""
+"""Plot the scores of genes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def metrics(
     save: FigureFile | None = None,
     table_name: Key | None = None,
 ) -> Axes:
-    """Plot a score of every gene for which it is defined, ranked, the best genes named.
+    """Plot a score of every gene, ranked; the best genes are named.
+
+    Genes for which the score is undefined are left out and counted in the title.
 
     Parameters
     ----------

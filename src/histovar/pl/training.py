@@ -1,4 +1,4 @@
-"""What training watched."""
+"""Plot the history of a training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def training(
     show: bool = False,
     save: FigureFile | None = None,
 ) -> NDArray[Any]:
-    """Losses and validation scores over the epochs, one row a stage.
+    """Plot losses and validation scores over the epochs, one row for each stage.
 
     Parameters
     ----------

@@ -158,7 +158,7 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     if len(groups) > 1:
         by_group = rows.groupby([*keys, "held out"], sort=False)[main].mean().groupby(keys, sort=False)
         shown.insert(0, f"{main}, 95 %", by_group.apply(interval))
-    parts = [title, text, markdown(shown)]
+    parts = [title, text, markdown(shown.dropna(how="all"))]
     if "spots" not in rows:
         distribution = means[[c for c in DISTRIBUTION if c in numbers]].dropna(how="all").rename(columns=heading)
         structure = mean_and_draws(means.loc[means[[c for c in STRUCTURE if c in numbers]].notna().any(axis=1)])

@@ -30,51 +30,56 @@ DRAWS = ["RVD of draws", "correlation error of draws"]
 
 HEAD = """# How good is it?
 
-Every number on this page was measured by `benchmarks/compare.py`; `benchmarks/report.py` wrote it and drew the maps.
-Methods see the same training spots, the same 200 most variable genes and the same embeddings. "PCC-200" is the mean
-over genes of the Pearson correlation over the held-out spots, "PCC-partial" the same after sequencing depth (log
-total count, linear and squared) was taken out of prediction and measurement; the page [Scores](metrics.md) says what
-each column is. ↑ marks scores of which higher values are better, ↓ those of which lower ones are. Intervals are of the
-mean over held-out sections or individuals, by a bootstrap of them (95 %; of so few, rather too narrow). The *noise
-ceiling* is what binomial splitting of the counts says that a perfect predictor could reach; the *depth oracle* knows
-each spot's total count and nothing else. Methods "per section" standardise embeddings within sections. Settings were
-chosen on sections inside the training data. Training times are upper bounds, as runs shared the cores.
+Every number on this page was measured by `benchmarks/compare.py`; `benchmarks/report.py` writes the page and draws the
+maps. All methods get the same training spots, the same 200 most variable genes and the same embeddings.
+
+- **PCC-200** is the Pearson correlation over the held-out spots, averaged over the 200 genes. **PCC-partial** is the same
+  after the effect of sequencing depth (log total count, linear and squared) is removed from prediction and measurement.
+  The page [Scores](metrics.md) defines every column. ↑: higher is better; ↓: lower is better.
+- **Intervals** (95 %) are those of the mean over held-out sections or individuals, by a bootstrap of whole sections or
+  individuals; with so few of them they are rather too narrow.
+- The **noise ceiling** is the correlation that a perfect predictor could reach, estimated by binomial splitting of the
+  counts. The **depth oracle** knows each spot's total count and nothing else.
+- Methods **per section** standardise embeddings within sections; **HEST recipe** is the ridge regression of
+  {cite:t}`jaume2024`.
+- Settings were chosen on sections inside the training data. Training times are upper bounds, as runs shared the cores.
 """
 TEXTS = {
     "her2st_table": (
         "## Another section of the same patient",
-        "her2st (Andersson et al. 2021), sections C2 to C5 of one patient, 732 spots; one section is left out in turn. "
-        "MFBP and VAR_ST are written and trained here from a short description; VAR_ST in this size learns next to "
-        "nothing from so few spots, which says little of the original.",
+        "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each section is left out in turn. "
+        "MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST learns next to "
+        "nothing from so few spots, which says little about the original.",
     ),
     "her2st_table_log_counts": (
         "## The same in raw log counts",
-        "As above, scored on log1p of the counts themselves, in which depth is part of what is to be predicted. "
-        "histovar is the same model, which learnt from counts; other methods are trained anew on log1p of counts.",
+        "As above, scored on log1p of the counts themselves, where depth is part of what is predicted. histovar is the "
+        "same model, which learnt from counts; other methods are trained again on log1p of the counts.",
     ),
     "her2st_dinov2_table": (
         "## Another section of the same patient, with DINOv2",
-        "The same sections with embeddings of DINOv2 ViT-S/14 (patch tokens after blocks 5 and 8), spot and wide.",
+        "The same sections with embeddings of DINOv2 ViT-S/14 {cite:p}`oquab2023` (patch tokens after blocks 5 and 8), "
+        "of the spot and of a wider field.",
     ),
     "her2st_dinov2_table_log_counts": (
         "## The same in raw log counts, with DINOv2",
-        "histovar is the same model, other methods are trained anew on log1p of counts.",
+        "histovar is the same model; other methods are trained again on log1p of the counts.",
     ),
     "mob_table": (
         "## Another individual",
-        "Mouse olfactory bulb, four sections of two mice, 1,627 spots; one mouse is left out in turn.",
+        "Mouse olfactory bulb {cite:p}`stahl2016`, four sections of two mice, 1,627 spots; each mouse is left out in turn.",
     ),
     "mob_table_log_counts": (
         "## Another individual in raw log counts",
-        "As above, scored on log1p of the counts: histovar is the same model, other methods are trained anew.",
+        "As above, scored on log1p of the counts: histovar is the same model; other methods are trained again.",
     ),
     "mob_dinov2_table": (
         "## Another individual, with DINOv2",
-        "The same mice with embeddings of DINOv2 ViT-S/14 (patch tokens after blocks 5 and 8), 224 um fields.",
+        "The same mice with embeddings of DINOv2 ViT-S/14 (patch tokens after blocks 5 and 8) of 224 um fields.",
     ),
     "mob_dinov2_table_log_counts": (
         "## Another individual in raw log counts, with DINOv2",
-        "histovar is the same model, other methods are trained anew on log1p of counts.",
+        "histovar is the same model; other methods are trained again on log1p of the counts.",
     ),
     "her2st_shallow": (
         "## A shallow section from elsewhere",
@@ -84,7 +89,7 @@ TEXTS = {
     ),
     "her2st_shallow_log_counts": (
         "## A shallow section from elsewhere, in raw log counts",
-        "As above: histovar is the same model, other methods are trained anew on log1p of counts.",
+        "As above: histovar is the same model; other methods are trained again on log1p of the counts.",
     ),
     "her2st_pairs": (
         "## Two training sections",
@@ -96,8 +101,8 @@ TEXTS = {
     ),
     "her2st_curve": (
         "## Few training spots",
-        "her2st, section C2 held out, over the number of training spots, which are drawn at random from the other "
-        "sections; neighbours are looked for among the spots drawn.",
+        "her2st, section C2 held out, by the number of training spots, which are drawn at random from the other "
+        "sections; neighbours are taken among the spots drawn.",
     ),
     "simulated_curve": (
         "## Many training spots",
@@ -153,7 +158,7 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     if len(groups) > 1:
         by_group = rows.groupby([*keys, "held out"], sort=False)[main].mean().groupby(keys, sort=False)
         shown.insert(0, f"{main}, 95 %", by_group.apply(interval))
-    parts = [title, text, markdown(shown)]
+    parts = [title, text, markdown(shown.dropna(how="all"))]
     if "spots" not in rows:
         distribution = means[[c for c in DISTRIBUTION if c in numbers]].dropna(how="all").rename(columns=heading)
         structure = mean_and_draws(means.loc[means[[c for c in STRUCTURE if c in numbers]].notna().any(axis=1)])
@@ -175,9 +180,9 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             behind = [g for g in by_group if by_group.loc[OURS, g] < rivals[g].max()]
             if behind:
                 best = ", ".join(f"{g} ({rivals[g].idxmax()} {rivals[g].max():.3f})" for g in behind)
-                parts.append(f"histovar is **not** the best there on {best}.")
+                parts.append(f"histovar is **not** the best on {best}.")
             else:
-                parts.append("histovar is ahead of every other method on each of them.")
+                parts.append("histovar is the best method on each of them.")
     ours = rows[rows["method"] == OURS]
     if "spots" not in rows and ours["seed"].nunique() > 1:
         for method in (OURS, "MLP"):
@@ -195,13 +200,13 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
         floor, noise = (rows.loc[rows["method"] == m, "correlation error"].mean() for m in (TRAINING, NOISE))
         if pd.notna(floor):
             parts.append(
-                f"Co-expression as measured in the training sections is itself {floor:.3f} away from that measured in "
-                "the held-out ones."
+                f"Co-expression measured in the training sections itself has an error of {floor:.3f} on the held-out "
+                "ones."
             )
         if pd.notna(noise):
             parts.append(
-                f"The true co-expression would be {noise:.3f} away: so few spots measure it no better (half of the "
-                "difference between random halves of them)."
+                f"The true co-expression would have an error of about {noise:.3f}, as so few spots measure it no better "
+                "(half of the difference between random halves of the spots)."
             )
     seconds = rows.groupby("method")["training, s"].mean() if "training, s" in rows else None
     if seconds is not None and OURS in seconds and "spots" not in rows:
@@ -214,19 +219,24 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def mouse(data: Path, figures: Path) -> None:
-    """Train on one mouse, predict the other; calibration, co-expression and maps."""
+def train_on_one_mouse(data: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
+    """A model of one mouse, and the sections of the other."""
     adata = ad.read_h5ad(data / "mob.h5ad")
     held_out = adata.obs["animal"].astype(str) == sorted(adata.obs["animal"].astype(str).unique())[1]
     train, query = adata[~held_out].copy(), adata[held_out].copy()
     hv.pp.gene_panel(train, n_genes=200, min_fraction=0.2)
     reps = ["X_densenet121_112um", "X_densenet121_224um"]
-    model = hv.tl.train(train, use_rep=reps, library_key="section", enable_progress_bar=False)
+    return hv.tl.train(train, use_rep=reps, library_key="section", enable_progress_bar=False), query
+
+
+def draw_other_mouse(model: hv.TwoStageVARST, query: ad.AnnData, figures: Path) -> None:
+    """Predict the other mouse; draw calibration and the maps of its two best genes."""
     hv.tl.predict(query, model, quantiles=[0.005 + 0.01 * i for i in range(100)])
     scores = hv.tl.evaluate(query)
     hv.pl.calibration(query, save=figures / "mob_calibration.png")
-    best = scores["pearson"].nlargest(2).index.tolist()
-    hv.pl.spatial(query, best, section=query.obs["section"].astype(str).iloc[0], save=figures / "mob_map.png")
+    best = query.var.loc[scores["pearson"].nlargest(2).index, "symbol"].tolist()
+    section = query.obs["section"].astype(str).iloc[0]
+    hv.pl.spatial(query, best, gene_symbols="symbol", section=section, save=figures / "mob_map.png")
 
 
 def main() -> None:
@@ -238,14 +248,14 @@ def main() -> None:
     parser.add_argument("--no-figures", action="store_true")
     arguments = parser.parse_args()
     if not arguments.no_figures:
-        mouse(arguments.data, arguments.results)
+        draw_other_mouse(*train_on_one_mouse(arguments.data), arguments.results)
     parts = [HEAD]
     for name in TEXTS:
         if (arguments.results / f"{name}.csv").is_file():
             parts.append(section(name, pd.read_csv(arguments.results / f"{name}.csv"), arguments.results))
     if (arguments.results / "mob_map.png").is_file():
         parts.append(
-            "## Uncertainty and maps\n\nA model trained on one mouse, applied to the other, with the intervals that "
+            "## Uncertainty and maps\n\nA model trained on one mouse and applied to the other, with the intervals that "
             "`tl.train` calibrated on the training sections.\n\n![Calibration](_static/results/mob_calibration.png)\n\n"
             "![Measured, predicted and standard deviation of the two best genes](_static/results/mob_map.png)\n"
         )

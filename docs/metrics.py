@@ -1,5 +1,7 @@
 """Write the page "Scores" from the registry of metrics: ``python docs/metrics.py``."""
 
+import re
+import unicodedata
 from pathlib import Path
 
 from histovar.metrics import METRICS
@@ -7,17 +9,29 @@ from histovar.metrics import METRICS
 PAGE = Path(__file__).parent / "metrics.md"
 HEAD = """# Scores
 
-What `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, a row a section and their mean;
-`hv.metrics.describe()` has it as a DataFrame. Scores with a column in `var` are means over the genes for which they are
-defined. *Expression* as a unit is that of what is predicted. In formulas, $\\hat y_{ig}$ is predicted and $y_{ig}$
-measured expression of gene $g$ in spot $i$ of $n$; $F_{ig}$, $q$ and $\\sigma_{ig}$ are distribution function,
-quantiles and standard deviation of the prediction, $N_i$ a spot's total count, $r_{gh}$ correlations of two genes over
-the spots; $w_{ij}$ is 1 over the number of neighbours of spot $i$ for each of them.
+The scores that `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, one row for each section and one for their
+mean; `hv.metrics.describe()` returns this table as a DataFrame. Scores with a column in `var` are means over the genes for
+which they are defined. Where the unit is *expression*, it is that of the prediction.
 
-Columns that end in *of draws* are the same of joint draws, those that end in *given depth* of what is predicted once
-every spot's total count is known.
+In the formulas, $\\hat y_{ig}$ is the predicted and $y_{ig}$ the measured expression of gene $g$ in spot $i$ of $n$;
+$F_{ig}$, $q$ and $\\sigma_{ig}$ are the distribution function, quantiles and standard deviation of the prediction; $N_i$ is
+the total count of a spot, $r_{gh}$ the correlation of two genes over the spots, and $w_{ij}$ is 1 over the number of
+neighbours of spot $i$ for each of its neighbours, 0 for other spots.
+
+Columns whose names end in *of draws* score joint draws in place of expected expression; those that end in *given depth*
+score the prediction made with each spot's total count known.
 """
-COLUMNS = ("score", "what it is", "formula", "unit", "best", "also", "in `var`", "source")
+COLUMNS = ("score", "what it is", "unit", "best", "also", "in `var`", "source")
+
+
+def cite(source: str) -> str:
+    """A source with its papers as citations; keys in references.bib are the first author and the year."""
+
+    def role(match: re.Match[str]) -> str:
+        key = unicodedata.normalize("NFKD", match["first"]).encode("ascii", "ignore").decode().lower()
+        return f"{{cite:t}}`{key}{'_raftery' * (match['second'] == 'Raftery')}{match['year']}`"
+
+    return re.sub(r"(?P<first>[A-ZÖ]\w+)(?: et al\.| & (?P<second>\w+))? (?P<year>\d{4})", role, source)
 
 
 def page() -> str:
@@ -26,13 +40,12 @@ def page() -> str:
     for metric in METRICS:
         cells = (
             metric.name,
-            metric.meaning,
-            f"${metric.formula}$" if metric.formula else "",
+            metric.meaning + (f"<br>${metric.formula}$" if metric.formula else ""),
             "" if metric.unit == "none" else metric.unit,
             "" if metric.best is None else f"{metric.best:g}",
             ", ".join(variant.strip() for variant in metric.variants),
             f"`histovar_{metric.gene_score}`" if metric.gene_score else "",
-            metric.source,
+            cite(metric.source),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -62,6 +62,29 @@ def test_spatial_takes_one_section_and_given_axes(simulated, model):
         hv.pl.spatial(adata, "absent", section="S2")
 
 
+def test_spatial_finds_genes_by_symbol(scored, model):
+    first, second = model.registry["genes"][:2]
+    scored.var["symbol"] = scored.var_names.str.lower()
+    by_name, by_symbol = hv.pl.spatial(scored, second), hv.pl.spatial(scored, second.lower(), gene_symbols="symbol")
+    np.testing.assert_array_equal(values_of(by_symbol[0, 1]), values_of(by_name[0, 1]))
+    assert by_symbol[0, 0].get_title() == f"{second.lower()}\nmeasured"
+    with pytest.raises(KeyError, match="genes: no gene of the predicted panel has the symbol"):
+        hv.pl.spatial(scored, second, gene_symbols="symbol")
+    with pytest.raises(KeyError, match="gene_symbols: no 'absent' in var"):
+        hv.pl.spatial(scored, second, gene_symbols="absent")
+    scored.var.loc[first, "symbol"] = second.lower()
+    with pytest.raises(ValueError, match=f"genes: symbols are of several genes.*{first}"):
+        hv.pl.spatial(scored, second.lower(), gene_symbols="symbol")
+
+
+def test_colour_bars_of_maps_are_as_tall_as_the_map(scored, model):
+    scored.obsm["spatial"] = scored.obsm["spatial"] * [3.0, 1.0]  # a wide section
+    ax = hv.pl.spatial(scored, model.registry["genes"][0])[0, 0]
+    ax.figure.draw_without_rendering()
+    bar = ax.child_axes[0]
+    assert bar.get_window_extent().height == pytest.approx(ax.get_window_extent().height, abs=1)
+
+
 def test_training_codebook_and_metrics(scored, model, tmp_path):
     axes = hv.pl.training(model, save=tmp_path / "t.png")
     assert axes.shape == (2, 3) and all(ax.lines for ax in axes.flat)

@@ -363,7 +363,7 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
                     confidence_level="rate above zero"), slow=True),
         Call("pl.spatial", hv.pl.spatial, {"data": objects.drawn, "genes": objects.gene},
              shared(genes="nothing", **key, section="?nothing", **library, **layer, cmap="nothing", std_cmap="nothing",
-                    size="size", img_alpha="probability", **plot)),
+                    size="size", img_alpha="probability", gene_symbols="?nothing", **plot)),
         Call("pl.calibration", hv.pl.calibration, {"data": objects.predicted}, shared(**key, **layer, **plot)),
         Call("pl.gene_correlation", hv.pl.gene_correlation, {"data": objects.predicted},
              shared(**key, **layer, **plot)),

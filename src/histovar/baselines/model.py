@@ -86,7 +86,7 @@ class Baseline:
     ----------
     widths : list of int or None
         Widths of the embeddings trained on.
-    std : ndarray
+    std : :class:`numpy.ndarray`
         (n_genes,) standard deviation of the errors on training spots left out.
     """
 

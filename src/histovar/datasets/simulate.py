@@ -41,7 +41,7 @@ def simulate(
     depth: Annotated[Positive, Field(le=MOST_DEPTH)] = 3000.0,
     random_state: Seed = 0,
 ) -> AnnData:
-    """Sections of tissue with regions, gene programs, counts, embeddings and an H&E-like image.
+    """Simulate tissue sections with regions, gene programs, counts, embeddings and an H&E-like image.
 
     Smooth random fields, sharpened to regions, give every spot a mixture of gene programs. Counts are Poisson with
     gamma-distributed depth; embeddings are a fixed random non-linear function of the mixture, with noise.

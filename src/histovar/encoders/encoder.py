@@ -1,4 +1,4 @@
-"""What is known of an image encoder: architecture, weights, normalisation, layers, pooling, licence."""
+"""Description of an image encoder: architecture, weights, normalisation, layers, pooling, licence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Layers = TupleOf[Number]
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An image encoder: how it is built, what it is fed and what of it is kept.
+    """An image encoder: architecture and weights, size and normalisation of its input, layers that are kept.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Encoder:
     architecture
         Name of the architecture in timm; empty where `module` is given.
     options
-        Arguments of :func:`timm.create_model`.
+        Arguments of ``timm.create_model``.
     hub
         Repository of the weights on the Hugging Face hub; empty where there is none.
     module

@@ -1,4 +1,4 @@
-"""Encoders that are known by name."""
+"""Registry of image encoders, by name."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ ENCODERS = {
 
 @check_arguments
 def get(name: Key) -> Encoder:
-    """An encoder by its name, to look at or to change: ``hv.encoders.get("uni").replace(layers=(23,))``.
+    """Get an encoder by its name, to look at or to change: ``hv.encoders.get("uni").replace(layers=(23,))``.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def get(name: Key) -> Encoder:
 
 @check_arguments
 def describe() -> pd.DataFrame:
-    """All encoders that are known by name.
+    """List the encoders that are known by name, with licence, width, layers and citation.
 
     Returns
     -------

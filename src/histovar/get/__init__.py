@@ -1,4 +1,4 @@
-"""Results in the shapes that other packages take."""
+"""Get results as AnnData, SpatialData and tables."""
 
 from .genes import genes
 from .prediction import prediction

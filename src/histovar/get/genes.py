@@ -1,4 +1,4 @@
-"""How far each gene of a model can be trusted."""
+"""Table of how far each gene of a model can be trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from histovar.model import TwoStageVARST
 
 @check_arguments
 def genes(model: InstanceOf[TwoStageVARST]) -> pd.DataFrame:
-    """How far each gene of a model can be trusted on a section that it has not seen.
+    """Table of the genes of a model: the accuracy to expect of each on an unseen section, with interval and q-value.
 
     Taken from spots that were predicted without having been seen (:func:`histovar.tl.calibrate`, which
     :func:`histovar.tl.train` calls on its training sections): each section, or individual where these were named, by

@@ -35,7 +35,7 @@ def prediction(
     min_trust: Annotated[Real, Field(ge=-1, le=1)] | None = None,
     table_name: Key | None = None,
 ) -> AnnData:
-    """A prediction as an AnnData of its own.
+    """Get a prediction as an AnnData of its own, a column for each gene of the panel.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ def spatialdata(
     library_key: Key | None = None,
     table_name: Key | None = None,
 ) -> SpatialData:
-    """A prediction as a SpatialData, for spatialdata-plot, napari-spatialdata and vitessce.
+    """Get a prediction as a SpatialData, for spatialdata-plot, napari-spatialdata and vitessce.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Exchange with programs in which slides are looked at and annotated."""
+"""Exchange predictions and annotations with QuPath, as GeoJSON."""
 
 from .annotations import read_geojson
 from .geojson import write_geojson

@@ -1,4 +1,4 @@
-"""How near predicted expression is to measured expression."""
+"""Accuracy of predicted expression: correlations, R2, errors, variances."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def is_constant(values: Matrix) -> NDArray[np.bool_]:
 
 @check_arguments
 def spearman(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
-    """Spearman correlation of every gene over the spots; arguments, NaN and 0 as in :func:`pearson`."""
+    """Spearman correlation of every gene over the spots.
+
+    Arguments, NaN and 0 are as in :func:`pearson`.
+    """
     ranks = _correlate(rankdata(predicted, axis=0), rankdata(measured, axis=0))
     return _by_convention(ranks, predicted, measured)
 
@@ -140,7 +143,7 @@ def r2(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
 
 @check_arguments
 def relative_variance_distance(predicted: Matrix, measured: OtherSpots) -> float:
-    """How far the genes' variances over the spots are from the measured ones.
+    """Relative variance distance (RVD): how far the genes' variances over the spots are from the measured ones.
 
     The mean over genes of ``((var(predicted) - var(measured)) / var(measured))**2``, the RVD of Zhu et al. 2025 (Stem).
     Genes measured as constant are left out; NaN if no gene is left. 0 is perfect; a constant prediction scores 1, and
@@ -161,7 +164,7 @@ def relative_variance_distance(predicted: Matrix, measured: OtherSpots) -> float
 
 @check_arguments
 def mean_pearson(predicted: Matrix, measured: Matrix) -> float:
-    """Mean of :func:`pearson` over the genes for which it is defined; NaN if there are none."""
+    """Mean Pearson correlation over the genes for which it is defined; NaN if there are none."""
     scores = pearson(predicted, measured)
     defined = scores[~np.isnan(scores)]
     return float(defined.mean()) if len(defined) else float("nan")
@@ -174,7 +177,7 @@ def per_gene(
     genes: KeyList,
     total_counts: Spots | None = None,
 ) -> pd.DataFrame:
-    """Scores of every gene.
+    """Score every gene, by every metric that is defined for a gene, as a table.
 
     Parameters
     ----------
@@ -211,7 +214,7 @@ def per_gene(
 
 @check_arguments
 def summary(scores: pd.DataFrame) -> dict[str, float]:
-    """Summary of the scores of :func:`per_gene`.
+    """Summarise the scores of genes (:func:`~histovar.metrics.per_gene`) as one number for each score.
 
     Parameters
     ----------

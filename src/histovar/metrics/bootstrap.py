@@ -1,4 +1,4 @@
-"""How far mean scores may be off, as sections and individuals happened to be these."""
+"""Confidence intervals of mean scores, by a bootstrap of sections or individuals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bootstrap_interval(
     n_resamples: Annotated[Count, Field(le=MOST_RESAMPLES)] = 1000,
     random_state: Seed = 0,
 ) -> pd.DataFrame:
-    """Intervals of means over sections, by a bootstrap of whole clusters (percentile method).
+    """Confidence intervals of means over sections, by a bootstrap of whole clusters (percentile method).
 
     Sections of one individual are alike, and so are spots of one section: taken as independent, they would make means
     look many times surer than they are. So individuals are drawn, with replacement and with all of their sections

@@ -1,4 +1,4 @@
-"""The best that any predictor could score against counts as noisy as these."""
+"""Noise ceiling: the best that any predictor could score against noisy counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def noise_ceiling(
     log_counts: bool = False,
     random_state: Seed = 0,
 ) -> NDArray[np.float64]:
-    r"""Bound on the Pearson correlation that any prediction can reach, gene by gene.
+    r"""Noise ceiling of every gene: the Pearson correlation that no prediction can exceed, as counts are noisy.
 
     Every count is split in two binomial halves, which measure the same spot twice, independently given what is
     true of it (for Poisson counts exactly). Both halves are normalised as the expression is, and correlated: the

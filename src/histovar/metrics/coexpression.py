@@ -1,4 +1,4 @@
-"""Whether genes that go together go together in the prediction."""
+"""Gene-gene correlations, predicted against measured."""
 
 from __future__ import annotations
 

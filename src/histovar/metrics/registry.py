@@ -266,7 +266,7 @@ METRICS = (
 
 @check_arguments
 def describe() -> pd.DataFrame:
-    """What every score of :func:`histovar.tl.evaluate` is.
+    """Describe every score of :func:`histovar.tl.evaluate`: meaning, formula, source, unit, best value.
 
     Returns
     -------

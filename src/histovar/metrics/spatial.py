@@ -1,4 +1,4 @@
-"""Whether genes form the same patterns in the prediction."""
+"""Moran's I of predicted and measured expression."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def morans_i(values: Values, neighbors: Graph) -> NDArray[np.float64]:
 
 @check_arguments
 def moran_agreement(predicted: Values, measured: Matrix, neighbors: Graph) -> tuple[float, float]:
-    """How Moran's I of the genes agrees between prediction and measurement.
+    """Compare Moran's I of prediction and measurement over the genes: correlation and mean absolute difference.
 
     Parameters
     ----------

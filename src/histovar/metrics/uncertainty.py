@@ -1,4 +1,4 @@
-"""Whether a predicted distribution deserves belief: sharp, and right as often as it says.
+"""Scores of predicted distributions: CRPS, coverage, PIT.
 
 A predictive distribution is given as quantiles at known levels, (n_spots, n_genes, n_levels). Draws are quantiles once
 sorted (:func:`sample_quantiles`), and a mean with a standard deviation is a normal distribution
@@ -114,7 +114,7 @@ def _at(quantiles: NDArray[Any], tau: NDArray[np.float64], level: float) -> NDAr
 
 @check_arguments
 def coverage(low: Matrix, high: Matrix, measured: Matrix) -> NDArray[np.float64]:
-    """Share of spots whose measured value lies in the interval, ends included: (n_genes,); NaN where a value is NaN."""
+    """Coverage of an interval, ends included: share of the spots, (n_genes,); NaN where a value is NaN."""
     y = np.asarray(measured)
     share: NDArray[np.float64] = ((y >= low) & (y <= high)).mean(0)
     return np.where(np.isnan(low + high + y).any(0), np.nan, share)
@@ -124,7 +124,9 @@ def coverage(low: Matrix, high: Matrix, measured: Matrix) -> NDArray[np.float64]
 def top_coverage(
     low: Matrix, high: Matrix, measured: Matrix, predicted: Matrix, top: Share = 0.1
 ) -> NDArray[np.float64]:
-    """Coverage among the spots with a gene's highest predictions, where marginal coverage may hide that it fails.
+    """Coverage of an interval among the spots with a gene's highest predictions.
+
+    Marginal coverage may be right where this one fails.
 
     Parameters
     ----------

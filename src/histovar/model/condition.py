@@ -235,7 +235,7 @@ class ConditionProcessor(nn.Module):
         Returns
         -------
         Histology
-            With sources of ``config.aligned_dims``, as :meth:`features` and :meth:`forward` take them; unchanged
+            With sources of ``config.aligned_dims``, as :meth:`features` and ``forward`` take them; unchanged
             where ``condition="mlp"``.
         """
         if self.config.condition == "mlp":

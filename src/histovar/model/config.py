@@ -16,7 +16,7 @@ N_OUTLINE = 2
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that determines the shape and the losses of a :class:`TwoStageVARST`.
+    """Configuration of a model: its shape and the weights of its losses.
 
     Build one with :meth:`default` or :meth:`reference`; change one with :meth:`replace`.
 
@@ -174,7 +174,7 @@ class ModelConfig:
 
     @property
     def n_feeding(self) -> int:
-        """How many tokens, from the first, are inputs of others: with ``order="scale"``, all but the finest scale's."""
+        """Number of leading tokens that are inputs of others; with ``order="scale"``, all but the finest scale's."""
         return self.n_tokens - (self.scales[-1] if self.order == "scale" else 1)
 
     def is_wide(self, scale: int) -> bool:
@@ -188,12 +188,12 @@ class ModelConfig:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """By whose means and standard deviations sources are standardised, once by each: section's, training's."""
+        """Statistics by which sources are standardised, once by each (``"section"``, ``"training"``)."""
         return ("section", "training") if self.standardize == "auto" else (self.standardize,)
 
     @property
     def source_dims(self) -> tuple[int, ...]:
-        """Width of every source of the condition: each embedding and its mean over each neighbourhood; the outline."""
+        """Width of every source of the condition (each embedding, its mean over each neighbourhood, the outline)."""
         embeddings = [dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors))]
         return (*embeddings, *self._outline_dims)
 

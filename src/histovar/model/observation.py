@@ -141,7 +141,7 @@ class Observation(nn.Module):
         log_depth
             (n_spots,).
         disagreement
-            (n_spots,): see :func:`histovar.model.prior.disagreement`.
+            (n_spots,): see ``histovar.model.prior.disagreement``.
         novelty
             (n_spots,) between 0 and 1.
         """
@@ -202,7 +202,7 @@ class Observation(nn.Module):
     def points(self, composition: Composition, units: Units, depth: Tensor | None = None) -> Tensor:
         """What may be measured: sorted values of equal probability, (n_spots, n_genes, 200).
 
-        Arguments are as in :meth:`moments`; quantiles of counts are those of :func:`count_quantiles`.
+        Arguments are as in :meth:`moments`; quantiles of counts are those of ``count_quantiles``.
         """
         rates, relative = composition.rates, self.dispersion + composition.excess[:, None]
         if units == "rates":
@@ -294,8 +294,8 @@ class Observation(nn.Module):
         Errors are of spots and of whole groups. The variance between groups is the mean of what is found of each and,
         weighing as one more, of what is known of others; it enters predictions of a new group by the 95 % quantile of
         Student's t in place of the normal one, with a degree of freedom for each group and for each but one of the
-        patients of whom it is known. From :data:`ENOUGH_GROUPS` groups on, which are enough for intervals of 90 %,
-        levels are those of hierarchical conformal prediction (:func:`hierarchical_levels`).
+        patients of whom it is known. From ``ENOUGH_GROUPS`` groups on, which are enough for intervals of 90 %,
+        levels are those of hierarchical conformal prediction (``hierarchical_levels``).
 
         Parameters
         ----------

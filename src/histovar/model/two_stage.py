@@ -31,7 +31,7 @@ class TwoStageVARST(TwoStageNetwork):
     registry : dict
         What the model was trained on: genes, layer and units, embedding keys and widths, covariates and so
         on. Plain types only.
-    history : dict of DataFrame
+    history : dict of :class:`pandas.DataFrame`
         ``"stage1"`` and ``"stage2"``: what training watched, one row an epoch.
     """
 

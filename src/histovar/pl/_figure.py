@@ -1,4 +1,4 @@
-"""What all plots share: their arguments, axes, saving, showing."""
+"""Arguments, axes, frames, saving and showing of figures, shared by all plots."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import matplotlib as mpl
 import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
@@ -74,6 +75,51 @@ def axes_grid(ax: list[Axes] | None, n_rows: int, n_columns: int, figsize: tuple
     if len(ax) != n_rows * n_columns:
         raise ValueError(f"ax: expected {n_rows} x {n_columns} axes, got {len(ax)}")
     return np.array(ax, dtype=object).reshape(n_rows, n_columns)
+
+
+def open_frame(*axes: Axes) -> None:
+    """Take the upper and the right line of the frame off."""
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def frame_ranking(ax: Axes, scores: pd.Series, *, n_genes: int, n_labels: int, ylabel: str, subtitle: str = "") -> None:
+    """Label a plot of genes by rank, and name the best of them at its right.
+
+    Parameters
+    ----------
+    ax
+        Axes with a value at 1, 2, ... for every gene whose score is defined.
+    scores
+        These, the best first, by gene.
+    n_genes
+        Number of all genes.
+    n_labels
+        How many genes to name.
+    ylabel
+        What the score is.
+    subtitle
+        What follows the number of genes in the title.
+    """
+    named = "\n".join(f"{value:.2f}  {gene}" for gene, value in scores.head(n_labels).items())
+    ax.annotate(
+        named,
+        (1.01, 1),
+        xycoords="axes fraction",
+        ha="left",
+        va="top",
+        fontsize=8,
+        family="monospace",
+        annotation_clip=False,
+    )
+    undefined = f", {n_genes - len(scores)} undefined" if len(scores) < n_genes else ""
+    ax.set(
+        xlabel="gene, by rank",
+        ylabel=ylabel,
+        title=f"{len(scores)} genes{undefined}{subtitle}",
+        xlim=(0, max(2, len(scores) + 1)),
+    )
+    open_frame(ax)
 
 
 def finish(figure: Figure, show: bool, save: str | Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Whether intervals cover as often as they say."""
+"""Plot the calibration of predicted intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from histovar.anndata_io.comparison import coverage_by_share, read_comparison, r
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.prediction import read_composed
 
-from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
+from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish, open_frame
 
 
 @check_arguments
@@ -30,7 +30,7 @@ def calibration(
     save: FigureFile | None = None,
     table_name: Key | None = None,
 ) -> NDArray[Any]:
-    """Coverage of central intervals against what they promise, and the PIT histogram.
+    """Plot the coverage of central intervals against their nominal level, and the PIT histogram.
 
     Left: share of measured values inside intervals of 5 to 95 %, over all spots, mean and the middle 80 % of the genes;
     on the diagonal is right, above it too wide, below it too narrow. Right: at which level of its predicted
@@ -83,8 +83,7 @@ def calibration(
     )
     calibrated = "calibrated" if slots.record(adata, keys).get("calibrated", False) else "not calibrated"
     left.set_title(f"intervals from {distribution.kind}, {calibrated}")
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
+    open_frame(*axes)
     finish(figure_of(left), show, save)
     return axes
 

@@ -1,4 +1,4 @@
-"""Use of the codebook."""
+"""Plot codebook usage per scale."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from histovar._arguments import check_arguments
 from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity
 
-from ._figure import FigureFile, figure_of, finish, new_axes
+from ._figure import FigureFile, figure_of, finish, new_axes, open_frame
 
 
 @check_arguments
 def codebook(
     model: TwoStageVARST, *, ax: Axes | None = None, show: bool = False, save: FigureFile | None = None
 ) -> Axes:
-    """How often each scale uses the codes, ranked, on logarithmic axes.
+    """Plot codebook usage: how often each scale uses each code, ranked, on logarithmic axes.
 
     A collapsed codebook shows as a line that ends after a few codes.
 
@@ -52,6 +52,6 @@ def codebook(
     title = f"{in_use} of {model.config.codebook_size} codes in use"
     ax.set(xscale="log", yscale="log", xlabel="code, by rank", ylabel="share of the scale's tokens", title=title)
     ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     finish(figure_of(ax), show, save)
     return ax

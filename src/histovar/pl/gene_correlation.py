@@ -1,4 +1,4 @@
-"""Which genes go together: measured, in the expected expression, in the draws."""
+"""Plot gene-gene correlations, measured and predicted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gene_correlation(
     save: FigureFile | None = None,
     table_name: Key | None = None,
 ) -> NDArray[Any]:
-    """Correlation between genes over the spots: measured, of the expected expression, of the draws.
+    """Plot gene-gene correlations over the spots: measured, of the expected expression and of joint draws.
 
     Expected expression leaves out what histology does not tell, so its genes correlate too much; draws put it back.
     Genes are ordered by clustering the measured correlation (average linkage).

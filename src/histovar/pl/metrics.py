@@ -1,4 +1,4 @@
-"""Scores of every gene."""
+"""Plot the scores of genes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
 from histovar.metrics import METRICS
 
-from ._figure import FigureFile, figure_of, finish, new_axes
+from ._figure import FigureFile, figure_of, finish, frame_ranking, new_axes
 
 SCORES = {metric.gene_score: metric for metric in METRICS if metric.gene_score and metric.gene_score != "constant"}
 
@@ -39,7 +39,9 @@ def metrics(
     save: FigureFile | None = None,
     table_name: Key | None = None,
 ) -> Axes:
-    """Plot a score of every gene for which it is defined, ranked, the best genes named.
+    """Plot a score of every gene, ranked; the best genes are named.
+
+    Genes for which the score is undefined are left out and counted in the title.
 
     Parameters
     ----------
@@ -85,8 +87,7 @@ def metrics(
         )
     scores = adata.var[column].dropna()
     scores = scores.loc[(scores - metric.best).abs().sort_values(kind="stable").index]
-    n_undefined = int(adata.var[errors].notna().sum()) - len(scores)
-    ax = new_axes(ax, (7, 4))
+    ax = new_axes(ax, (8, 4.5))
     rank = np.arange(1, len(scores) + 1)
     ax.fill_between(rank, scores, step="mid", alpha=0.25)
     ax.plot(rank, scores, drawstyle="steps-mid")
@@ -95,14 +96,12 @@ def metrics(
         ax.axhline(mean, color="0.4", linestyle="--", linewidth=1)
         # At the left, below the line: inside the curve, away from the names.
         ax.annotate(f" mean {mean:.3f}", (1, mean), ha="left", va="top", color="0.3")
-    named = "\n".join(f"{gene}  {value:.2f}" for gene, value in scores.head(n_labels).items())
-    ax.text(0.98, 0.97, named, transform=ax.transAxes, ha="right", va="top", fontsize=8, family="monospace")
-    ax.set(
-        xlabel="gene, by rank",
+    frame_ranking(
+        ax,
+        scores,
+        n_genes=int(adata.var[errors].notna().sum()),
+        n_labels=n_labels,
         ylabel=f"{score}, {metric.direction}",
-        title=f"{len(scores)} genes" + (f", {n_undefined} undefined" if n_undefined else ""),
-        xlim=(1, max(2, len(scores))),
     )
-    ax.spines[["top", "right"]].set_visible(False)
     finish(figure_of(ax), show, save)
     return ax

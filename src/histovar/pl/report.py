@@ -1,4 +1,4 @@
-"""One HTML file to hand on."""
+"""Write an HTML report of a prediction."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def report(
     confidence_level: ConfidenceLevel = 0.9,
     table_name: Key | None = None,
 ) -> None:
-    """Write a prediction as one HTML file, to be looked at in a browser without a network.
+    """Write a report: one HTML file with maps, scores and cautions, for any browser, also without a network.
 
     On the left a chooser of section, gene and quantity (predicted mean, standard deviation, ends of the interval, and
     what was measured, where it was) and the opacity of the spots; in the middle the map over the H&E, to zoom and to

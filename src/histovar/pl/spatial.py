@@ -1,4 +1,4 @@
-"""Maps on the tissue."""
+"""Plot maps of expression on the tissue."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 TOP_PERCENTILE = 99
 # Largest `size`: spots that cover any section.
 MOST_SIZE = 1000
+# Inches.
+MAP_WIDTH = 3.6
 # Name of the only section in the object that squidpy draws.
 LIBRARY_ID = "section"
 
@@ -51,9 +53,10 @@ def spatial(
     ax: AxesList | None = None,
     show: bool = False,
     save: FigureFile | None = None,
+    gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> NDArray[Any]:
-    """Measured, predicted and standard deviation on the H&E, one row a gene.
+    """Map measured and predicted expression and its standard deviation over the H&E, one row a gene.
 
     Measured and predicted expression share one colour scale. Where a gene was not measured, its row has no measured
     panel; where nothing was, the column is left out.
@@ -63,7 +66,7 @@ def spatial(
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
     genes
-        Genes of the panel.
+        Genes of the panel, by name, or by symbol where `gene_symbols` is given.
     key
         Prefix of the slots.
     section
@@ -88,6 +91,9 @@ def spatial(
         Call ``plt.show()``.
     save
         File to write.
+    gene_symbols
+        Column of ``var`` with the genes' symbols, where names are identifiers such as Ensembl's: `genes` are then
+        symbols, and titles, too.
     table_name
         Table of a SpatialData.
 
@@ -99,14 +105,16 @@ def spatial(
     Raises
     ------
     KeyError
-        If there is no prediction, a gene is not in the panel, or there are no coordinates.
+        If there is no prediction, a gene is not in the panel, or there are no coordinates or no column `gene_symbols`.
     ValueError
-        If there are several sections and none is named, or coordinates are not finite.
+        If there are several sections and none is named, coordinates are not finite, or a symbol is that of several
+        genes of the panel.
     """
     adata = gate.table(data, table_name, writes=False)
     keys = Keys(key)
     panel = predicted_genes(adata, keys)
-    wanted = genes_of_panel(panel, genes)  # a single gene has become a list
+    labels = list(genes)  # a single gene has become a list
+    wanted = genes_of_panel(panel, labels if gene_symbols is None else _names_of(adata, panel, labels, gene_symbols))
     params = slots.record(adata, keys)["params"]
     if library_key is None:
         library_key = str(params["library_key"]) or None  # an empty string is how uns holds None
@@ -125,12 +133,14 @@ def spatial(
     titles = (
         ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
     )
-    axes = axes_grid(ax, len(wanted), len(titles), (4.4 * len(titles), 3.9 * len(wanted)))
-    for i, gene in enumerate(wanted):
+    left, right, top, bottom = _extent(canvas, size)
+    map_height = MAP_WIDTH * min(max((bottom - top) / (right - left), 0.4), 2.5)
+    axes = axes_grid(ax, len(wanted), len(titles), ((MAP_WIDTH + 0.8) * len(titles), (map_height + 0.5) * len(wanted)))
+    for i, gene in enumerate(labels):
         shown: list[NDArray[Any]] = [mean[:, i]] if measured is None else [measured[:, i], mean[:, i]]
         low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in shown))
-        top = float(max(np.percentile(values, TOP_PERCENTILE) for values in shown))
-        norm = Normalize(low, max(top, low + 1e-6))
+        high = float(max(np.percentile(values, TOP_PERCENTILE) for values in shown))
+        norm = Normalize(low, max(high, low + 1e-6))
         ends = np.percentile(std[:, i], [100 - TOP_PERCENTILE, TOP_PERCENTILE])
         spread = Normalize(ends[0], max(ends[1], ends[0] + 1e-6))
         for j, values in enumerate([*shown, std[:, i]]):
@@ -144,6 +154,21 @@ def spatial(
             )
     finish(figure_of(axes[0, 0]), show, save)
     return axes
+
+
+def _names_of(adata: AnnData, panel: list[str], symbols: list[str], gene_symbols: str) -> list[str]:
+    """Names of the panel's genes that have these symbols."""
+    if gene_symbols not in adata.var:
+        raise KeyError(f"gene_symbols: no {gene_symbols!r} in var, which has {list(adata.var)}")
+    column = adata.var.loc[adata.var_names.isin(panel), gene_symbols].dropna().astype(str)
+    unknown = sorted(set(symbols) - set(column))
+    if unknown:
+        raise KeyError(f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]")
+    named = {symbol: column.index[column == symbol].tolist() for symbol in symbols}
+    several = {symbol: names for symbol, names in named.items() if len(names) > 1}
+    if several:
+        raise ValueError(f"genes: symbols are of several genes, {several}; give names, without gene_symbols")
+    return [names[0] for names in named.values()]
 
 
 def _rows_of(
@@ -196,18 +221,20 @@ def _draw(
         img="images" in canvas.uns["spatial"][LIBRARY_ID],
         img_alpha=img_alpha,
         frameon=False,
+        colorbar=False,
     )
-    ax.set_aspect("equal")
-    _crop(canvas, ax, size)
+    left, right, top, bottom = _extent(canvas, size)
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     ax.set_title(title, fontsize=11)
+    # In axes of its own within those of the map, whose height it keeps.
+    figure_of(ax).colorbar(ax.collections[-1], cax=ax.inset_axes((1.02, 0, 0.03, 1)))
 
 
-def _crop(canvas: AnnData, ax: Axes, size: float) -> None:
-    """Show the spots and a margin, not the whole slide."""
+def _extent(canvas: AnnData, size: float) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of what is shown: the spots and a margin, not the whole slide."""
     factors = canvas.uns["spatial"][LIBRARY_ID]["scalefactors"]
     place = np.asarray(canvas.obsm["spatial"]) * factors["tissue_hires_scalef"]
     low, high = place.min(0), place.max(0)
     spot = size * factors["spot_diameter_fullres"] * factors["tissue_hires_scalef"]
     margin = max(0.06 * float((high - low).max()), spot, 1e-9)
-    ax.set_xlim(low[0] - margin, high[0] + margin)
-    ax.set_ylim(high[1] + margin, low[1] - margin)
+    return low[0] - margin, high[0] + margin, low[1] - margin, high[1] + margin

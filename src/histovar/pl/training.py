@@ -1,4 +1,4 @@
-"""What training watched."""
+"""Plot the history of a training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from histovar._arguments import check_arguments
 from histovar.model import TwoStageVARST
 
-from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish
+from ._figure import AxesList, FigureFile, axes_grid, figure_of, finish, open_frame
 
 PANELS = {
     "stage1": [("loss", "loss"), ("pcc", "reconstruction PCC"), ("usage", "codes in use")],
@@ -27,7 +27,7 @@ def training(
     show: bool = False,
     save: FigureFile | None = None,
 ) -> NDArray[Any]:
-    """Losses and validation scores over the epochs, one row a stage.
+    """Plot losses and validation scores over the epochs, one row for each stage.
 
     Parameters
     ----------
@@ -70,4 +70,4 @@ def _lines(axis: Axes, history: Any, name: str) -> None:
             axis.plot(history.index, history[column], label=label, marker=".", markersize=4)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    open_frame(axis)

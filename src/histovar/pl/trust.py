@@ -10,7 +10,7 @@ from histovar._arguments import Number, check_arguments
 from histovar._gene_trust import FALSE_DISCOVERY_RATE, gene_table
 from histovar.model import TwoStageVARST
 
-from ._figure import FigureFile, figure_of, finish, new_axes
+from ._figure import FigureFile, figure_of, finish, frame_ranking, new_axes
 
 
 @check_arguments
@@ -62,27 +62,15 @@ def trust(
         ax.vlines(rank[chosen], low[chosen], high[chosen], color=color, alpha=0.3, linewidth=1.2)
         ax.plot(rank[chosen], mean[chosen], linestyle="none", marker="o", markersize=2.5, color=color, label=label)
     ax.axhline(0, color="0.7", linewidth=0.8)
-    best = table["expected_pearson"].head(n_labels)
-    named = "\n".join(f"{value:.2f}  {gene}" for gene, value in best.items())
-    ax.annotate(
-        named,
-        (1.01, 1),
-        xycoords="axes fraction",
-        ha="left",
-        va="top",
-        fontsize=8,
-        family="monospace",
-        annotation_clip=False,
-    )
-    undefined = f", {n_genes - len(table)} undefined" if len(table) < n_genes else ""
     expected_on, _, caveat = table.attrs["expected on"].partition("; ")
-    ax.set(
-        xlabel="gene, by rank",
+    frame_ranking(
+        ax,
+        table["expected_pearson"],
+        n_genes=n_genes,
+        n_labels=n_labels,
         ylabel="expected Pearson, 90 % interval",
-        title=f"{len(table)} genes{undefined}, on {expected_on}" + f"\n{caveat}" * bool(caveat),
-        xlim=(0, max(2, len(table) + 1)),
+        subtitle=f", on {expected_on}" + f"\n{caveat}" * bool(caveat),
     )
     ax.legend(frameon=False, loc="lower left", fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
     finish(figure_of(ax), show, save)
     return ax

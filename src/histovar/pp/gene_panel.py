@@ -1,4 +1,4 @@
-"""Which genes to model."""
+"""Choose the gene panel."""
 
 from __future__ import annotations
 

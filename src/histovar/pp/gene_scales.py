@@ -1,4 +1,4 @@
-"""Nested groups of genes."""
+"""Group genes at nested scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The surroundings of a spot."""
+"""Compute niche features: means over neighbours, and the outline of the section."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def niche(
     table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Mean embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section, and its outline.
+    """Average the embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section.
 
     Training and prediction do this by themselves; call it to use the features elsewhere, or to fix
     them before spots are filtered out.

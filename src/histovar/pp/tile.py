@@ -53,7 +53,7 @@ def tile(
     thumbnail_px: Count = 2000,
     tile_key: Key = "tiles",
 ) -> AnnData:
-    """Make an AnnData of a slide's tissue: a grid of tiles, to be embedded and predicted as spots are.
+    """Tile the tissue of a slide: an AnnData with a grid of tiles, to be embedded and predicted as spots are.
 
     LazySlide finds the tissue and tiles it. What LazySlide has tiled is taken as it is: pass the WSIData, whose
     tiles may have features. LazySlide's coordinates are those of corners; here they are those of centres.
@@ -61,7 +61,7 @@ def tile(
     Parameters
     ----------
     slide
-        Path of a slide; or a :class:`wsidata.WSIData` that LazySlide has tiled.
+        Path of a slide; or a ``wsidata.WSIData`` that LazySlide has tiled.
     spacing_um
         Microns from tile to tile, 100 by default, rounded to whole pixels of the slide. Tiles of a WSIData stay as they
         are.

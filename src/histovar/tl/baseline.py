@@ -1,4 +1,4 @@
-"""Other methods, on the same split, genes and embeddings."""
+"""Train baselines on the split, genes and embeddings of a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def baseline(
     random_state: Seed | None = None,
     table_name: Key | None = None,
 ) -> Baseline:
-    """Train a method to compare with; its ``predict`` writes the slots of :func:`predict` under a key of its own.
+    """Train another method (ridge, kNN, MLP, ...) to compare with, on the same genes and embeddings.
+
+    Its ``predict`` writes the slots of :func:`predict` under a key of its own.
 
     >>> ridge = hv.tl.baseline(adata, "ridge", use_rep="X_uni", library_key="section")
     >>> ridge.predict(query)

@@ -1,4 +1,4 @@
-"""Intervals that cover as often as they say."""
+"""Calibrate the intervals of a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predicted against measured expression."""
+"""Score predicted against measured expression."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def evaluate(
     random_state: Seed = 0,
     table_name: Key | None = None,
 ) -> pd.DataFrame:
-    """Score a prediction where expression was measured.
+    """Score a prediction against measured expression, by section, with intervals.
 
     Parameters
     ----------

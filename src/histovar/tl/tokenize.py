@@ -1,4 +1,4 @@
-"""Tokens of measured expression."""
+"""Tokenise measured expression."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenize(
     table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Write the tokens of measured expression.
+    """Tokenise measured expression with a trained stage 1.
 
     Parameters
     ----------

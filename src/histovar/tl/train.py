@@ -1,4 +1,4 @@
-"""Both stages."""
+"""Train both stages of a model and calibrate it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> TwoStageVARST:
-    """Train stage 1, then stage 2, on the same sections, and calibrate the uncertainty on them (:func:`calibrate`).
+    """Train a model: stage 1, then stage 2, on the same sections, and calibrate its uncertainty on them.
 
     Parameters
     ----------

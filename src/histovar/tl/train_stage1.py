@@ -1,4 +1,4 @@
-"""Learn the tokens of expression."""
+"""Train stage 1: gene tokens from measured expression."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_stage1(
     table_name: Key | None = None,
     **options: Any,
 ) -> TwoStageVARST:
-    """Train stage 1, the gene tokens, on measured expression; images are not needed.
+    """Train stage 1, which learns gene tokens from measured expression; images are not needed.
 
     Parameters
     ----------
@@ -58,8 +58,8 @@ def train_stage1(
     library_key
         Column of ``obs`` with the section; one section is held out to watch training.
     config
-        Configuration; :meth:`ModelConfig.default` for the panel by default. It decides the number of genes and the
-        scales where they have not been chosen yet.
+        Configuration; :meth:`histovar.model.ModelConfig.default` for the panel by default. It decides the number of
+        genes and the scales where they have not been chosen yet.
     group_key
         Column of ``obs`` with the individual (patient, animal), of whom a section is of one. Of three or more, one is
         held out to watch training in place of a section.

@@ -48,7 +48,7 @@ def train_stage2(
     table_name: Key | None = None,
     **options: Any,
 ) -> TwoStageVARST:
-    """Train stage 2, from histology to gene tokens, on sections with both.
+    """Train stage 2, which predicts gene tokens from histology, on sections with both.
 
     Parameters
     ----------

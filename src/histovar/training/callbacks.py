@@ -1,4 +1,4 @@
-"""What happens around an epoch: seeding and the history of metrics."""
+"""Callbacks of Lightning: seeding, history of metrics, progress bar, check for divergence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -69,6 +69,28 @@ class WeightAverage(WeightAveraging):
         """Lightning's hook, before which it has not yet moved the module, and would average on the CPU."""
         pl_module.to(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's progress bar on standard error, which names the step: ``stage 1: codebook, epoch 3/30``.
+
+    Parameters
+    ----------
+    step
+        Name of what is trained.
+    """
+
+    def __init__(self, step: str) -> None:
+        super().__init__(console_kwargs={"stderr": True})
+        self.step = step
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{self.step}, epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+    @property
+    def validation_description(self) -> str:
+        """What the bar of the inner held-out spots is called."""
+        return f"{self.step}, held-out spots"
 
 
 class DivergenceCheck(Callback):

@@ -201,7 +201,7 @@ class TrainingOptions:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether several processes were asked for: else a job's environment variables (SLURM's) do not matter."""
+        """Whether several processes were asked for; otherwise a job's environment variables (SLURM's) are ignored."""
         return self.devices != 1 or self.num_nodes != 1 or self.strategy != "auto"
 
     @cached_property

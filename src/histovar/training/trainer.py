@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping
 
 from histovar._memory import keep_freed_memory
 
-from .callbacks import DivergenceCheck, EpochSeed, History, WeightAverage, diverged, is_finite
+from .callbacks import DivergenceCheck, EpochSeed, History, StepProgressBar, WeightAverage, diverged, is_finite
 from .checkpoint_files import BEST, LAST, PRIOR, WholeFiles, read_checkpoint
 from .data import Spots, train_loader, validation_loader
 from .isolation import interruptible, quiet_lightning
@@ -113,7 +113,7 @@ def fit(
     if averaging:
         callbacks.append(WeightAverage(options.averaging_decay))
     if options.enable_progress_bar:
-        callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+        callbacks.append(StepProgressBar(step))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
         keeper = None
         directory = Path(scratch) if run is None or run.directory is None else run.directory

@@ -316,11 +316,48 @@ def test_model_keeps_what_made_its_embeddings(prepared, query, png, tmp_path, ca
     query.uns["X_h"]["embeddings"][rep]["mpp"] = 5.0
     hv.tl.predict(query, model, key_added="coarse")
     assert "of an image of 5 um per pixel, that of training had 0.5" in caplog.text
-    for name, value in (("field_um", 32.0), ("encoder", "uni"), ("layers", "3")):
+    for name, value in (("field_um", 32.0), ("encoder", "uni"), ("layers", "3"), ("mean", "0.5,0.5,0.5")):
         other = query.copy()
         other.uns["X_h"]["embeddings"][rep][name] = value
         with pytest.raises(ValueError, match=rf"use_rep: obsm\['{rep}'\] was made otherwise .*{name}={value!r}"):
             hv.tl.predict(other, model, key_added="other")
+
+
+def of_weights(weights, adata, image, **changes):
+    """Embedded by a linear map of the mean colours."""
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 16))
+    module[2].weight.data[:] = weights
+    encoder = hv.encoders.Encoder(name="colours", module=module, input_px=32, **changes)
+    options = {"field_um": 16, "mpp": MPP, "library_key": "section", "show_progress_bar": False}
+    torch.nn.init.zeros_(module[2].bias)
+    return hv.pp.embed(adata, encoder, image=image, copy=True, **options)
+
+
+def test_other_weights_under_the_same_name_are_refused(prepared, query, png):
+    """A checkpoint is known by its values, not its name; what an earlier version recorded is not refused."""
+    rep = "X_colours_16um"
+    weights = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    for data in (adata := prepared.copy(), query):
+        data.uns.pop("spatial", None)
+        data.obsm["spatial"] = data.obsm["spatial"] / np.abs(data.obsm["spatial"]).max() * 200 + 50
+    adata = of_weights(weights, adata, dict.fromkeys(adata.obs["section"].unique(), png))
+    model = hv.tl.train(adata, use_rep=rep, library_key="section", config=small_config(), **QUICK)
+    hv.tl.predict(of_weights(weights.half().float(), query, {"S4": png}), model)
+    other = of_weights(weights + 0.01, query, {"S4": png})
+    with pytest.raises(
+        ValueError, match=rf"use_rep: obsm\['{rep}'\] was made otherwise .*\(weights='\w+', of training"
+    ):
+        hv.tl.predict(other, model)
+    with pytest.raises(ValueError, match=r"\(mean='0.5,0.5,0.5', of training '0.485,0.456,0.406'\)"):
+        hv.tl.predict(of_weights(weights, query, {"S4": png}, mean=(0.5, 0.5, 0.5)), model)
+    for fact in ("weights", "mean", "std", "precision"):
+        del other.uns["X_colours"]["embeddings"][rep][fact]
+    hv.tl.predict(other, model)
+
+    part = adata[adata.obs["section"] == "S1"].copy()
+    mixed = ad.concat([part, of_weights(weights + 1, query, {"S4": png})], uns_merge="unique", merge="same")
+    with pytest.raises(ValueError, match=rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)"):
+        hv.tl.train(mixed, use_rep=rep, library_key="section", config=small_config(), **QUICK)
 
 
 def cosines(found, reference):

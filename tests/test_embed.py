@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import histovar as hv
+from histovar.anndata_io.files import read_files
 from histovar.anndata_io.spacing import microns_per_pixel
 
 from .conftest import QUICK, small_config
@@ -358,6 +359,36 @@ def test_other_weights_under_the_same_name_are_refused(prepared, query, png):
     mixed = ad.concat([part, of_weights(weights + 1, query, {"S4": png})], uns_merge="unique", merge="same")
     with pytest.raises(ValueError, match=rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)"):
         hv.tl.train(mixed, use_rep=rep, library_key="section", config=small_config(), **QUICK)
+
+
+def test_files_embedded_one_by_one_keep_their_scale(prepared, png, tmp_path, caplog):
+    """Joined with uns_merge, or by the shell, whatever sections are called; else training says how to keep it."""
+    adata = prepared.copy()
+    del adata.uns["spatial"]
+    adata.obsm["spatial"] = adata.obsm["spatial"] / adata.obsm["spatial"].max() * 200 + 50
+    parts, files = [], [tmp_path / f"{name}.h5ad" for name in "abc"]
+    for i, file in enumerate(files):
+        part = adata[adata.obs["section"] == f"S{i + 1}"].copy()
+        options = {"image": png, "field_um": 16, "mpp": 0.5 + 0.1 * i, "show_progress_bar": False}
+        part.obs["section"] = f"S{i}/a"
+        parts.append(hv.pp.embed(part, GRID, library_key="section", copy=True, **options))
+        part.obs["section"] = "tissue"
+        hv.pp.embed(part, GRID, library_key=None if i == 2 else "section", **options)
+        part.write_h5ad(file)
+    ad.concat(parts, merge="same", uns_merge="unique").write_h5ad(tmp_path / "joined.h5ad")
+    joined = ad.read_h5ad(tmp_path / "joined.h5ad")
+    for together in (joined, read_files(files)):
+        sections = together.obs["section"].unique()
+        scales = [microns_per_pixel(together, section, "section") for section in sections]
+        assert len(sections) == 3 and scales == pytest.approx([0.5, 0.6, 0.7])
+
+    options = {"use_rep": "X_grid_16um", "library_key": "section", **QUICK}
+    model = hv.tl.train(joined, config=small_config(), **options)
+    assert model.registry["spacing_um"] > 0 and "microns per pixel" not in caplog.text
+    hv.tl.train_stage2(ad.concat(parts, merge="same"), model, **options)
+    assert model.registry["spacing_um"] is None
+    said = [line for line in caplog.messages if "microns per pixel of 3 of 3 sections" in line]
+    assert len(said) == 1 and "anndata.concat(..., uns_merge='unique') keeps" in said[0]
 
 
 def cosines(found, reference):

@@ -373,7 +373,7 @@ def test_errors_of_a_card_name_the_field(model, tmp_path):
         (("registry", "use_rep"), DELETED, r"registry.use_rep: missing"),
         (("registry",), {}, r"registry.genes: missing"),
         (("weights", "stage1.safetensors"), "0", r"weights.stage1.safetensors: "),
-        (("format_version",), True, r"format_version must be a number from 1 to 8, got True"),
+        (("format_version",), True, r"format_version must be a number from 1 to 9, got True"),
         (("format_version",), 5, r"not in format 5"),
     ):
         changed = corrupted(card, field, value) if value is DELETED else deepcopy(card)

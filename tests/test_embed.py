@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import histovar as hv
+from histovar.anndata_io.files import read_files
 from histovar.anndata_io.spacing import microns_per_pixel
 
 from .conftest import QUICK, small_config
@@ -317,11 +318,78 @@ def test_model_keeps_what_made_its_embeddings(prepared, query, png, tmp_path, ca
     query.uns["X_h"]["embeddings"][rep]["mpp"] = 5.0
     hv.tl.predict(query, model, key_added="coarse")
     assert "of an image of 5 um per pixel, that of training had 0.5" in caplog.text
-    for name, value in (("field_um", 32.0), ("encoder", "uni"), ("layers", "3")):
+    for name, value in (("field_um", 32.0), ("encoder", "uni"), ("layers", "3"), ("mean", "0.5,0.5,0.5")):
         other = query.copy()
         other.uns["X_h"]["embeddings"][rep][name] = value
         with pytest.raises(ValueError, match=rf"use_rep: obsm\['{rep}'\] was made otherwise .*{name}={value!r}"):
             hv.tl.predict(other, model, key_added="other")
+
+
+def of_weights(weights, adata, image, **changes):
+    """Embedded by a linear map of the mean colours."""
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 16))
+    module[2].weight.data[:] = weights
+    encoder = hv.encoders.Encoder(name="colours", module=module, input_px=32, **changes)
+    options = {"field_um": 16, "mpp": MPP, "library_key": "section", "show_progress_bar": False}
+    torch.nn.init.zeros_(module[2].bias)
+    return hv.pp.embed(adata, encoder, image=image, copy=True, **options)
+
+
+def test_other_weights_under_the_same_name_are_refused(prepared, query, png):
+    """A checkpoint is known by its values, not its name; what an earlier version recorded is not refused."""
+    rep = "X_colours_16um"
+    weights = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    for data in (adata := prepared.copy(), query):
+        data.uns.pop("spatial", None)
+        data.obsm["spatial"] = data.obsm["spatial"] / np.abs(data.obsm["spatial"]).max() * 200 + 50
+    adata = of_weights(weights, adata, dict.fromkeys(adata.obs["section"].unique(), png))
+    model = hv.tl.train(adata, use_rep=rep, library_key="section", config=small_config(), **QUICK)
+    hv.tl.predict(of_weights(weights.half().float(), query, {"S4": png}), model)
+    other = of_weights(weights + 0.01, query, {"S4": png})
+    with pytest.raises(
+        ValueError, match=rf"use_rep: obsm\['{rep}'\] was made otherwise .*\(weights='\w+', of training"
+    ):
+        hv.tl.predict(other, model)
+    with pytest.raises(ValueError, match=r"\(mean='0.5,0.5,0.5', of training '0.485,0.456,0.406'\)"):
+        hv.tl.predict(of_weights(weights, query, {"S4": png}, mean=(0.5, 0.5, 0.5)), model)
+    for fact in ("weights", "mean", "std", "precision"):
+        del other.uns["X_colours"]["embeddings"][rep][fact]
+    hv.tl.predict(other, model)
+
+    part = adata[adata.obs["section"] == "S1"].copy()
+    mixed = ad.concat([part, of_weights(weights + 1, query, {"S4": png})], uns_merge="unique", merge="same")
+    with pytest.raises(ValueError, match=rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)"):
+        hv.tl.train(mixed, use_rep=rep, library_key="section", config=small_config(), **QUICK)
+
+
+def test_files_embedded_one_by_one_keep_their_scale(prepared, png, tmp_path, caplog):
+    """Joined with uns_merge, or by the shell, whatever sections are called; else training says how to keep it."""
+    adata = prepared.copy()
+    del adata.uns["spatial"]
+    adata.obsm["spatial"] = adata.obsm["spatial"] / adata.obsm["spatial"].max() * 200 + 50
+    parts, files = [], [tmp_path / f"{name}.h5ad" for name in "abc"]
+    for i, file in enumerate(files):
+        part = adata[adata.obs["section"] == f"S{i + 1}"].copy()
+        options = {"image": png, "field_um": 16, "mpp": 0.5 + 0.1 * i, "show_progress_bar": False}
+        part.obs["section"] = f"S{i}/a"
+        parts.append(hv.pp.embed(part, GRID, library_key="section", copy=True, **options))
+        part.obs["section"] = "tissue"
+        hv.pp.embed(part, GRID, library_key=None if i == 2 else "section", **options)
+        part.write_h5ad(file)
+    ad.concat(parts, merge="same", uns_merge="unique").write_h5ad(tmp_path / "joined.h5ad")
+    joined = ad.read_h5ad(tmp_path / "joined.h5ad")
+    for together in (joined, read_files(files)):
+        sections = together.obs["section"].unique()
+        scales = [microns_per_pixel(together, section, "section") for section in sections]
+        assert len(sections) == 3 and scales == pytest.approx([0.5, 0.6, 0.7])
+
+    options = {"use_rep": "X_grid_16um", "library_key": "section", **QUICK}
+    model = hv.tl.train(joined, config=small_config(), **options)
+    assert model.registry["spacing_um"] > 0 and "microns per pixel" not in caplog.text
+    hv.tl.train_stage2(ad.concat(parts, merge="same"), model, **options)
+    assert model.registry["spacing_um"] is None
+    said = [line for line in caplog.messages if "microns per pixel of 3 of 3 sections" in line]
+    assert len(said) == 1 and "anndata.concat(..., uns_merge='unique') keeps" in said[0]
 
 
 def cosines(found, reference):

@@ -58,7 +58,12 @@ def test_spacing_is_that_of_the_grid(dense, sparse):
     steps = np.arange(20) * 7.0
     square = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
     assert spacing(square) == pytest.approx(7, rel=0.05)
-    assert np.isnan(spacing(np.zeros((50, 2))))
+    hexagonal = np.concatenate([square, square + 3.5]) * (1, np.sqrt(3))
+    for grid, true in ((square, 7), (hexagonal, 7 * np.sqrt(np.sqrt(3) / 2))):
+        from_corner = np.argsort(np.linalg.norm(grid - grid.mean(0), axis=1))
+        for n_spots in (9, 12, 16, 20, 30, 40):
+            assert spacing(grid[from_corner[:n_spots]]) == pytest.approx(true, rel=0.1)
+    assert np.isnan(spacing(np.zeros((50, 2)))) and np.isnan(spacing(np.zeros((1, 2))))
     of = {name: spacing(a[a.obs["section"] == "S1"].obsm["spatial"]) for name, a in (("d", dense), ("s", sparse))}
     assert of["s"] / of["d"] == pytest.approx(2, rel=0.1)
 

@@ -4,6 +4,7 @@ import warnings
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 from scipy.ndimage import gaussian_filter
@@ -105,6 +106,60 @@ def test_what_lazyslide_has_tiled(slide):
     assert adata.uns["spatial"]["tissue"]["scalefactors"]["spot_diameter_fullres"] == 64
     with pytest.raises(ValueError, match="spacing_um: the WSIData is tiled already"):
         hv.pp.tile(wsi, spacing_um=50)
+
+
+@pytest.fixture
+def wsi(slide):
+    """Tiled by LazySlide, with features as wide as those that the model was trained on."""
+    lazyslide, wsidata = pytest.importorskip("lazyslide"), pytest.importorskip("wsidata")
+    wsi = wsidata.open_wsi(slide, store=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazyslide.pp.find_tissues(wsi, method="entropy")
+        lazyslide.pp.tile_tissues(wsi, 40)
+        values = np.random.default_rng(0).normal(0, 1, (len(wsi["tiles"]), 16)).astype(np.float32)
+        wsidata.io.add_features(wsi, "histology_tiles", "tiles", values)
+    return wsi
+
+
+def test_lazyslide_runs_a_model(wsi, model):
+    """With the same result as by way of an AnnData, and back."""
+    import lazyslide
+    import wsidata
+
+    lazyslide.tl.feature_prediction(wsi, hv.io.LazySlideModel(model), "histology", batch_size=10, device="cpu")
+    table = wsi.tables["histovar_tiles"].to_df()
+    query = hv.pp.tile(wsi)
+    hv.tl.predict(query, model)
+    predicted = hv.get.prediction(query)
+    genes = model.registry["genes"]
+    assert sorted(table) == sorted([*genes, *(f"{gene}_std" for gene in genes)])
+    np.testing.assert_allclose(table[genes], predicted.to_df()[genes], atol=1e-5)
+    np.testing.assert_allclose(table[[f"{gene}_std" for gene in genes]], predicted[:, genes].layers["std"], atol=1e-5)
+
+    predicted.obs["region"] = pd.Categorical(["tiles"] * predicted.n_obs)
+    at = {"region": "tiles", "region_key": "region", "instance_key": "tile_id"}
+    wsidata.io.add_table(wsi, "back_tiles", predicted, **at)
+    back = wsi.fetch.features_anndata("back", "tiles", tile_graph=False)
+    np.testing.assert_allclose(back.X, table[genes], atol=1e-5)
+    assert not any(p.is_inference() for p in model.parameters())  # or they could not be trained on any more
+
+
+def test_lazyslide_model_refuses_what_it_cannot_predict(wsi, loaded):
+    model = hv.io.LazySlideModel(loaded)
+    features = wsi.tables["histology_tiles"].X
+    with pytest.raises(
+        ValueError, match=r"features: have shape \(\d+, 15\), expected \(n_tiles, 16\), which is X_hist"
+    ):
+        model.predict(features[:, :15], np.zeros((len(features), 2)))
+    with pytest.raises(ValueError, match="coords: the model needs where the tiles are"):
+        model.predict(features)
+    loaded.registry["spacing_um"] = 50.0
+    with pytest.raises(ValueError, match=r"mpp: .*give mpp=wsi.properties.mpp"):
+        hv.io.LazySlideModel(loaded)
+    loaded.registry["covariates"] = {"age": {"mean": 0.0, "std": 1.0}}
+    with pytest.raises(ValueError, match=r"model: it needs covariates \['age'\], which LazySlide does not pass on"):
+        hv.io.LazySlideModel(loaded, mpp=0.5)
 
 
 def test_shell_from_slide_to_embeddings(histovar, slide, data_dir, tmp_path):

@@ -357,6 +357,7 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("io.read_geojson", hv.io.read_geojson, {"data": objects.query, "path": objects.annotations(scratch)},
              shared(**library, path="nothing", key_added="prefix", section="?nothing", spatial_key="nothing",
                     copy="truth")),
+        Call("io.LazySlideModel", hv.io.LazySlideModel, {"model": model}, {"model": "nothing", "mpp": "?positive"}),
         Call("pl.report", hv.pl.report,
              {"data": objects.drawn, "path": scratch / "report.html", "genes": objects.gene},
              shared(**key, **library, **layer, path="nothing", model="?nothing", genes="?nothing", title="text",

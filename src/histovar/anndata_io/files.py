@@ -15,7 +15,7 @@ from anndata import AnnData
 
 from histovar._keys import Keys
 
-from . import zarr_store
+from . import spacing, zarr_store
 from .zarr_check import StoreError, open_store
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,8 @@ def combine_files(adatas: Sequence[AnnData], paths: Sequence[Path], library_key:
             adata.obs[library_key] = pd.Categorical([name] * adata.n_obs)
             logger.info("%r has no obs[%r]: its spots are section %r", str(path), library_key, name)
     sections = _make_sections_distinct(adatas, paths, names, library_key)
+    for adata, mapping in zip(adatas, sections, strict=True):
+        spacing.rename_sections(adata, mapping)
     images = _images_by_section(adatas, names, sections)
     if len(adatas) == 1:
         combined = adatas[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,18 @@ from .images import stored_fact
 
 logger = logging.getLogger(__name__)
 
-# Entry of uns[key] with the microns per pixel that pp.embed was given or has read, by section.
+# Entry of uns[key] with the microns per pixel that pp.embed was given or has read, by section, so that
+# anndata.concat(..., uns_merge="unique") joins those of files that were embedded one by one.
 SCALE = "scale"
-# The circle around a spot that holds so many others, at most a quarter of the section, tells how densely they lie, of
-# square and hexagonal grids and of cells alike; it is taken around so many spots.
-COUNTED, SAMPLED = 48, 2000
+# Name of a section in it where the object is one section that has no name.
+UNNAMED = "*"
+# pp.embed names embeddings by their field.
+FIELD_IN_NAME = re.compile(r"_\d+(\.\d+)?um$")
+# The circles around a spot that hold so many others, at most a quarter of the section, but not fewer, and half as many,
+# tell how densely they lie, of square and hexagonal grids and of cells alike; they are taken around so many spots.
+COUNTED, FEWEST_COUNTED, SAMPLED = 48, 4, 2000
 # So many of the smallest circles lie within the section; others reach beyond its outline.
-WITHIN = 0.125
+WITHIN = 0.25
 # Densities that differ by a smaller factor are one: spacings by 12 %.
 SAME_DENSITY = 1.25
 
@@ -43,24 +49,55 @@ def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | No
     """
     for entry in adata.uns.values():
         known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
-        if isinstance(known, Mapping) and {"section", "mpp"} <= known.keys():
-            by_name = dict(zip(map(str, known["section"]), map(float, known["mpp"]), strict=True))
-            if (section or "") in by_name:
-                return by_name[section or ""]
+        if isinstance(known, Mapping):
+            by_entry = _by_entry(known)
+            for name in (_entry(section), UNNAMED):
+                if name in by_entry:
+                    return by_entry[name]
     column = None if library_key is None else adata.obs[library_key]
     stored = stored_fact(adata.uns.get("spatial"), section, column, "scalefactors", "microns_per_pixel")
     return stored if isinstance(stored, float) and stored > 0 else None
 
 
-def scale_entry(mpp: Mapping[str | None, float]) -> dict[str, Any]:
+def scale_entry(mpp: Mapping[str | None, float]) -> dict[str, float]:
     """Microns per pixel by section, as :func:`microns_per_pixel` reads them back."""
-    return {"section": np.array([name or "" for name in mpp], dtype=str), "mpp": np.array(list(mpp.values()))}
+    return {_entry(name): float(value) for name, value in mpp.items()}
+
+
+def rename_sections(adata: AnnData, names: Mapping[str, str]) -> None:
+    """Rename the sections of which microns per pixel are recorded.
+
+    Parameters
+    ----------
+    adata
+        The object, of which ``uns`` is changed.
+    names
+        The new name of each section.
+    """
+    for key, entry in adata.uns.items():
+        known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
+        if isinstance(known, Mapping):
+            by_entry = _by_entry(known)
+            found = {new: by_entry.get(_entry(old), by_entry.get(UNNAMED)) for old, new in names.items()}
+            adata.uns[key] = {**entry, SCALE: scale_entry({n: mpp for n, mpp in found.items() if mpp is not None})}
+
+
+def _entry(section: str | None) -> str:
+    """Name of a section as a key of ``uns``, in which files take a slash for a path."""
+    return section.replace("/", "%2F") if section else UNNAMED
+
+
+def _by_entry(known: Mapping[str, Any]) -> dict[str, float]:
+    if np.ndim(known.get("section", 0)):  # as an earlier version wrote it
+        return {_entry(str(name)): float(mpp) for name, mpp in zip(known["section"], known["mpp"], strict=True)}
+    return {name: float(mpp) for name, mpp in known.items()}
 
 
 def spacing(place: NDArray[np.floating]) -> float:
     """Side of the square that there is for each spot of a section, in units of the coordinates.
 
-    That of a square grid is its spacing; that of a hexagonal one is 0.93 times the distance between neighbours.
+    That of a square grid is its spacing; that of a hexagonal one is 0.93 times the distance between neighbours. Of
+    grids of 9 spots or more it is right within 8 %; of scattered cells within 20 % from 50 on, within 10 % from 100 on.
 
     Parameters
     ----------
@@ -72,13 +109,16 @@ def spacing(place: NDArray[np.floating]) -> float:
     float
         NaN of a single spot, or of spots in one place.
     """
-    n_counted = min(COUNTED, max(len(place) // 4, 1), len(place) - 1)
+    n_counted = min(COUNTED, max(len(place) // 4, FEWEST_COUNTED), len(place) - 1)
     if not n_counted:
         return float("nan")
     some = place[:: max(1, len(place) // SAMPLED)]
-    distance = cKDTree(place).query(some, k=n_counted + 1)[0][:, -1]
-    radius = float(np.quantile(distance, WITHIN))
-    return radius * float(np.sqrt(np.pi / n_counted)) if radius else float("nan")
+    count = np.arange(max(n_counted // 2, 1), n_counted + 1)
+    radius = np.quantile(cKDTree(place).query(some, k=count + 1)[0], WITHIN, axis=0)
+    if not radius.all():
+        return float("nan")
+    # On a grid many neighbours lie equally far away: half of them, and the spot itself, count as within, on average.
+    return float(np.exp(np.log(radius * np.sqrt(np.pi / (count + 0.5))).mean()))
 
 
 def _by_section(
@@ -94,9 +134,15 @@ def _by_section(
 
 
 def of_training(
-    adata: AnnData, place: NDArray[np.floating], names: NDArray[np.str_] | None, library_key: str | None
+    adata: AnnData,
+    place: NDArray[np.floating],
+    names: NDArray[np.str_] | None,
+    library_key: str | None,
+    use_rep: Sequence[str],
 ) -> float | None:
     """Spacing of training spots in microns, median over sections; None if microns per pixel of one are not known.
+
+    The latter is warned of where the embeddings' fields are known in microns.
 
     Parameters
     ----------
@@ -108,9 +154,24 @@ def of_training(
         (n_obs,) sections, or None.
     library_key
         Column of ``obs`` with the section.
+    use_rep
+        Keys of ``obsm`` with the embeddings.
     """
-    spacings = [um for _, um in _by_section(adata, place, names, library_key).values()]
-    return None if np.isnan(spacings).any() else float(np.median(spacings))
+    found = {name: um for name, (_, um) in _by_section(adata, place, names, library_key).items()}
+    unknown = [name for name, um in found.items() if np.isnan(um)]
+    if not unknown:
+        return float(np.median(list(found.values())))
+    in_microns = next((rep for rep in use_rep if FIELD_IN_NAME.search(rep)), None)
+    if in_microns is not None:
+        logger.warning(
+            "microns per pixel of %s are not known, though obsm[%r] is of a field in microns: the model will not know "
+            "how far apart its spots lie, nor fit neighbourhoods to another grid. Where objects were joined, "
+            "anndata.concat(..., uns_merge='unique') keeps what pp.embed recorded; else set "
+            "uns['spatial'][section]['scalefactors']['microns_per_pixel']",
+            "the object" if unknown == [None] else f"{len(unknown)} of {len(found)} sections ({unknown[:4]})",
+            in_microns,
+        )
+    return None
 
 
 def density(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,20 @@ class Features(nn.Module):
             if self.encoder.pooling == "mean_std":
                 pooled.append(tokens.std(1, correction=0))
         return torch.cat(pooled, 1)
+
+    def digest(self) -> str:
+        """Digest of the weights: the same for the same network, from whatever file, or wrapped, it came.
+
+        Numbers count as they are in half precision, so that a checkpoint that was stored so is the same.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in self.module.state_dict().values():
+            if isinstance(tensor, Tensor):
+                values = tensor.detach().cpu().contiguous()
+                values = values.half() if values.is_floating_point() else values
+                digest.update(str(tuple(values.shape)).encode())
+                digest.update(values.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @contextmanager
     def on(self, device: str) -> Iterator[torch.device]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "histovar"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 CARD = "model.json"
 # Bytes. A panel of 40,000 genes and 10,000 sections take some 2 MB.
 LARGEST_CARD = 2**26
@@ -140,7 +140,7 @@ class CategoricalCovariate(_Fields):
 
 
 class EmbeddingCard(_Fields):
-    """What made an embedding that was trained on, as :func:`histovar.pp.embed` records it."""
+    """What made an embedding that was trained on, as :func:`histovar.pp.embed` records it; null if it did not yet."""
 
     encoder: Key
     layers: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")]
@@ -148,6 +148,10 @@ class EmbeddingCard(_Fields):
     input_px: Count
     field_um: Annotated[float, Field(gt=0)]
     mpp: Annotated[float, Field(gt=0)] | None
+    weights: Key | None = None
+    mean: Key | None = None
+    std: Key | None = None
+    precision: Key | None = None
 
 
 class CalibrationCard(_Fields):

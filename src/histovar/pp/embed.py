@@ -134,9 +134,10 @@ def embed(
     -------
     AnnData or None
         Writes for each field ``obsm[f"{key_added}_{field}um"]``, such as ``obsm["X_dinov2_vits14_112um"]``, (n_obs,
-        width) float32, and in ``uns[key_added]["embeddings"]`` what made it: encoder, layers, pooling, input pixels,
-        field and microns per pixel of the image. Models keep that, and :func:`histovar.tl.predict` refuses embeddings
-        that were made otherwise. ``uns[key_added]["scale"]`` has microns per unit of each section's coordinates.
+        width) float32, and in ``uns[key_added]["embeddings"]`` what made it: encoder, a digest of its weights, layers,
+        pooling, input pixels, normalisation, field, precision and microns per pixel of the image. Models keep that, and
+        :func:`histovar.tl.predict` refuses embeddings that were made otherwise (but in another precision, which makes
+        hardly a difference). ``uns[key_added]["scale"]`` has microns per unit of each section's coordinates.
         Patches that reach beyond the image are white there, which is warned of, as is an image with less than half as
         many pixels a field as the encoder takes.
 
@@ -184,11 +185,10 @@ def embed(
 
     if copy:
         adata = gate.copied(adata)
+    digest = features.digest()
     records = dict(slots.record(adata, keys).get(embeddings.RECORDS, {}))
     for field, rep in reps.items():
-        records[rep] = embeddings.describe(
-            encoder.name, encoder.layers, encoder.pooling, encoder.input_px, field, coarsest
-        )
+        records[rep] = embeddings.describe(encoder, digest, field, coarsest, precision)
     slots.write(
         adata,
         keys,

@@ -79,11 +79,11 @@ def tile(
     Returns
     -------
     AnnData
-        A row a tile and no genes: ``obs["section"]`` and ``obs["tissue"]`` (which piece, numbered from 0),
-        ``obsm["spatial"]``, centres in pixels of the finest resolution, ``uns["spatial"][section]`` with the image and
-        scale factors, among them ``microns_per_pixel``, and the file in ``metadata["source_image_path"]``, where
-        :func:`embed` finds it. Features of a WSIData, such as those of the table ``uni_tiles``, are in
-        ``obsm["X_uni"]``.
+        A row a tile and no genes: ``obs["section"]``, ``obs["tissue"]`` (which piece, numbered from 0) and
+        ``obs["tile_id"]`` (which of the slide's tiles), ``obsm["spatial"]``, centres in pixels of the finest
+        resolution, ``uns["spatial"][section]`` with the image and scale factors, among them ``microns_per_pixel``, and
+        the file in ``metadata["source_image_path"]``, where :func:`embed` finds it. Features of a WSIData, such as
+        those of the table ``uni_tiles``, are in ``obsm["X_uni"]``.
 
     Raises
     ------
@@ -189,6 +189,7 @@ def _table(wsi: Any, image: SlideImage, name: str, tile_key: str) -> AnnData:
         {
             "section": pd.Categorical([name] * len(tiles)),
             "tissue": tiles["tissue_id"].to_numpy(np.int64) if "tissue_id" in tiles else 0,
+            "tile_id": numbers,
         },
         index=pd.Index([f"{name}_{number}" for number in numbers]),
     )

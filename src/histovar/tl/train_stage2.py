@@ -119,7 +119,7 @@ def train_stage2(
     numbers = None if individuals is None else section_numbers(individuals, adata.n_obs)
     columns = gate.gene_columns(adata, model.registry["genes"])
     widths = check_embeddings(adata, reps)
-    spacing_um = spacing.of_training(adata, place, sections.names, library_key)
+    spacing_um = spacing.of_training(adata, place, sections.names, library_key, reps)
     encoders = learn_covariates(adata, covariates)
     wanted = (model.config if config is None else config).replace(
         embedding_dims=widths, n_covariates=covariate_width(encoders)

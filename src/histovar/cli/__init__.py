@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 import typer
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    """Let idle threads sleep, and send logs to standard error."""
+    """Let idle threads sleep, send logs to standard error, and keep notices to programmers from users."""
     # Before torch is imported: its threads would otherwise spin while they wait, and two programs on the same cores
     # take turns at spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,6 +83,8 @@ def _prepare() -> None:
     package = logging.getLogger("histovar")
     package.addHandler(handler)
     package.setLevel(logging.INFO)
+    # anndata says it once for every array that is written to a store.
+    warnings.filterwarnings("ignore", message="zarr v3 autosharding")
 
 
 def _refuse(message: str) -> NoReturn:

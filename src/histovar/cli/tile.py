@@ -27,7 +27,7 @@ def tile(
             "--spacing-um",
             "--spacing_um",
             callback=positive,
-            help="Microns from tile to tile. Predictions are best at about the spacing of the training's spots.",
+            help="Microns from tile to tile. The map is finer with less, and takes longer.",
         ),
     ] = 100.0,
     mpp: Annotated[

@@ -1,0 +1,250 @@
+"""From a slide to a map: tiles of a slide against measured spots, and what each step takes.
+
+    python benchmarks/journey.py --out DIR   # her2st: C2, C4 and C5 train, the slide of C3 is predicted
+    python benchmarks/journey.py --smoke     # to see that it runs: simulated sections, a small image, a toy encoder
+
+``HISTOVAR_DATA`` names the directory with the data. Of C3 there are 180 measured spots, 200 um apart; 93 um give a
+thousand tiles. ``--out`` keeps the model and the embedded spots for the next run, whose times and memory then are those
+of a process that has not trained.
+
+Predictions of tiles are brought to the spots by linear interpolation between the three tiles around each (Delaunay);
+a spot outside of all such triangles takes the nearest tile's. They and predictions from the H&E around the spots
+themselves are scored against the measured spots by the package's metrics.
+
+Steps are the calls behind ``histovar tile | embed | predict | report | export``, when libraries and model are loaded.
+Seconds are those of the clock and of the processor, which differ where other work runs beside. Memory is the peak of
+the process during the step; what is in use in any case, libraries and model, is in the first line. It is measured on
+Linux alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import tifffile
+import torch
+from compare import NAMED
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
+from torch import nn
+
+import histovar as hv
+
+HELD_OUT, MPP = "C3", 0.73
+# The spots' own spacing, and that of a thousand tiles.
+SPACINGS_UM = (200.0, 93.0)
+TARGET = 0.02
+FIELDS_UM = (112, 224)
+
+
+@dataclass
+class Case:
+    """Sections with measured spots and H&E, one of them held out, of which there is a slide."""
+
+    adata: ad.AnnData
+    images: dict[str, Path]
+    held_out: str
+    slide: Path
+    mpp: float
+    encoder: hv.encoders.Encoder
+    weights: Path | None
+    spacings_um: tuple[float, ...]
+    panel: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def reps(self) -> list[str]:
+        """Slots of the embeddings."""
+        return [f"X_{self.encoder.name}_{um}um" for um in FIELDS_UM]
+
+    def embed(self, adata: ad.AnnData, **options: Any) -> None:
+        """Embed the H&E around spots or tiles."""
+        hv.pp.embed(
+            adata,
+            self.encoder,
+            field_um=FIELDS_UM,
+            weights=self.weights,
+            device="cpu",
+            show_progress_bar=False,
+            **options,
+        )
+
+
+def her2st(data: Path) -> Case:
+    """Patient C of her2st, by DINOv2."""
+    named = NAMED["her2st"]
+    adata = ad.read_h5ad(data / named.file)
+    images = {s: next((data / "her2st/raw/data/ST-imgs/C" / s).glob("*.jpg")) for s in adata.obs["section"].unique()}
+    weights = data / "encoders" / "dinov2_vits14.safetensors"
+    panel = {"n_genes": 200, "min_fraction": named.min_fraction}
+    slide = data / "slides" / "her2st_C3.tif"
+    return Case(adata, images, HELD_OUT, slide, MPP, hv.encoders.get("dinov2_vits14"), weights, SPACINGS_UM, panel, {})
+
+
+class Colours(nn.Module):
+    """A toy encoder: mean and standard deviation of each colour in quarters of the patch."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, height, width) to features (n, 24)."""
+        parts = images.unflatten(3, (2, -1)).unflatten(2, (2, -1))
+        return torch.cat([parts.mean((3, 5)).flatten(1), parts.std((3, 5)).flatten(1)], 1)
+
+
+def simulated(folder: Path) -> Case:
+    """Three small sections, a pixel of whose images is a micron."""
+    adata = hv.datasets.simulate(3, 60, 30)
+    images = {}
+    for section, entry in adata.uns["spatial"].items():
+        pixels = Image.fromarray(entry["images"]["hires"])
+        side = round(pixels.width / entry["scalefactors"]["tissue_hires_scalef"])
+        images[section] = folder / f"{section}.tif"
+        tifffile.imwrite(
+            images[section], np.asarray(pixels.resize((side, side))), tile=(256, 256), photometric="rgb",
+            resolution=(1e4, 1e4), resolutionunit="CENTIMETER",
+        )  # fmt: skip
+    encoder = hv.encoders.Encoder(name="colours", module=Colours())
+    panel, training = {"n_genes": 30, "min_fraction": 0.0}, {"max_epochs": 1}
+    return Case(adata, images, "S3", images["S3"], 1.0, encoder, None, (100.0,), panel, training)
+
+
+def prepare(case: Case, folder: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
+    """The model of the other sections, and the held-out spots, predicted and scored; both are kept in the folder."""
+    spots_file, model_folder = folder / "spots.h5ad", folder / "model"
+    if not spots_file.is_file():
+        adata = case.adata
+        case.embed(adata, image=case.images, mpp=case.mpp, library_key="section")
+        held_out = (adata.obs["section"] == case.held_out).to_numpy()
+        training, spots = adata[~held_out].copy(), adata[held_out].copy()
+        hv.pp.gene_panel(training, library_key="section", **case.panel)
+        model = hv.tl.train(
+            training, use_rep=case.reps, library_key="section", enable_progress_bar=False, **case.training
+        )
+        hv.tl.predict(spots, model, show_progress_bar=False)
+        hv.tl.evaluate(spots)
+        model.save(model_folder)
+        spots.write_h5ad(spots_file)
+    return hv.TwoStageVARST.load(model_folder), ad.read_h5ad(spots_file)
+
+
+def peak_gb() -> float:
+    """Peak memory of the process since :func:`forget_peak`; NaN where Linux does not tell."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    return float("nan")
+
+
+def forget_peak() -> None:
+    """Count peak memory from what is in use now."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Steps:
+    """Seconds and peak memory of one step after another."""
+
+    def __init__(self) -> None:
+        forget_peak()
+        self.rows: list[dict[str, Any]] = [{"step": "before", "GB": peak_gb()}]
+
+    def run(self, step: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function, and note what it took."""
+        forget_peak()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function(*arguments, **options)
+        took = {"seconds": time.perf_counter() - wall, "processor, s": time.process_time() - cpu, "GB": peak_gb()}
+        self.rows.append({"step": step, **took})
+        print(self.rows[-1], flush=True)
+        return result
+
+    def table(self) -> pd.DataFrame:
+        """A row a step."""
+        return pd.DataFrame(self.rows)[["step", "seconds", "processor, s", "GB"]].set_index("step")
+
+
+def journey(case: Case, model: hv.TwoStageVARST, spacing_um: float, folder: Path) -> tuple[ad.AnnData, pd.DataFrame]:
+    """From the slide to the map and to other programs: the predicted tiles, and what each step took."""
+    steps = Steps()
+    tiles = steps.run("tile", hv.pp.tile, case.slide, spacing_um=spacing_um, mpp=case.mpp, section=case.held_out)
+    steps.run("embed", case.embed, tiles)
+    steps.run("predict", hv.tl.predict, tiles, model, quantiles=(0.05, 0.95), show_progress_bar=False)
+    written = {"report": folder / "report.html", "GeoJSON": folder / "tiles.geojson"}
+    steps.run("report", hv.pl.report, tiles, written["report"], model)
+    steps.run("export to GeoJSON", hv.io.write_geojson, tiles, written["GeoJSON"], shape="square")
+    store = folder / "tiles.zarr"
+    steps.run("export to SpatialData", lambda: hv.get.spatialdata(tiles).write(store, overwrite=True))
+    sizes = {what: path.stat().st_size for what, path in written.items()}
+    sizes["SpatialData"] = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    print(f"{tiles.n_obs} tiles, {', '.join(f'{what} {size / 1e6:.1f} MB' for what, size in sizes.items())}")
+    return tiles, steps.table()
+
+
+def at_spots(tiles: ad.AnnData, spots: ad.AnnData) -> tuple[NDArray[np.floating], int]:
+    """Predictions of tiles at the spots, and how many spots lie outside of the triangles between tiles."""
+    values, place = hv.get.prediction(tiles).X, spots.obsm["spatial"]
+    linear = LinearNDInterpolator(tiles.obsm["spatial"], values)(place)
+    outside = np.isnan(linear).any(1)
+    linear[outside] = NearestNDInterpolator(tiles.obsm["spatial"], values)(place[outside])
+    return linear, int(outside.sum())
+
+
+def agreement(tiles_by_spacing: dict[float, ad.AnnData], spots: ad.AnnData) -> pd.DataFrame:
+    """Scores at the measured spots of what was predicted at them, and at tiles of each spacing."""
+    predicted = hv.get.prediction(spots)
+    genes = predicted.var_names.tolist()
+    measured = spots[:, genes].layers["lognorm"].toarray()
+    maps: dict[str, tuple[NDArray[np.floating], int | str]] = {"the spots themselves": (np.asarray(predicted.X), "")}
+    maps |= {f"{t.n_obs} tiles, {um:g} um apart": at_spots(t, spots) for um, t in tiles_by_spacing.items()}
+    rows = []
+    for name, (values, outside) in maps.items():
+        scores = hv.metrics.summary(hv.metrics.per_gene(values, measured, genes))
+        main = "PCC-200" if "PCC-200" in scores else "PCC-all"
+        alike = float(np.nanmean(hv.metrics.pearson(values, predicted.X)))
+        kept = {main: scores[main], "PCC-50": scores.get("PCC-50", np.nan), "MSE": scores["MSE"]}
+        rows.append({"predicted at": name, **kept, "r with the spots' prediction": alike, "spots outside": outside})
+    table = pd.DataFrame(rows).set_index("predicted at")
+    table.insert(1, "difference", table.iloc[:, 0] - table.iloc[0, 0])
+    return table
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="keep what is made here, and use what is here")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    data = Path(os.environ.get("HISTOVAR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+    if not arguments.smoke and not (data / NAMED["her2st"].file).is_file():
+        print(f"no data in {data}; set HISTOVAR_DATA")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if arguments.out is None else arguments.out
+        folder.mkdir(parents=True, exist_ok=True)
+        case = simulated(folder) if arguments.smoke else her2st(data)
+        model, spots = prepare(case, folder)
+        tiles = {}
+        for spacing_um in case.spacings_um:
+            tiles[spacing_um], took = journey(case, model, spacing_um, folder)
+    print(f"\n{took.round(2).to_string(na_rep='')}\n")
+    table = agreement(tiles, spots)
+    print(f"{table.round(3).to_string(na_rep='')}\n")
+    if not arguments.smoke:
+        for name, difference in table["difference"].iloc[1:].items():
+            verdict = "met" if abs(difference) <= TARGET else "missed"
+            print(f"{name}: {difference:+.3f}, within {TARGET} of the spots: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

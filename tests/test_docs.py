@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 VERBS = [getattr(module, name) for module in (hv.pp, hv.tl, hv.pl, hv.get) for name in module.__all__]
-# What a parameter is, in the same words wherever there is one of its name; what a verb does with it may follow. Docstrings
-# hold these words themselves, for editors, help() and Sphinx to show the same.
+# What a parameter is, in the same words wherever there is one of its name; what a verb does with it may follow.
+# Docstrings hold these words themselves, for editors, help() and Sphinx to show the same.
 SHARED = {
     "ax": ("Axes to draw on", "Two axes to draw on"),
     "batch_size": ("Spots at once.", "Patches at once."),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import histovar as hv
-import histovar._torchvision  # before tests that import lightning, which imports torchvision
+from histovar import _torchvision  # noqa: F401  # before tests that import lightning, which imports torchvision
 from histovar.cli import main
 
 matplotlib.use("agg")

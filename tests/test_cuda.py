@@ -40,7 +40,7 @@ def test_tokens_are_the_same(open_gate, query):
 
 def test_expected_values_are_the_same(open_gate, query):
     made = [hv.tl.predict(query, open_gate, device=device, copy=True) for device in ("cpu", "cuda")]
-    assert apart(*made, open_gate).max() < SAME
+    assert apart(made[0], made[1], open_gate).max() < SAME
 
 
 def test_draws_repeat(open_gate, query):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 import histovar as hv
 from histovar.training import TrainingOptions
@@ -167,6 +168,14 @@ def test_missing_checkpoint_is_refused_before_any_work(training):
 
 def test_auto_accelerator_never_picks_mps():
     assert TrainingOptions().resolved_accelerator() in ("cpu", "cuda")
+
+
+def test_a_strategy_may_be_an_object():
+    """Lightning's serves one trainer alone, and a training has several."""
+    options = TrainingOptions(accelerator="cpu", strategy=DDPStrategy(process_group_backend="gloo"))
+    first, second = options.trainer(), options.trainer()
+    assert first.strategy is not second.strategy
+    assert options.world_size == first.world_size == second.world_size == 1
 
 
 @pytest.mark.usefixtures("brief")

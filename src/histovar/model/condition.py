@@ -80,7 +80,8 @@ class Moments(NamedTuple):
 
     def to(self, device: torch.device) -> Moments:
         """The same on a device."""
-        return Moments(self.n, *(tuple(t.to(device) for t in values) for values in self[1:]))
+        means, variances = (tuple(t.to(device) for t in values) for values in (self.means, self.variances))
+        return Moments(self.n, means, variances)
 
     @classmethod
     def combined(cls, parts: Sequence[Moments]) -> Moments:

@@ -40,7 +40,7 @@ def _not_autocast(
     """
 
     @wraps(method)
-    def run(self: TokenHead, hidden: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(self: TokenHead, hidden: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self.tied:
             return method(self, hidden, *args, **kwargs)
         with full_precision(hidden.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -233,7 +234,7 @@ class TrainingOptions:
             accelerator=self.resolved_accelerator(),
             devices=self.devices,  # type: ignore[arg-type]
             num_nodes=self.num_nodes,
-            strategy=self.strategy,
+            strategy=deepcopy(self.strategy),  # an object of Lightning's serves one trainer alone
             precision=self.precision,
             plugins=None if self.is_distributed else [LightningEnvironment()],
             **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **more},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from histovar._keys import Keys
 
 from . import gate, slots
 from .images import section_image, spot_diameter
-from .prediction import predicted_sections
+
+logger = logging.getLogger(__name__)
 
 
 class Slide(NamedTuple):
@@ -40,7 +42,12 @@ class Slide(NamedTuple):
 
 
 def read_slides(
-    adata: AnnData, keys: Keys, library_key: str | None, *, section: str | None = None, whole_images: bool = False
+    adata: AnnData,
+    keys: Keys,
+    names: NDArray[np.str_] | None,
+    library_key: str | None,
+    *,
+    whole_images: bool = False,
 ) -> list[Slide]:
     """Read the sections of a prediction, in the order of their names.
 
@@ -50,36 +57,70 @@ def read_slides(
         The object.
     keys
         Slot names.
+    names
+        (n_obs,) section of each spot, as :func:`predicted_sections` gives it; None where sections have no names.
     library_key
         Column of ``obs`` with the section; that of the prediction by default.
-    section
-        The only one to read.
     whole_images
         Keep all pixels of images that are much finer than a screen.
 
     Raises
     ------
     KeyError
-        If there is no prediction, no such column, or there are no coordinates.
+        If there is no prediction, or there are no coordinates.
     ValueError
-        If coordinates are not finite, or there is no such section.
+        If coordinates are not finite.
     """
+    labels: list[str | None] = [None] if names is None else np.unique(names).tolist()
+    return [_read(adata, keys, names, library_key, label, whole_images) for label in labels]
+
+
+def read_slide(
+    adata: AnnData, keys: Keys, names: NDArray[np.str_] | None, library_key: str | None, section: str | int | None
+) -> Slide:
+    """Read one section of a prediction.
+
+    Parameters
+    ----------
+    adata, keys, names, library_key
+        As of :func:`read_slides`.
+    section
+        Its name, compared as text; None for the only one. Where sections have no names, all spots are of this one.
+
+    Raises
+    ------
+    KeyError
+        As :func:`read_slides`.
+    ValueError
+        As :func:`read_slides`; and if there are several sections and none is named, or no such section.
+    """
+    label = None if section is None else str(section)
+    if names is not None:
+        there = np.unique(names).tolist()
+        if label is None and len(there) > 1:
+            raise ValueError(f"section: the object has sections {there}; name one of them")
+        label = there[0] if label is None else label
+        if label not in there:
+            raise ValueError(f"section: no section {label!r}; the object has {there}")
+    elif label is not None:
+        logger.warning("section: without library_key all spots are taken to be of section %r", label)
+    return _read(adata, keys, names, library_key, label, False)
+
+
+def _read(
+    adata: AnnData,
+    keys: Keys,
+    names: NDArray[np.str_] | None,
+    library_key: str | None,
+    label: str | None,
+    whole_images: bool,
+) -> Slide:
     params = slots.record(adata, keys)["params"]
     library_key = str(params["library_key"]) or None if library_key is None else library_key
-    names = predicted_sections(adata, keys, library_key)
-    places = gate.coordinates(adata, str(params["spatial_key"]))
+    rows = np.arange(adata.n_obs) if names is None else np.flatnonzero(names == label)
+    coordinates = gate.coordinates(adata, str(params["spatial_key"]))[rows]
     column = None if library_key is None else adata.obs[library_key]
-    labels: list[str | None] = [None] if names is None else np.unique(names).tolist()
-    if section is not None and section not in labels:
-        if labels != [None]:
-            raise ValueError(f"section: no section {section!r}; the object has {labels}")
-        labels = [section]  # all spots are of one section, whose image is asked for
-    slides = []
-    for label in labels if section is None else [section]:
-        rows = np.arange(adata.n_obs) if names is None else np.flatnonzero(names == label)
-        coordinates = places[rows]
-        image = section_image(adata.uns.get("spatial", {}), label, column, coordinates, whole=whole_images)
-        factors = {} if image is None else image["scalefactors"]
-        diameter = factors.get("spot_diameter_fullres", spot_diameter(coordinates))
-        slides.append(Slide(label, rows, coordinates, diameter, image))
-    return slides
+    image = section_image(adata.uns.get("spatial", {}), label, column, coordinates, whole=whole_images)
+    factors = {} if image is None else image["scalefactors"]
+    diameter = factors.get("spot_diameter_fullres", spot_diameter(coordinates))
+    return Slide(label, rows, coordinates, diameter, image)

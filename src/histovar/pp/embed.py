@@ -251,10 +251,10 @@ def _check_field(slide: SectionSlide, field: float, input_px: int) -> None:
     n_beyond = int(Patches(image, slide.centers, side, input_px).beyond_edge.sum())
     if n_beyond:
         logger.warning(
-            "image: of %d of %d spots of %s the field of %g um reaches beyond the image; it is white there",
+            "image: of %d of %d spots%s the field of %g um reaches beyond the image; it is white there",
             n_beyond,
             len(slide.rows),
-            slide.words,
+            "" if slide.name is None else f" of {slide.words}",
             field,
         )
 

@@ -16,8 +16,8 @@ from histovar._version import __version__
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_interval
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.predicted_slides import Slide, read_slides
 from histovar.anndata_io.prediction import predicted_sections
-from histovar.anndata_io.slides import Slide, read_slides
 
 from .prediction import prediction
 

@@ -20,8 +20,8 @@ from histovar._version import __version__
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_interval
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.predicted_slides import read_slide
 from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, predicted_sections, read_prediction
-from histovar.anndata_io.slides import read_slide
 
 Shape = Literal["circle", "square"]
 

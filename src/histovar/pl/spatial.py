@@ -19,8 +19,8 @@ from histovar._squidpy import sq
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_measured_if_there
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.predicted_slides import Slide, read_slide
 from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, predicted_sections, read_prediction
-from histovar.anndata_io.slides import Slide, read_slide
 from histovar.metrics import pearson
 
 from ._figure import AxesList, Colormap, FigureFile, axes_grid, figure_of, finish

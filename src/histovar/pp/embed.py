@@ -28,7 +28,7 @@ from histovar._keys import Keys, Prefix
 from histovar._progress import progress
 from histovar.anndata_io import embeddings, gate, slots, spacing
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.section_slides import SectionSlide, SectionSlides
+from histovar.anndata_io.images_to_embed import SectionSlide, SectionSlides
 from histovar.encoders import Encoder, registry
 from histovar.encoders.features import Features
 from histovar.prediction.device import Device

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from histovar._arguments import Converted, Count, Key, PathLike, Positive, Share, check_arguments, checked, refuse_type
 from histovar._extras import import_extra
-from histovar.anndata_io.section_slides import HOW_TO_GIVE_MPP
+from histovar.anndata_io.images_to_embed import HOW_TO_GIVE_MPP
 from histovar.slides.files import PICTURES, SlideImage
 
 logger = logging.getLogger(__name__)

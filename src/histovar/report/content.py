@@ -21,6 +21,7 @@ from histovar.anndata_io.comparison import (
     read_measured_if_there,
 )
 from histovar.anndata_io.images import crop_to
+from histovar.anndata_io.predicted_slides import Slide, read_slides
 from histovar.anndata_io.prediction import (
     genes_of_panel,
     predicted_genes,
@@ -28,7 +29,6 @@ from histovar.anndata_io.prediction import (
     read_composed,
     read_prediction,
 )
-from histovar.anndata_io.slides import Slide, read_slides
 from histovar.model import TwoStageVARST
 from histovar.model.summary import summarize
 

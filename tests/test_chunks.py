@@ -46,6 +46,20 @@ def test_chunks_are_predicted_as_the_whole(whole, loaded):
     assert ours.var_names.equals(theirs.var_names)
 
 
+def test_sections_unlike_training_are_warned_of_when_chunks_are_computed(whole, loaded, caplog):
+    def said(compute, data):
+        caplog.clear()
+        compute(data)
+        return sorted(line for line in caplog.messages if "unlike that of the training" in line)
+
+    whole.obsm[KEY][(whole.obs["section"] == "S2").to_numpy()] += 20
+    at_once = said(lambda data: hv.tl.predict(data, loaded), whole)
+    assert len(at_once) == 1 and "'S2'" in at_once[0] and "'S1'" not in at_once[0]
+    lazy = in_chunks(whole)
+    assert not said(lambda data: hv.tl.predict(data, loaded), lazy)
+    assert said(lambda data: data.obsm["histovar"].compute(), lazy) == at_once
+
+
 def test_predicted_chunks_do_not_make_the_counts_lazy(simulated, loaded):
     lazy = in_chunks(simulated)
     hv.tl.predict(lazy, loaded)

@@ -1,8 +1,11 @@
 """Models on the Hugging Face Hub, without a network: from a cache that was filled before."""
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import histovar as hv
 from histovar.model.checkpoint import verify
@@ -58,3 +61,64 @@ def test_card_for_people_says_what_the_model_is(model, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     model.save(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_what_people_write_around_the_card_stays(loaded, tmp_path):
+    """Above, below and in the metadata, while what the model says is written anew."""
+    file = tmp_path / "README.md"
+    loaded.save(tmp_path)
+    assert "license" not in metadata(file.read_text()) and "Tissue" not in file.read_text()
+    card = file.read_text().replace("# Gene expression from H&E histology", "# Our model\n\nBy us.")
+    card = card.replace("tags:\n", "datasets: [lab/breast]\ntags:\n- ours\n").replace("180 spots", "7 spots")
+    file.write_text(card + "\nThanks to everybody.\n")
+    loaded.describe(tissue="breast cancer", species="human", licence="cc-by-4.0")
+    loaded.save(tmp_path)
+    card = file.read_text()
+    assert (
+        "# Our model\n\nBy us." in card and card.endswith("\nThanks to everybody.\n") and "H&E histology\n" not in card
+    )
+    assert "180 spots" in card and " 7 spots" not in card and "| Tissue | breast cancer |" in card
+    there = metadata(card)
+    assert there["license"] == "cc-by-4.0" and there["datasets"] == ["lab/breast"]
+    assert {"ours", "histology", "breast-cancer", "human"} <= set(there["tags"])
+    model = hv.TwoStageVARST.load(tmp_path)
+    assert model.registry["description"] == {"tissue": "breast cancer", "species": "human", "licence": "cc-by-4.0"}
+    model.describe(licence="For use within the lab")
+    model.save(tmp_path)
+    assert metadata(file.read_text())["license"] == "other"
+    assert metadata(file.read_text())["license_name"] == "For use within the lab"
+    model.save(tmp_path)
+    again = file.read_text()
+    model.save(tmp_path)
+    assert file.read_text() == again
+
+
+def test_push_keeps_what_people_wrote_on_the_hub(loaded, cache, monkeypatch):
+    import huggingface_hub
+
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, *_, **__):
+            pass
+
+        def upload_folder(self, *, folder_path, **_):
+            uploaded.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+            return SimpleNamespace(oid=REVISION)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    folder = cache / "models--lab--breast"
+    loaded.save(folder / "snapshots" / REVISION)
+    with (folder / "snapshots" / REVISION / "README.md").open("a") as file:
+        file.write("\nThanks to everybody.\n")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(REVISION)
+    loaded.describe(tissue="breast")
+    assert loaded.push("lab/breast") == REVISION
+    card = uploaded["README.md"].decode()
+    assert "| Tissue | breast |" in card and card.endswith("\nThanks to everybody.\n")
+    assert {"model.json", "stage1.safetensors", "stage2.safetensors"} <= set(uploaded)

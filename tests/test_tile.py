@@ -1,6 +1,7 @@
 """From a slide file to tiles, and on to embeddings, in Python and from the shell."""
 
 import warnings
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -69,6 +70,9 @@ def test_resolution_that_the_file_does_not_say(slide, tmp_path):
 def test_wrong_arguments(slide, options, message):
     with pytest.raises(ValueError, match=message):
         hv.pp.tile(slide, **options)
+    descriptors = Path("/proc/self/fd")
+    if descriptors.is_dir():
+        assert slide not in [file.readlink() for file in descriptors.iterdir() if file.is_symlink()]
 
 
 def test_files_that_cannot_be_tiled(tmp_path):
@@ -99,10 +103,15 @@ def test_what_lazyslide_has_tiled(slide):
         n_tiles = len(wsi["tiles"])
         values = np.arange(2.0 * n_tiles, dtype=np.float32).reshape(n_tiles, 2)
         wsidata.io.add_features(wsi, "uni_tiles", "tiles", values)
+        lazyslide.pp.tile_tissues(wsi, 64, stride_px=32, key_added="big_tiles")
+        other = np.zeros((len(wsi["big_tiles"]), 2), np.float32)
+        wsidata.io.add_features(wsi, "uni_big_tiles", "big_tiles", other)
     adata = hv.pp.tile(wsi)
     corners = wsi["tiles"].bounds[["minx", "miny"]].to_numpy()
     np.testing.assert_allclose(adata.obsm["spatial"], corners + 32)
     np.testing.assert_allclose(adata.obsm["X_uni"], values)
+    assert set(adata.obsm) == {"spatial", "X_uni"}
+    np.testing.assert_allclose(hv.pp.tile(wsi, tile_key="big_tiles").obsm["X_uni"], other)
     assert adata.uns["spatial"]["tissue"]["scalefactors"]["spot_diameter_fullres"] == 64
     with pytest.raises(ValueError, match="spacing_um: the WSIData is tiled already"):
         hv.pp.tile(wsi, spacing_um=50)

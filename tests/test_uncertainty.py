@@ -1,5 +1,7 @@
 """Predicted distributions: both kinds of uncertainty, calibration, and the scores that judge them."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,16 @@ def test_variance_and_correlation_errors():
     assert hv.metrics.gene_correlation_error(shuffled, measured) > 0.2
     draws = np.stack([measured, measured], 2)
     assert hv.metrics.gene_correlation_error(draws, measured) == pytest.approx(0, abs=1e-9)
+
+
+def test_calibration_that_fails_leaves_the_object_as_it_was(prepared, loaded):
+    fresh, before = prepared.copy(), deepcopy(loaded.registry)
+    del fresh.layers["lognorm"], fresh.uns["histovar"]["lognorm"]
+    with pytest.raises(ValueError, match="device"):
+        hv.tl.calibrate(fresh, loaded, device="cuda:99")
+    assert "lognorm" not in fresh.layers and loaded.registry == before
+    hv.tl.calibrate(fresh, loaded, device="cpu")
+    assert "lognorm" in fresh.layers
 
 
 def test_intervals_say_that_they_are_calibrated(query, model):

@@ -382,6 +382,8 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("TwoStageVARST.load", hv.TwoStageVARST.load, {"path": scratch / "first"}, {"path": "nothing"}),
         Call("TwoStageVARST.load_stage", model.load_stage, {"path": scratch / "first", "stage": 1},
              {"path": "nothing", "stage": "stage"}),
+        Call("TwoStageVARST.describe", deepcopy(model).describe, {},
+             {"tissue": "?text", "species": "?text", "licence": "?text"}),
         Call("TwoStageVARST.save", model.save, {"path": scratch / "saved"}, {"path": "directory"}),
         Call("TwoStageVARST.push", model.push, {"repository": "no owner, no name"},
              {"repository": "nothing", "private": "nothing"}),

@@ -206,6 +206,29 @@ def counts_of_values(
     return None if counts is None else _normalized_to(counts, values, target_sum or TARGET_SUM)
 
 
+def required_counts(
+    adata: AnnData,
+    columns: NDArray[np.integer],
+    values: NDArray[np.float32],
+    target_sum: float,
+    rows: NDArray[np.integer] | None = None,
+) -> Counts:
+    """As :func:`counts_of_values`, for a model that learnt from counts.
+
+    Raises
+    ------
+    ValueError
+        If X does not hold them.
+    """
+    counts = counts_of_values(adata, columns, values, target_sum, rows)
+    if counts is None:
+        raise ValueError(
+            "adata: X must hold the counts of which the log-normalised values are, as in training: the model learnt "
+            "from them"
+        )
+    return counts
+
+
 def _normalized_to(counts: Counts, values: NDArray[np.float32], target_sum: float) -> Counts | None:
     """Counts with the totals by which log-normalised values were made of them; None if they were not."""
     normalized = np.expm1(values.astype(np.float64)).sum(1)

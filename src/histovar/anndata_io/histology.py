@@ -262,3 +262,23 @@ def niche_parameters(
         "spatial_key": spatial_key,
         "library_key": library_key or "",
     }
+
+
+def warn_of_novelty(novelty: NDArray[np.floating], labels: NDArray[np.str_]) -> None:
+    """Log a warning of sections that are unlike those of training.
+
+    Parameters
+    ----------
+    novelty
+        (n_spots,) that of each spot's section.
+    labels
+        (n_spots,) the section's name.
+    """
+    found = {str(label): float(novelty[labels == label].max()) for label in np.unique(labels)}
+    unlike = {label: round(value, 2) for label, value in found.items() if value > 0}
+    if unlike:
+        logger.warning(
+            "histology unlike that of the training sections (novelty, 0 to 1): %s; predictions may be further off, and "
+            "intervals are wider",
+            unlike,
+        )

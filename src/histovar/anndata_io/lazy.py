@@ -187,6 +187,7 @@ class ChunkedHistology:
         self.embeddings = [values.rechunk({0: arrays[0].chunks[0]}) for values in arrays]
         names = gate.sections(adata, library_key, spatial_key)
         self.sections = section_numbers(names, adata.n_obs)
+        self.labels = np.full(adata.n_obs, "all spots") if names is None else names
         self.covariates = histology.covariates(adata, encoders)
         self.coordinates = np.empty((adata.n_obs, 0), np.float32)
         self.outline = np.empty((adata.n_obs, 0), np.float32)
@@ -238,9 +239,18 @@ class ChunkedHistology:
             for section in np.unique(own).tolist():
                 parts.setdefault(section, []).append(of_chunk[section])
         moments = {section: delayed(Moments.combined)(some) for section, some in parts.items()}
+        firsts = np.unique(self.sections, return_index=True)[1]
+        starts = [firsts[(chunk.start <= firsts) & (firsts < chunk.stop)] for chunk in self.chunks]
         return [
-            delayed(_aligned)(model, chunk, own, {s: moments[s] for s in np.unique(own).tolist()})
-            for chunk, own in zip(self.histology("spots"), numbers, strict=True)
+            delayed(_aligned)(
+                model,
+                histology,
+                own,
+                {s: moments[s] for s in np.unique(own).tolist()},
+                first - chunk.start,
+                self.labels[first],
+            )
+            for histology, own, first, chunk in zip(self.histology("spots"), numbers, starts, self.chunks, strict=True)
         ]
 
 
@@ -267,10 +277,17 @@ def _moments(histology: Histology, sections: NDArray[np.integer]) -> dict[int, M
 
 
 def _aligned(
-    model: TwoStageVARST, histology: Histology, sections: NDArray[np.integer], moments: dict[int, Moments]
+    model: TwoStageVARST,
+    inputs: Histology,
+    sections: NDArray[np.integer],
+    moments: dict[int, Moments],
+    first: NDArray[np.integer],
+    labels: NDArray[np.str_],
 ) -> Histology:
+    """Align a chunk; of sections that begin in it, at its spots `first`, warn if they are unlike those of training."""
     where = model.device
     there = {section: own.to(where) for section, own in moments.items()}
     numbers = torch.from_numpy(sections).to(where)
-    aligned = model.var_stage.condition.align(histology.map(lambda t: t.to(where)), numbers, there)
-    return aligned.map(Tensor.cpu)
+    aligned = model.var_stage.condition.align(inputs.map(lambda t: t.to(where)), numbers, there).map(Tensor.cpu)
+    histology.warn_of_novelty(aligned.novelty[first].numpy(), labels)
+    return aligned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,37 +27,22 @@ def info(
     from histovar.model.card import read_card
     from histovar.model.checkpoint import verify
     from histovar.model.hub import local_directory
+    from histovar.model.summary import summarize
 
     model = local_directory(model)
-    sha256, loaded = verify(model), TwoStageVARST.load(model)
+    sha256, loaded, card = verify(model), TwoStageVARST.load(model), read_card(model)
     stage2, registry = loaded.stage2, loaded.registry
-    trust = {"trust": in_words(gene_table(registry)) if registry.get("trust") else "not known"}
     if out is not None:
         outputs.write_genes(gene_table(registry), out)
-    learnt = {} if stage2 is None else {"learnt from": "counts" if stage2.of_counts else "values"}
-    for name, value in {**_summary(read_card(model)), **trust, **learnt, "SHA-256": sha256}.items():
-        typer.echo(f"{name:>15}  {printable(str(value))}")
-
-
-def _summary(card: dict[str, Any]) -> dict[str, Any]:
-    from histovar.model.summary import embedded_by
-
-    registry, config = card["registry"], card["config"]
-    genes = registry.get("genes", [])
-    calibration, adapted = registry.get("calibration"), registry.get("adapted")
-    return {
-        "written by": f"histovar {card['version']}, format {card['format_version']}",
-        "stages": ", ".join(map(str, card["stages"])),
-        "genes": f"{len(genes)}: {', '.join(genes[:6])}{', ...' * (len(genes) > 6)}",
-        "units": registry.get("units"),
-        "scales": config["scales"],
-        "codebook": f"{config['codebook_size']} x {config['codebook_dim']}",
-        "embeddings": dict(zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)),
-        "embedded by": embedded_by(registry) or "not recorded",
-        "neighbourhoods": config["n_neighbors"],
-        "covariates": list(registry.get("covariates", {})),
-        "trained on": f"stage 1 {registry.get('sections_stage1')}, stage 2 {registry.get('sections_stage2')}",
-        "individuals": registry.get("groups_stage2") or "not named",
-        "calibrated on": f"{calibration['n_spots']} spots of {calibration['sections']}" if calibration else "nothing",
-        "adapted to": f"{adapted['n_spots']} spots of {adapted['section'] or 'a section'}" if adapted else "no section",
+    facts = {
+        "Written by": f"histovar {card['version']}, format {card['format_version']}",
+        "Stages": ", ".join(map(str, card["stages"])),
+        **summarize(registry, loaded.config),
+        "Learnt from": "" if stage2 is None else "counts" if stage2.of_counts else "values",
+        "Trust": in_words(gene_table(registry)) if registry.get("trust") else "not known",
+        "SHA-256": sha256,
     }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        if value:
+            typer.echo(f"{name:>{width}}  {printable(value)}")

@@ -16,7 +16,8 @@ from histovar._version import __version__
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_interval
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.slides import Slide, read_slides
+from histovar.anndata_io.predicted_slides import Slide, read_slides
+from histovar.anndata_io.prediction import predicted_sections
 
 from .prediction import prediction
 
@@ -95,7 +96,8 @@ def spatialdata(
     images: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
     regions = np.empty(adata.n_obs, dtype=object)
-    slides = read_slides(adata, keys, library_key, whole_images=True)
+    names = predicted_sections(adata, keys, library_key)
+    slides = read_slides(adata, keys, names, library_key, whole_images=True)
     for slide, section in zip(slides, _element_names(slides), strict=True):
         prefix, system = (f"{section}_", section) if section else ("", "global")
         regions[slide.rows] = f"{prefix}spots"

@@ -20,8 +20,8 @@ from histovar._version import __version__
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_interval
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, read_prediction
-from histovar.anndata_io.slides import read_slides
+from histovar.anndata_io.predicted_slides import read_slide
+from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, predicted_sections, read_prediction
 
 Shape = Literal["circle", "square"]
 
@@ -100,10 +100,7 @@ def write_geojson(
     keys = Keys(key)
     panel = predicted_genes(adata, keys)
     chosen = genes_of_panel(panel, genes)
-    slides = read_slides(adata, keys, library_key, section=None if section is None else str(section))
-    if len(slides) > 1:
-        raise ValueError(f"section: the object has sections {[s.label for s in slides]}; name the one to write")
-    slide = slides[0]
+    slide = read_slide(adata, keys, predicted_sections(adata, keys, library_key), library_key, section)
     mean, std = read_prediction(adata, keys, panel)
     own = np.isin(np.arange(adata.n_obs), slide.rows)
     lower, upper = read_interval(adata, keys, mean, std, confidence_level, own)

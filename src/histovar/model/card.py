@@ -54,6 +54,8 @@ OF_STAGE2 = (
 )
 # What calibration and adaptation add.
 AFTER_TRAINING = ("calibration", "trust", "adapted")
+# What whoever trained a model says of it.
+DESCRIPTION = "description"
 # What models of earlier formats lack, and lack when they are saved again.
 ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings", "spacing_um")
 
@@ -190,6 +192,14 @@ class AdaptedCard(_Fields):
     n_spots: Count
 
 
+class DescriptionCard(_Fields):
+    """What whoever trained a model says of it; what they do not is left out."""
+
+    tissue: Key | None = None
+    species: Key | None = None
+    licence: Key | None = None
+
+
 class RegistryCard(_Fields):
     """What each stage was trained on: all of a stage's fields, or none where it was trained without AnnData."""
 
@@ -214,6 +224,7 @@ class RegistryCard(_Fields):
     calibration: CalibrationCard | None = None
     trust: TrustCard | None = None
     adapted: AdaptedCard | None = None
+    description: DescriptionCard | None = None
 
     @property
     def covariate_width(self) -> int:

@@ -28,6 +28,7 @@ from .card import (
     AFTER_TRAINING,
     CARD,
     CHECKSUMS_SINCE,
+    DESCRIPTION,
     FORMAT,
     FORMAT_VERSION,
     OF_STAGE1,
@@ -41,7 +42,7 @@ from .config import ModelConfig
 from .distributed import rank_and_world
 from .hub import local_directory
 from .network import TwoStageNetwork
-from .readme import BEGINNING, FILE, readme
+from .readme import FILE, readme
 from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights, with_statistics
 
 Model = TypeVar("Model", bound=TwoStageNetwork)
@@ -133,15 +134,17 @@ def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2
 
 
 def _write_readme(path: Path, card: Mapping[str, Any]) -> None:
-    """Describe the model that the directory holds; a README.md of something else stays."""
+    """Describe the model that the directory holds; what else a README.md says, or one of something else, stays."""
     file = path / FILE
-    if file.exists() and not (file.is_file() and file.read_bytes().startswith(BEGINNING.encode())):
+    try:
+        earlier = file.read_text("utf-8") if file.exists() else None
+    except (OSError, UnicodeDecodeError):
         return
     history = {name: _table(values) for name, values in card["history"].items()}
-    with atomic_file(file) as written:
-        written.write_text(
-            readme(card["registry"], ModelConfig.from_json(json.dumps(card["config"])), history), "utf-8"
-        )
+    text = readme(card["registry"], ModelConfig.from_json(json.dumps(card["config"])), history, earlier)
+    if text is not None and text != earlier:
+        with atomic_file(file) as written:
+            written.write_text(text, "utf-8")
 
 
 def _hidden(path: Path, stage: int, digest: str) -> Path:
@@ -215,7 +218,7 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     cards = {stage: card, other: there}
     registry = {
         name: cards[s]["registry"][name]
-        for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, *AFTER_TRAINING)))
+        for s, names in ((1, (*OF_STAGE1, DESCRIPTION)), (2, (*OF_STAGE2, *AFTER_TRAINING, DESCRIPTION)))
         for name in names
         if name in cards[s]["registry"]
     }

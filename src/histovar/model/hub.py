@@ -10,10 +10,12 @@ from typing import NoReturn
 
 from histovar._extras import import_extra
 
+from .readme import FILE as README
+
 # hf://owner/name, or hf://owner/name@revision; a path has made one slash of the two.
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 ADDRESS = re.compile(rf"hf:/+(?P<repository>{REPOSITORY.pattern})(?:@(?P<revision>[\w./-]+))?")
-FILES = ("model.json", "*.safetensors", "README.md")
+FILES = ("model.json", "*.safetensors", README)
 
 
 def local_directory(path: Path) -> Path:
@@ -56,6 +58,14 @@ def push_model(save: Callable[[Path], None], repository: str, *, private: bool) 
     hub = import_extra("huggingface_hub", "hub", "push")
     api = hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
+        try:
+            (Path(folder) / README).write_bytes(Path(hub.hf_hub_download(repository, README)).read_bytes())
+        except hub.errors.LocalEntryNotFoundError as error:  # the hub was not reached
+            _refuse(repository, error)
+        except (hub.errors.EntryNotFoundError, hub.errors.RepositoryNotFoundError):
+            pass
+        except Exception as error:  # noqa: BLE001 (as above)
+            _refuse(repository, error)
         save(Path(folder))
         try:
             api.create_repo(repository, private=private, exist_ok=True)

@@ -7,6 +7,9 @@ from typing import Any
 
 from .config import ModelConfig
 
+# Genes that are named, where all are not listed.
+GENES_NAMED = 6
+
 
 def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
     """Facts of a trained model, by their names.
@@ -21,14 +24,20 @@ def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str
     dict
         Only what is known.
     """
-    n_genes = len(registry.get("genes", []))
+    genes, described = list(map(str, registry.get("genes", []))), registry.get("description") or {}
     embeddings = zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)
     calibration, adapted = registry.get("calibration") or {}, registry.get("adapted") or {}
     facts = {
-        "Genes": f"{n_genes:,}" if n_genes else "",
+        "Tissue": described.get("tissue"),
+        "Species": described.get("species"),
+        "Licence": described.get("licence"),
+        "Genes": f"{len(genes):,}: {_names(genes[:GENES_NAMED])}{', ...' * (len(genes) > GENES_NAMED)}"
+        if genes
+        else "",
         "Units of training": str(registry.get("units", "")),
         "Embeddings": ", ".join(f"{name} ({width:,} numbers)" for name, width in embeddings),
         "Embedded by": embedded_by(registry),
+        "Tokens": f"{_names(config.scales)} at each scale, of {config.codebook_size:,} codes",
         "Neighbourhoods": ", ".join(map(str, config.n_neighbors)) + " spots" if config.n_neighbors else "",
         "Covariates": _names(registry.get("covariates", {})),
         "Gene tokens learnt from": _spots(registry, "stage1"),
@@ -53,7 +62,7 @@ def embedded_by(registry: Mapping[str, Any]) -> str:
     )
 
 
-def _names(names: Iterable[str]) -> str:
+def _names(names: Iterable[object]) -> str:
     return ", ".join(map(str, names))
 
 

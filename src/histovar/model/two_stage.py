@@ -36,12 +36,32 @@ class TwoStageVARST(TwoStageNetwork):
     """
 
     @check_arguments
+    def describe(self, *, tissue: Key | None = None, species: Key | None = None, licence: Key | None = None) -> None:
+        """Say of the model what its data do not, for its README.md and the Hugging Face Hub.
+
+        Kept in :attr:`registry` as ``"description"``, saved and loaded with the model, and shown by ``histovar info``.
+
+        Parameters
+        ----------
+        tissue, species
+            What it was trained on, such as ``"breast cancer"`` and ``"human"``; also tags on the hub. None leaves what
+            was said before.
+        licence
+            Licence of the model, by the `hub's identifier
+            <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or by its name.
+        """
+        given = {"tissue": tissue, "species": species, "licence": licence}
+        said = {name: text for name, text in given.items() if text is not None}
+        self.registry["description"] = {**self.registry.get("description", {}), **said}
+
+    @check_arguments
     def save(self, path: PathLike) -> None:
         """Write the model to a directory: weights as safetensors, all else as JSON, and a README.md that describes it.
 
         In a distributed run, the first process does. A model that is there is replaced in one step: killed at any
-        moment, a save leaves the old one or the new one. Other files in the directory stay, a README.md of your own
-        among them.
+        moment, a save leaves the old one or the new one. Other files in the directory stay. Of a README.md, the part
+        between histovar's marks is written anew, and what you write around it stays, metadata for the hub included; one
+        without the marks stays as it is.
 
         Parameters
         ----------
@@ -92,6 +112,8 @@ class TwoStageVARST(TwoStageNetwork):
     @check_arguments
     def push(self, repository: Key, *, private: bool = False) -> str:
         """Save the model to the Hugging Face Hub, from where :meth:`load` reads ``"hf://owner/name"``.
+
+        A README.md that is there is kept as :meth:`save` keeps it: edit it on the hub, or before with :meth:`describe`.
 
         Parameters
         ----------

@@ -16,10 +16,10 @@ from pydantic import Field
 from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arguments
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._squidpy import sq
-from histovar.anndata_io import gate, slots
+from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_measured_if_there
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.images import section_image, spot_diameter
+from histovar.anndata_io.predicted_slides import Slide, read_slide
 from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, predicted_sections, read_prediction
 from histovar.metrics import pearson
 
@@ -115,20 +115,15 @@ def spatial(
     panel = predicted_genes(adata, keys)
     labels = list(genes)  # a single gene has become a list
     wanted = genes_of_panel(panel, labels if gene_symbols is None else _names_of(adata, panel, labels, gene_symbols))
-    params = slots.record(adata, keys)["params"]
-    if library_key is None:
-        library_key = str(params["library_key"]) or None  # an empty string is how uns holds None
     names = predicted_sections(adata, keys, library_key)
-    rows, label = _rows_of(names, adata.n_obs, section)
+    slide = read_slide(adata, keys, names, library_key, section)
     columns = np.array([panel.index(g) for g in wanted])
-    mean, std = (values[np.ix_(rows, columns)] for values in read_prediction(adata, keys, panel))
+    mean, std = (values[np.ix_(slide.rows, columns)] for values in read_prediction(adata, keys, panel))
     measured, reason = read_measured_if_there(adata, keys, wanted, layer, names)
     if reason:
         logger.warning("measured expression is not drawn: %s", reason)
-    measured = None if measured is None or np.isnan(measured).any() else measured[rows]
-    place = gate.coordinates(adata, str(params["spatial_key"]))[rows]
-    column = None if library_key is None else adata.obs[library_key]
-    canvas = _canvas(place, section_image(adata.uns.get("spatial", {}), label, column, place))
+    measured = None if measured is None or np.isnan(measured).any() else measured[slide.rows]
+    canvas = _canvas(slide)
 
     titles = (
         ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
@@ -171,30 +166,13 @@ def _names_of(adata: AnnData, panel: list[str], symbols: list[str], gene_symbols
     return [names[0] for names in named.values()]
 
 
-def _rows_of(
-    names: NDArray[np.str_] | None, n_obs: int, section: str | int | None
-) -> tuple[NDArray[np.int64], str | None]:
-    label = None if section is None else str(section)
-    if names is None:
-        if label is not None:
-            logger.warning("section: without library_key all spots are taken to be of section %r", label)
-        return np.arange(n_obs), label
-    there = np.unique(names).tolist()
-    if label is None and len(there) > 1:
-        raise ValueError(f"section: the object has sections {there}; name the one to draw")
-    if label is None:
-        label = there[0]
-    if label not in there:
-        raise ValueError(f"section: no section {label!r}; the object has {there}")
-    return np.flatnonzero(names == label), label
-
-
-def _canvas(place: NDArray[np.float64], image: dict[str, dict[str, Any]] | None) -> AnnData:
+def _canvas(slide: Slide) -> AnnData:
     """A light object for squidpy, which changes what it is given: coordinates, spot diameter and at most one image."""
-    canvas = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(place)).astype(str)))
-    canvas.obsm["spatial"] = place
+    canvas = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(slide.rows)).astype(str)))
+    canvas.obsm["spatial"] = slide.coordinates
+    image = slide.image
     if image is None:
-        image = {"scalefactors": {"tissue_hires_scalef": 1.0, "spot_diameter_fullres": spot_diameter(place)}}
+        image = {"scalefactors": {"tissue_hires_scalef": 1.0, "spot_diameter_fullres": slide.diameter}}
     canvas.uns["spatial"] = {LIBRARY_ID: image}
     return canvas
 

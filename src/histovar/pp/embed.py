@@ -28,7 +28,7 @@ from histovar._keys import Keys, Prefix
 from histovar._progress import progress
 from histovar.anndata_io import embeddings, gate, slots, spacing
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.section_slides import SectionSlide, SectionSlides
+from histovar.anndata_io.images_to_embed import SectionSlide, SectionSlides
 from histovar.encoders import Encoder, registry
 from histovar.encoders.features import Features
 from histovar.prediction.device import Device
@@ -251,10 +251,10 @@ def _check_field(slide: SectionSlide, field: float, input_px: int) -> None:
     n_beyond = int(Patches(image, slide.centers, side, input_px).beyond_edge.sum())
     if n_beyond:
         logger.warning(
-            "image: of %d of %d spots of %s the field of %g um reaches beyond the image; it is white there",
+            "image: of %d of %d spots%s the field of %g um reaches beyond the image; it is white there",
             n_beyond,
             len(slide.rows),
-            slide.words,
+            "" if slide.name is None else f" of {slide.words}",
             field,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from histovar._arguments import Converted, Count, Key, PathLike, Positive, Share, check_arguments, checked, refuse_type
 from histovar._extras import import_extra
-from histovar.anndata_io.section_slides import HOW_TO_GIVE_MPP
+from histovar.anndata_io.images_to_embed import HOW_TO_GIVE_MPP
 from histovar.slides.files import PICTURES, SlideImage
 
 logger = logging.getLogger(__name__)
@@ -102,36 +103,36 @@ def tile(
     if not is_path:
         _check_tiles(wsi, tile_key, spacing_um)
     image = SlideImage(wsi.reader)
-    scale = image.mpp if mpp is None else mpp
-    if scale is None:
-        raise ValueError(f"mpp: microns per pixel of {str(wsi.reader.file)!r} are not known; {HOW_TO_GIVE_MPP}")
-    if is_path:
-        side = round((SPACING_UM if spacing_um is None else spacing_um) / scale)
-        if not LEAST_PIXELS <= side <= min(image.width, image.height):
-            raise ValueError(
-                f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x {image.height}, "
-                f"of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the slide's; mend it, or mpp"
-            )
-        _tile(wsi, image, side, min_tissue, tile_key)
-    name = Path(wsi.reader.file).stem if section is None else section
-    adata = _table(wsi, image, name, tile_key)
-    hires = image.thumbnail(thumbnail_px)
-    bounds = wsi.shapes[tile_key].bounds
-    adata.uns["spatial"] = {
-        name: {
-            "images": {"hires": hires},
-            "scalefactors": {
-                "tissue_hires_scalef": hires.shape[1] / image.width,
-                "spot_diameter_fullres": float((bounds["maxx"] - bounds["minx"]).median()),
-                "microns_per_pixel": float(scale),
-            },
-            "metadata": {"source_image_path": str(Path(wsi.reader.file).resolve())},
+    with closing(image) if is_path else nullcontext():
+        scale = image.mpp if mpp is None else mpp
+        if scale is None:
+            raise ValueError(f"mpp: microns per pixel of {str(wsi.reader.file)!r} are not known; {HOW_TO_GIVE_MPP}")
+        if is_path:
+            side = round((SPACING_UM if spacing_um is None else spacing_um) / scale)
+            if not LEAST_PIXELS <= side <= min(image.width, image.height):
+                raise ValueError(
+                    f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x "
+                    f"{image.height}, of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the "
+                    "slide's; mend it, or mpp"
+                )
+            _tile(wsi, image, side, min_tissue, tile_key)
+        name = Path(wsi.reader.file).stem if section is None else section
+        adata = _table(wsi, image, name, tile_key)
+        hires = image.thumbnail(thumbnail_px)
+        bounds = wsi.shapes[tile_key].bounds
+        adata.uns["spatial"] = {
+            name: {
+                "images": {"hires": hires},
+                "scalefactors": {
+                    "tissue_hires_scalef": hires.shape[1] / image.width,
+                    "spot_diameter_fullres": float((bounds["maxx"] - bounds["minx"]).median()),
+                    "microns_per_pixel": float(scale),
+                },
+                "metadata": {"source_image_path": str(Path(wsi.reader.file).resolve())},
+            }
         }
-    }
-    if is_path:
-        image.close()
-    logger.info("tile: %d tiles of %s, %.3g um per pixel", adata.n_obs, name, scale)
-    return adata
+        logger.info("tile: %d tiles of %s, %.3g um per pixel", adata.n_obs, name, scale)
+        return adata
 
 
 def _open(path: Path) -> Any:
@@ -199,8 +200,15 @@ def _table(wsi: Any, image: SlideImage, name: str, tile_key: str) -> AnnData:
 
 
 def _features(wsi: Any, tile_key: str) -> dict[str, NDArray[np.float32]]:
-    """Features that LazySlide has computed of the tiles, in their order."""
+    """Features that LazySlide has computed of these tiles, in their order."""
+    from spatialdata.models import TableModel
+
     suffix = f"_{tile_key}"
-    names = [key.removesuffix(suffix) for key in wsi.tables if key.endswith(suffix)]
-    tables = {name: wsi.fetch.features_anndata(name, tile_key, tile_graph=False) for name in names}
+    keys = []
+    for key, table in wsi.tables.items():
+        about = table.uns.get(TableModel.ATTRS_KEY, {})
+        # Those of tiles "big_tiles", which may end alike, are of another region.
+        if key.endswith(suffix) and tile_key in np.atleast_1d(about.get("region", tile_key)).tolist():
+            keys.append(key)
+    tables = {key.removesuffix(suffix): wsi.fetch.features_anndata(key, tile_key, tile_graph=False) for key in keys}
     return {name: np.asarray(table.X, np.float32) for name, table in tables.items()}

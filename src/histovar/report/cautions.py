@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from histovar._keys import TARGET_SUM, Keys
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.expression import spot_totals
+from histovar.anndata_io.predicted_slides import Slide
 from histovar.anndata_io.prediction import SPOT_COLUMNS, predicted_genes, read_rates
-from histovar.anndata_io.slides import Slide
 from histovar.model import ModelConfig
 from histovar.model.observation import RATE_TOTAL
 

@@ -21,8 +21,14 @@ from histovar.anndata_io.comparison import (
     read_measured_if_there,
 )
 from histovar.anndata_io.images import crop_to
-from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, read_composed, read_prediction
-from histovar.anndata_io.slides import Slide, read_slides
+from histovar.anndata_io.predicted_slides import Slide, read_slides
+from histovar.anndata_io.prediction import (
+    genes_of_panel,
+    predicted_genes,
+    predicted_sections,
+    read_composed,
+    read_prediction,
+)
 from histovar.model import TwoStageVARST
 from histovar.model.summary import summarize
 
@@ -179,8 +185,8 @@ def collect(
             f"genes: {len(chosen):,} genes of {adata.n_obs:,} spots are too many for a page that browsers open; name "
             f"{MOST_VALUES // adata.n_obs:,} genes at most, or take fewer sections"
         )
-    slides = read_slides(adata, keys, library_key)
-    names = None if slides[0].label is None else _labels(slides, adata.n_obs)
+    names = predicted_sections(adata, keys, library_key)
+    slides = read_slides(adata, keys, names, library_key)
     mean, std = read_prediction(adata, keys, panel)
     lower, upper = read_interval(adata, keys, mean, std, confidence_level)
     measured, reason = read_measured_if_there(adata, keys, panel, layer, names)
@@ -219,14 +225,6 @@ def _check_predicted_by(model: TwoStageVARST, panel: Sequence[str], stored: Mapp
 
 def _named(stored: Mapping[str, Any], entry: str) -> set[str]:
     return set(map(str, np.asarray(stored[entry]).ravel()))
-
-
-def _labels(slides: list[Slide], n_obs: int) -> NDArray[np.str_]:
-    """Section of each spot."""
-    labels = np.empty(n_obs, dtype=object)
-    for slide in slides:
-        labels[slide.rows] = slide.label
-    return labels.astype(str)
 
 
 def _section(adata: AnnData, slide: Slide, shown: Mapping[str, NDArray[np.float32]]) -> Section:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import Counts, counts_of_values, read_expression
+from histovar.anndata_io.expression import Counts, read_expression, required_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
@@ -92,7 +94,8 @@ def adapt(
     KeyError
         If the column, embeddings, coordinates or genes of the panel are missing.
     ValueError
-        If fewer than 9 spots are measured, or spots of several sections; if the section was trained on; if the model
+        If fewer than 9 spots are measured, or spots of several sections; if the section was trained on (one without a
+        name is known by its number of spots, where training's had none either; else a warning says so); if the model
         learnt from values, or is adapted already; if X holds no counts, or in other units than in training; if
         embeddings were made otherwise than those of training.
     """
@@ -112,7 +115,8 @@ def adapt(
     check_like_training(adata, registry["use_rep"], registry.get("embeddings", []))
     names = gate.sections(adata, library_key, registry["spatial_key"])
     measured = _measured(adata, measured_key)
-    label = _section(names, measured, registry["sections_stage2"])
+    label = _section(names, measured)
+    _check_not_trained_on(label, adata.n_obs, registry)
     columns = gate.gene_columns(adata, registry["genes"])
     counts = _counts(gate.copied(adata[measured]), model, columns, label)
 
@@ -191,7 +195,7 @@ def _measured(adata: AnnData, measured_key: str | None) -> NDArray[np.bool_]:
     return measured
 
 
-def _section(names: NDArray[np.str_] | None, measured: NDArray[np.bool_], trained_on: list[str]) -> str:
+def _section(names: NDArray[np.str_] | None, measured: NDArray[np.bool_]) -> str:
     """The section of the measured spots; empty where it has no name."""
     if names is None:
         return ""
@@ -201,12 +205,27 @@ def _section(names: NDArray[np.str_] | None, measured: NDArray[np.bool_], traine
             f"measured_key: the measured spots are of {len(labels)} sections, such as {labels[:3]}; adapt a model to "
             "each of them"
         )
-    if labels[0] in trained_on:
+    return str(labels[0])
+
+
+def _check_not_trained_on(label: str, n_spots: int, registry: Mapping[str, Any]) -> None:
+    """Refuse a section that was trained on, known by its name, or where none has a name by its number of spots."""
+    trained_on = registry["sections_stage2"]
+    if label in trained_on:
         raise ValueError(
-            f"library_key: section {labels[0]!r} was trained on, so that errors on it are not those of a new section; "
+            f"library_key: section {label!r} was trained on, so that errors on it are not those of a new section; "
             "it needs no adapting"
         )
-    return str(labels[0])
+    if not label and trained_on:
+        logger.warning(
+            "library_key: the section has no name, so that it is not known whether it was trained on, in which case "
+            "errors on it are not those of a new section"
+        )
+    elif not label and n_spots == registry["n_spots_stage2"]:
+        raise ValueError(
+            f"library_key: a section without a name, of {n_spots} spots as this one, was trained on, and needs no "
+            "adapting; if this is another, name it by a column of obs"
+        )
 
 
 def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], label: str) -> Counts:
@@ -219,10 +238,4 @@ def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], 
         sections=np.full(adata.n_obs, label),
         trained=Normalization.stored(registry.get("normalization")),
     )
-    counts = counts_of_values(adata, columns, values, float(model.var_stage.observation.target_sum))
-    if counts is None:
-        raise ValueError(
-            "adata: X must hold the counts of the measured spots of which the log-normalised values are, as in "
-            "training: the model learnt from them"
-        )
-    return counts
+    return required_counts(adata, columns, values, float(model.var_stage.observation.target_sum))

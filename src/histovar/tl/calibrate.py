@@ -20,7 +20,7 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import add_lognorm, counts_of_values, read_expression
+from histovar.anndata_io.expression import add_lognorm, read_expression, required_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
@@ -150,19 +150,12 @@ def calibrate(
         )
         totals = np.zeros(len(rows), np.float32)
         if stage2.of_counts:
-            counts = counts_of_values(section.adata, columns, measured, float(observation.target_sum), rows)
-            if counts is None:
-                raise ValueError(
-                    "adata: X must hold the counts of which the log-normalised values are, as in training: the model "
-                    "learnt from them"
-                )
+            counts = required_counts(section.adata, columns, measured, float(observation.target_sum), rows)
             measured, totals = counts.panel, counts.totals.astype(np.float32)
         read, total, own = (torch.from_numpy(part) for part in (measured, totals, section.rows[rows]))
         return inputs.map(lambda t: t[rows]), read, total, own
 
     inputs, measured, totals, rows_read = gathered_rows(sections.map(aligned), len(chosen))
-    if layer == LOGNORM:
-        add_lognorm(adata)
     unseen, numbers = unseen[rows_read], numbers_of_groups[rows_read]
     whole = _are_whole(unseen, numbers)
     results: list[tuple[torch.Tensor, ...]] = []
@@ -216,7 +209,9 @@ def calibrate(
         cross_fitted=bool(unseen.any()),
         random_state=random_state,
     )
-    # All of it at once: what fails before leaves the model as it was.
+    # All of it at once: what fails before leaves object and model as they were.
+    if layer == LOGNORM:
+        add_lognorm(adata)
     if stage2.of_counts:
         observation.load_state_dict(of_counts.state_dict())
     else:

@@ -32,7 +32,7 @@ from histovar._torch_state import in_float32
 from histovar.anndata_io import gate, slots
 from histovar.anndata_io.embeddings import check_like_training
 from histovar.anndata_io.gate import Data
-from histovar.anndata_io.histology import histology
+from histovar.anndata_io.histology import histology, warn_of_novelty
 from histovar.anndata_io.lazy import is_lazy
 from histovar.anndata_io.prediction import EXPECTED_PEARSON, OBSERVATION, prediction_slots, write_prediction
 from histovar.model import Decoding
@@ -201,7 +201,8 @@ def predict(
         inputs = histology(adata, config, **condition, key=key_added)
         numbers = torch.from_numpy(section_numbers(names, adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
-        _warn_of_novelty(inputs.novelty.cpu().numpy(), names)
+        labels = np.full(adata.n_obs, "all spots") if names is None else names
+        warn_of_novelty(inputs.novelty.cpu().numpy(), labels)
         made = predictor(model, inputs, random_state, depth=totals, place=place, show_progress_bar=show_progress_bar)
 
     if copy:
@@ -314,19 +315,6 @@ def _described(registry: dict[str, Any], units: Units | None, depth: str | float
         normalization = registry.get("normalization", {})
         return {"units": registry["units"] + at, "layer": registry["layer"], "normalization": normalization}
     return {"units": IN_WORDS[units] + at, "layer": units, "normalization": {}}
-
-
-def _warn_of_novelty(novelty: NDArray[np.floating], names: NDArray[np.str_] | None) -> None:
-    """Log a warning of sections that are unlike those of training."""
-    labels = np.full(len(novelty), "all spots") if names is None else names
-    found = {str(label): float(novelty[labels == label].max()) for label in np.unique(labels)}
-    unlike = {label: round(value, 2) for label, value in found.items() if value > 0}
-    if unlike:
-        logger.warning(
-            "histology unlike that of the training sections (novelty, 0 to 1): %s; predictions may be further off, and "
-            "intervals are wider",
-            unlike,
-        )
 
 
 def _known_section(adata: AnnData, library_key: str | None) -> str | None:

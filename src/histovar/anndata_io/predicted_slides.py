@@ -1,0 +1,126 @@
+"""The sections of a prediction as they lie on their slides: spots, coordinates in pixels, image."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from histovar._keys import Keys
+
+from . import gate, slots
+from .images import section_image, spot_diameter
+
+logger = logging.getLogger(__name__)
+
+
+class Slide(NamedTuple):
+    """One section.
+
+    Parameters
+    ----------
+    label
+        Name of the section; None where the object is one section that has no name.
+    rows
+        (n_spots,) its spots.
+    coordinates
+        (n_spots, 2) centres, x and y, in pixels of the full-resolution image.
+    diameter
+        Of a spot, in the same pixels.
+    image
+        As :func:`section_image` gives it; None where there is none.
+    """
+
+    label: str | None
+    rows: NDArray[np.int64]
+    coordinates: NDArray[np.float64]
+    diameter: float
+    image: dict[str, dict[str, Any]] | None
+
+
+def read_slides(
+    adata: AnnData,
+    keys: Keys,
+    names: NDArray[np.str_] | None,
+    library_key: str | None,
+    *,
+    whole_images: bool = False,
+) -> list[Slide]:
+    """Read the sections of a prediction, in the order of their names.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    keys
+        Slot names.
+    names
+        (n_obs,) section of each spot, as :func:`predicted_sections` gives it; None where sections have no names.
+    library_key
+        Column of ``obs`` with the section; that of the prediction by default.
+    whole_images
+        Keep all pixels of images that are much finer than a screen.
+
+    Raises
+    ------
+    KeyError
+        If there is no prediction, or there are no coordinates.
+    ValueError
+        If coordinates are not finite.
+    """
+    labels: list[str | None] = [None] if names is None else np.unique(names).tolist()
+    return [_read(adata, keys, names, library_key, label, whole_images) for label in labels]
+
+
+def read_slide(
+    adata: AnnData, keys: Keys, names: NDArray[np.str_] | None, library_key: str | None, section: str | int | None
+) -> Slide:
+    """Read one section of a prediction.
+
+    Parameters
+    ----------
+    adata, keys, names, library_key
+        As of :func:`read_slides`.
+    section
+        Its name, compared as text; None for the only one. Where sections have no names, all spots are of this one.
+
+    Raises
+    ------
+    KeyError
+        As :func:`read_slides`.
+    ValueError
+        As :func:`read_slides`; and if there are several sections and none is named, or no such section.
+    """
+    label = None if section is None else str(section)
+    if names is not None:
+        there = np.unique(names).tolist()
+        if label is None and len(there) > 1:
+            raise ValueError(f"section: the object has sections {there}; name one of them")
+        label = there[0] if label is None else label
+        if label not in there:
+            raise ValueError(f"section: no section {label!r}; the object has {there}")
+    elif label is not None:
+        logger.warning("section: without library_key all spots are taken to be of section %r", label)
+    return _read(adata, keys, names, library_key, label, False)
+
+
+def _read(
+    adata: AnnData,
+    keys: Keys,
+    names: NDArray[np.str_] | None,
+    library_key: str | None,
+    label: str | None,
+    whole_images: bool,
+) -> Slide:
+    params = slots.record(adata, keys)["params"]
+    library_key = str(params["library_key"]) or None if library_key is None else library_key
+    rows = np.arange(adata.n_obs) if names is None else np.flatnonzero(names == label)
+    coordinates = gate.coordinates(adata, str(params["spatial_key"]))[rows]
+    column = None if library_key is None else adata.obs[library_key]
+    image = section_image(adata.uns.get("spatial", {}), label, column, coordinates, whole=whole_images)
+    factors = {} if image is None else image["scalefactors"]
+    diameter = factors.get("spot_diameter_fullres", spot_diameter(coordinates))
+    return Slide(label, rows, coordinates, diameter, image)

@@ -34,8 +34,8 @@ Every number on this page was measured by `benchmarks/compare.py`; `benchmarks/r
 maps. All methods get the same training spots, the same 200 most variable genes and the same embeddings.
 
 - **PCC-200** is the Pearson correlation over the held-out spots, averaged over the 200 genes. **PCC-partial** is the
-  same after the effect of sequencing depth (log total count, linear and squared) is removed from prediction and measurement.
-  The page [Scores](metrics.md) defines every column. ↑: higher is better; ↓: lower is better.
+  same after the effect of sequencing depth (log total count, linear and squared) is removed from prediction and
+  measurement. The page [Scores](metrics.md) defines every column. ↑: higher is better; ↓: lower is better.
 - **Intervals** (95 %) are those of the mean over held-out sections or individuals, by a bootstrap of whole sections or
   individuals; with so few of them they are rather too narrow.
 - The **noise ceiling** is the correlation that a perfect predictor could reach, estimated by binomial splitting of the
@@ -48,8 +48,8 @@ TEXTS = {
     "her2st_table": (
         "## Another section of the same patient",
         "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each section is left out in "
-        "turn. MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST learns next to "
-        "nothing from so few spots, which says little about the original.",
+        "turn. MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST "
+        "learns next to nothing from so few spots, which says little about the original.",
     ),
     "her2st_table_log_counts": (
         "## The same in raw log counts",

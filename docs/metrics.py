@@ -15,8 +15,8 @@ for which they are defined. Where the unit is *expression*, it is that of the pr
 
 In the formulas, $\\hat y_{ig}$ is the predicted and $y_{ig}$ the measured expression of gene $g$ in spot $i$ of $n$;
 $F_{ig}$, $q$ and $\\sigma_{ig}$ are the distribution function, quantiles and standard deviation of the prediction;
-$N_i$ is the total count of a spot, $r_{gh}$ the correlation of two genes over the spots, and $w_{ij}$ is 1 over the number of
-neighbours of spot $i$ for each of its neighbours, 0 for other spots.
+$N_i$ is the total count of a spot, $r_{gh}$ the correlation of two genes over the spots, and $w_{ij}$ is 1 over the
+number of neighbours of spot $i$ for each of its neighbours, 0 for other spots.
 
 Columns whose names end in *of draws* score joint draws in place of expected expression; those that end in *given depth*
 score the prediction made with each spot's total count known.

@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
     for devices in (1, 2):
         out = directory / f"model_{devices}"
         command = [sys.executable, "train.py", str(devices), str(out), "config.json"]
-        subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True, timeout=900)
         models.append(hv.TwoStageVARST.load(out))
     return models
 

@@ -387,12 +387,14 @@ def learning_curve(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Scores over the number of training spots: units, and a row for each method, held-out group and number."""
     quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
+    every = round(np.mean([train.n_obs for _, train, _ in splits(data, arguments.folds, arguments.pairs)]))
     for group, train, query in folds(data, arguments):
         for n_spots in [n for n in arguments.sizes if n < train.n_obs] + [train.n_obs]:
             some = subsample(train, n_spots, data)
+            spots = every if n_spots == train.n_obs else n_spots  # folds of nearly as many spots are one point
             for method in methods:
                 for unit, scores in run(method, some, query, data, arguments.units, 0, quick, 0):
-                    yield unit, {"method": method, "held out": group, "seed": 0, "spots": n_spots, **scores}
+                    yield unit, {"method": method, "held out": group, "seed": 0, "spots": spots, **scores}
 
 
 def interval(means: pd.Series) -> str:

@@ -364,7 +364,7 @@ def _genes(content: Content, table: ColumnDataSource) -> UIElement:
         "mean": "mean",
         "std": "sd",
         "pearson": "r here",
-        "expected_pearson": "expected r",
+        "expected_pearson": "exp. r",
         "lower": "from",
         "upper": "to",
         "share_of_ceiling": "of ceiling",
@@ -373,7 +373,7 @@ def _genes(content: Content, table: ColumnDataSource) -> UIElement:
     text = {
         "mean": "mean and sd: average predicted mean and standard deviation over all spots",
         "pearson": "r here: Pearson correlation of prediction and measurement within sections, averaged",
-        "expected_pearson": "expected r: correlation found on training sections that were left out, with its interval",
+        "expected_pearson": "exp. r: expected correlation, found on training sections left out, with its interval",
         "share_of_ceiling": "of ceiling: share of the largest correlation that the noise of counting allows",
         "q_value": "q: false discovery rate of calling the gene predictable",
     }

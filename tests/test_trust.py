@@ -234,7 +234,7 @@ def test_info_says_how_many_genes_are_predicted_and_lists_them(model, tmp_path, 
     command_line()
     table = hv.get.genes(model)
     n = int((table["q_value"] < 0.1).sum())
-    line = f"trust  {n} of 30 genes predicted at q < 0.1, median expected Pearson "
+    line = f"Trust  {n} of 30 genes predicted at q < 0.1, median expected Pearson "
     assert line in capsys.readouterr().out
     listed = pd.read_csv(tmp_path / "genes.csv", index_col="gene")
     pd.testing.assert_frame_equal(listed, table, check_flags=False)

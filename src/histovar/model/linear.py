@@ -34,7 +34,8 @@ class LinearPart(nn.Module):
 
     def forward(self, outputs: Tensor, features: Tensor, *, cross_fitted: bool) -> Tensor:
         """Outputs of members, (n_members, n_spots, n_out), with the linear prediction's share."""
-        return torch.lerp(outputs, self.predict(features, cross_fitted=cross_fitted), self.share)
+        linear = self.predict(features, cross_fitted=cross_fitted)
+        return torch.lerp(outputs.to(linear.dtype), linear, self.share)  # of another type in mixed precision
 
     @torch.no_grad()
     def set_share(self, truth: Tensor, members: Tensor, linear: Tensor, weights: Tensor) -> None:

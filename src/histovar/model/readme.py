@@ -49,7 +49,7 @@ def readme(
         What it predicts, from what, what it was trained and calibrated on, what was watched in training, how to use
         it, its limits. What is not known is left out. None if `earlier` has no part of histovar's.
     """
-    part = f"{BEGIN}\n{_part(registry, config, history)}{END}"
+    part = f"{BEGIN}\n{_part(registry, config, history)}\n{END}"
     if earlier is None:
         return f"---\n{_metadata(registry, {})}---\n\n# Gene expression from H&E histology\n\n{part}\n"
     if OURS.search(earlier) is None:

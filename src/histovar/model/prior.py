@@ -184,8 +184,9 @@ class ConditionalMeanPrior(nn.Module):
             (n_spots,) how unlike those of training each spot's section is, 0 to 1.
         """
         members = self._members(cross_fitted)
-        outputs = self.depth_mean + self.depth_std * self.depths(self._seen(features, members), members)
         linear = self.linear_depth.predict(features, cross_fitted=cross_fitted)
+        depths = self.depths(self._seen(features, members), members).to(linear.dtype)  # of another in mixed precision
+        outputs = self.depth_mean + self.depth_std * depths
         return torch.lerp(outputs[..., 0], linear[..., 0], LINEAR_DEPTH + MORE_LINEAR * novelty)
 
     def loss(

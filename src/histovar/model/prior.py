@@ -14,6 +14,7 @@ from .config import ModelConfig
 from .distributed import mean_of_processes
 from .dropout import dropout
 from .linear import LinearPart
+from .precision import full_precision
 
 # Logarithm of a gene's relative rate for an output of 1: rates vary about so much from spot to spot.
 LOG_RATE = 0.5
@@ -169,8 +170,9 @@ class ConditionalMeanPrior(nn.Module):
             (n_members, n_spots, n_genes): relative rates, or standardised expression.
         """
         members = self._members(cross_fitted)
-        outputs = self._relative(self.genes(self._seen(features, members), members))
-        outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
+        with full_precision(features.device):
+            outputs = self._relative(self.genes(self._seen(features, members), members))
+            outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
         return outputs.clamp(min=LEAST_RATE) if self.of_rates else outputs
 
     def log_depth(self, features: Tensor, novelty: Tensor, *, cross_fitted: bool = False) -> Tensor:
@@ -184,8 +186,9 @@ class ConditionalMeanPrior(nn.Module):
             (n_spots,) how unlike those of training each spot's section is, 0 to 1.
         """
         members = self._members(cross_fitted)
-        outputs = self.depth_mean + self.depth_std * self.depths(self._seen(features, members), members)
-        linear = self.linear_depth.predict(features, cross_fitted=cross_fitted)
+        with full_precision(features.device):
+            outputs = self.depth_mean + self.depth_std * self.depths(self._seen(features, members), members)
+            linear = self.linear_depth.predict(features, cross_fitted=cross_fitted)
         return torch.lerp(outputs[..., 0], linear[..., 0], LINEAR_DEPTH + MORE_LINEAR * novelty)
 
     def loss(

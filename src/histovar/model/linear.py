@@ -34,8 +34,7 @@ class LinearPart(nn.Module):
 
     def forward(self, outputs: Tensor, features: Tensor, *, cross_fitted: bool) -> Tensor:
         """Outputs of members, (n_members, n_spots, n_out), with the linear prediction's share."""
-        linear = self.predict(features, cross_fitted=cross_fitted)
-        return torch.lerp(outputs.to(linear.dtype), linear, self.share)  # of another type in mixed precision
+        return torch.lerp(outputs, self.predict(features, cross_fitted=cross_fitted), self.share)
 
     @torch.no_grad()
     def set_share(self, truth: Tensor, members: Tensor, linear: Tensor, weights: Tensor) -> None:

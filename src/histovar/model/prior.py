@@ -14,6 +14,7 @@ from .config import ModelConfig
 from .distributed import mean_of_processes
 from .dropout import dropout
 from .linear import LinearPart
+from .precision import full_precision
 
 # Logarithm of a gene's relative rate for an output of 1: rates vary about so much from spot to spot.
 LOG_RATE = 0.5
@@ -93,7 +94,7 @@ class ConditionalMeanPrior(nn.Module):
     fold of the training spots. So a training spot can be given the prediction of members that did not see it, which is
     as wrong as the prediction of a new spot, and the token model and the calibration that build on it learn from honest
     errors. As many again see every training spot; a new spot gets their mean. Where ridge regression predicts training
-    spots better than perceptrons do, as of few spots it may, each has some of it (``LinearPart``).
+    spots better than perceptrons do, as of few spots it may, each has some of it (:class:`LinearPart`).
 
     Parameters
     ----------
@@ -169,8 +170,9 @@ class ConditionalMeanPrior(nn.Module):
             (n_members, n_spots, n_genes): relative rates, or standardised expression.
         """
         members = self._members(cross_fitted)
-        outputs = self._relative(self.genes(self._seen(features, members), members))
-        outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
+        with full_precision(features.device):
+            outputs = self._relative(self.genes(self._seen(features, members), members))
+            outputs = self.linear(outputs, features, cross_fitted=cross_fitted)
         return outputs.clamp(min=LEAST_RATE) if self.of_rates else outputs
 
     def log_depth(self, features: Tensor, novelty: Tensor, *, cross_fitted: bool = False) -> Tensor:
@@ -179,14 +181,14 @@ class ConditionalMeanPrior(nn.Module):
         Parameters
         ----------
         features, cross_fitted
-            As in ``forward``.
+            As in :meth:`forward`.
         novelty
             (n_spots,) how unlike those of training each spot's section is, 0 to 1.
         """
         members = self._members(cross_fitted)
-        linear = self.linear_depth.predict(features, cross_fitted=cross_fitted)
-        depths = self.depths(self._seen(features, members), members).to(linear.dtype)  # of another in mixed precision
-        outputs = self.depth_mean + self.depth_std * depths
+        with full_precision(features.device):
+            outputs = self.depth_mean + self.depth_std * self.depths(self._seen(features, members), members)
+            linear = self.linear_depth.predict(features, cross_fitted=cross_fitted)
         return torch.lerp(outputs[..., 0], linear[..., 0], LINEAR_DEPTH + MORE_LINEAR * novelty)
 
     def loss(

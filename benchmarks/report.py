@@ -33,9 +33,9 @@ HEAD = """# How good is it?
 Every number on this page was measured by `benchmarks/compare.py`; `benchmarks/report.py` writes the page and draws the
 maps. All methods get the same training spots, the same 200 most variable genes and the same embeddings.
 
-- **PCC-200** is the Pearson correlation over the held-out spots, averaged over the 200 genes. **PCC-partial** is the same
-  after the effect of sequencing depth (log total count, linear and squared) is removed from prediction and measurement.
-  The page [Scores](metrics.md) defines every column. ↑: higher is better; ↓: lower is better.
+- **PCC-200** is the Pearson correlation over the held-out spots, averaged over the 200 genes. **PCC-partial** is the
+  same after the effect of sequencing depth (log total count, linear and squared) is removed from prediction and
+  measurement. The page [Scores](metrics.md) defines every column. ↑: higher is better; ↓: lower is better.
 - **Intervals** (95 %) are those of the mean over held-out sections or individuals, by a bootstrap of whole sections or
   individuals; with so few of them they are rather too narrow.
 - The **noise ceiling** is the correlation that a perfect predictor could reach, estimated by binomial splitting of the
@@ -47,7 +47,7 @@ maps. All methods get the same training spots, the same 200 most variable genes 
 TEXTS = {
     "her2st_table": (
         "## Another section of the same patient",
-        "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each section is left out in turn. "
+        "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each is left out in turn. "
         "MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST learns next to "
         "nothing from so few spots, which says little about the original.",
     ),
@@ -67,7 +67,8 @@ TEXTS = {
     ),
     "mob_table": (
         "## Another individual",
-        "Mouse olfactory bulb {cite:p}`stahl2016`, four sections of two mice, 1,627 spots; each mouse is left out in turn.",
+        "Mouse olfactory bulb {cite:p}`stahl2016`, four sections of two mice, 1,627 spots; each mouse is left out in "
+        "turn.",
     ),
     "mob_table_log_counts": (
         "## Another individual in raw log counts",
@@ -205,8 +206,8 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             )
         if pd.notna(noise):
             parts.append(
-                f"The true co-expression would have an error of about {noise:.3f}, as so few spots measure it no better "
-                "(half of the difference between random halves of the spots)."
+                f"The true co-expression would have an error of about {noise:.3f}, as so few spots measure it no "
+                "better (half of the difference between random halves of the spots)."
             )
     seconds = rows.groupby("method")["training, s"].mean() if "training, s" in rows else None
     if seconds is not None and OURS in seconds and "spots" not in rows:

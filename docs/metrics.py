@@ -9,14 +9,14 @@ from histovar.metrics import METRICS
 PAGE = Path(__file__).parent / "metrics.md"
 HEAD = """# Scores
 
-The scores that `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, one row for each section and one for their
-mean; `hv.metrics.describe()` returns this table as a DataFrame. Scores with a column in `var` are means over the genes for
-which they are defined. Where the unit is *expression*, it is that of the prediction.
+The scores that `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, one row for each section and one for
+their mean; `hv.metrics.describe()` returns this table as a DataFrame. Scores with a column in `var` are means over the
+genes for which they are defined. Where the unit is *expression*, it is that of the prediction.
 
 In the formulas, $\\hat y_{ig}$ is the predicted and $y_{ig}$ the measured expression of gene $g$ in spot $i$ of $n$;
-$F_{ig}$, $q$ and $\\sigma_{ig}$ are the distribution function, quantiles and standard deviation of the prediction; $N_i$ is
-the total count of a spot, $r_{gh}$ the correlation of two genes over the spots, and $w_{ij}$ is 1 over the number of
-neighbours of spot $i$ for each of its neighbours, 0 for other spots.
+$F_{ig}$, $q$ and $\\sigma_{ig}$ are the distribution function, quantiles and standard deviation of the prediction;
+$N_i$ is the total count of a spot, $r_{gh}$ the correlation of two genes over the spots, and $w_{ij}$ is 1 over the
+number of neighbours of spot $i$ for each of its neighbours, 0 for other spots.
 
 Columns whose names end in *of draws* score joint draws in place of expected expression; those that end in *given depth*
 score the prediction made with each spot's total count known.

@@ -47,9 +47,9 @@ maps. All methods get the same training spots, the same 200 most variable genes 
 TEXTS = {
     "her2st_table": (
         "## Another section of the same patient",
-        "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each section is left out in "
-        "turn. MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST "
-        "learns next to nothing from so few spots, which says little about the original.",
+        "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each is left out in turn. "
+        "MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST learns next to "
+        "nothing from so few spots, which says little about the original.",
     ),
     "her2st_table_log_counts": (
         "## The same in raw log counts",

@@ -58,6 +58,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 copybutton_exclude = ".linenos, .gp, .go"
 ogp_site_url = "https://histovar.readthedocs.io/en/latest/"
@@ -84,6 +85,17 @@ nitpick_ignore = [  # names by which types are not documented as classes
     ("py:class", "numpy.float64"),
     ("py:class", "numpy.int64"),
     ("py:class", "torch._C.Generator"),
+]
+# Internal types in the signatures of public classes.
+nitpick_ignore_regex = [
+    ("py:class", rf"histovar\.{name}")
+    for name in (
+        r"anndata_io\.expression\.Normalization",
+        r"model\.condition\.Moments",
+        r"model\.head\.Expectation",
+        r"model\.transformer\.Block",
+        r"training\.(data\.Spots|survey\.Measured)",
+    )
 ]
 
 # Types go by the names under which their packages document them.

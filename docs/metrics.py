@@ -9,9 +9,9 @@ from histovar.metrics import METRICS
 PAGE = Path(__file__).parent / "metrics.md"
 HEAD = """# Scores
 
-The scores that `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, one row for each section and one for their
-mean; `hv.metrics.describe()` returns this table as a DataFrame. Scores with a column in `var` are means over the genes
-for which they are defined. Where the unit is *expression*, it is that of the prediction.
+The scores that `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, one row for each section and one for
+their mean; `hv.metrics.describe()` returns this table as a DataFrame. Scores with a column in `var` are means over the
+genes for which they are defined. Where the unit is *expression*, it is that of the prediction.
 
 In the formulas, $\\hat y_{ig}$ is the predicted and $y_{ig}$ the measured expression of gene $g$ in spot $i$ of $n$;
 $F_{ig}$, $q$ and $\\sigma_{ig}$ are the distribution function, quantiles and standard deviation of the prediction;

@@ -51,6 +51,15 @@ def test_an_epoch_has_no_more_batches_than_asked_for(prepared):
 
 
 @pytest.mark.usefixtures("brief")
+def test_progress_bars_name_the_step(prepared, capsys):
+    options = {"library_key": "section", "max_epochs": 1, "limit_train_batches": 1}
+    hv.tl.train(prepared.copy(), use_rep="X_histology", config=small_config(), **options)
+    written = capsys.readouterr().err
+    steps = ("stage 1: warm-up", "stage 1: codebook", "stage 2: prior", "stage 2: tokens")
+    assert all(f"{step}, epoch " in written for step in steps)
+
+
+@pytest.mark.usefixtures("brief")
 def test_training_leaves_the_global_random_state(prepared):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -90,7 +90,7 @@ nitpick_ignore = [  # names by which types are not documented as classes
 nitpick_ignore_regex = [
     ("py:class", rf"histovar\.{name}")
     for name in (
-        r"anndata_io\.expression\.Normalization",
+        r"anndata_io\.normalization\.Normalization",
         r"model\.condition\.Moments",
         r"model\.head\.Expectation",
         r"model\.transformer\.Block",
@@ -125,6 +125,7 @@ def ignore_packages_out_of_reach(app):
 def show_plain_types(app, function, is_method):
     """Show types of arguments, and of a class's fields, without the conditions that their annotations hold."""
     function = inspect.unwrap(getattr(function, "__func__", function), stop=_set_plain_types)
+    _set_plain_types(function)
     owner = getattr(function, "__qualname__", "").split(".")[0]
     _set_plain_types(getattr(function, "__globals__", {}).get(owner, function))
 

@@ -23,7 +23,7 @@ SECTION = "slide"
 
 
 class LazySlideModel:
-    """A trained model for :func:`lazyslide.tl.feature_prediction`.
+    """A trained model for ``lazyslide.tl.feature_prediction``.
 
     LazySlide gives it the features and coordinates of all tiles of a slide at once, so that neighbourhoods, and what is
     standardised within the section, are as in :func:`histovar.tl.predict`, whose defaults predict. It does not say what

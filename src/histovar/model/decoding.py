@@ -89,7 +89,7 @@ class Generation(NamedTuple):
         (n_spots, n_genes) in layer units.
     std
         (n_spots, n_genes): standard deviation that the token distributions imply, taking tokens as
-        independent given the condition; zero unless ``mode="expected"``. :meth:`TwoStageVARST.predict` adds
+        independent given the condition; zero unless ``mode="expected"``. ``TwoStageVARST.predict`` adds
         what the members of the prior disagree on.
     tokens
         (n_spots, n_tokens): the tokens chosen (in ``"expected"`` mode the most probable).

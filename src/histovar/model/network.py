@@ -26,7 +26,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class TwoStageNetwork(nn.Module):
-    """Stage 1, stage 2, and what they were trained on: :class:`TwoStageVARST`, but for its files.
+    """Stage 1, stage 2, and what they were trained on: :class:`histovar.model.TwoStageVARST`, but for its files.
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ class ConditionalMeanPrior(nn.Module):
     fold of the training spots. So a training spot can be given the prediction of members that did not see it, which is
     as wrong as the prediction of a new spot, and the token model and the calibration that build on it learn from honest
     errors. As many again see every training spot; a new spot gets their mean. Where ridge regression predicts training
-    spots better than perceptrons do, as of few spots it may, each has some of it (:class:`LinearPart`).
+    spots better than perceptrons do, as of few spots it may, each has some of it (``LinearPart``).
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ class ConditionalMeanPrior(nn.Module):
         Parameters
         ----------
         features, cross_fitted
-            As in :meth:`forward`.
+            As in ``forward``.
         novelty
             (n_spots,) how unlike those of training each spot's section is, 0 to 1.
         """

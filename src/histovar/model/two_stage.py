@@ -24,7 +24,7 @@ class TwoStageVARST(TwoStageNetwork):
     Parameters
     ----------
     config
-        The model's configuration. Without ``embedding_dims`` there is no stage 2 yet; see :meth:`add_stage2`.
+        The model's configuration. Without ``embedding_dims`` there is no stage 2 yet; see ``add_stage2``.
 
     Attributes
     ----------

@@ -156,11 +156,11 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     means = rows.groupby(keys, sort=False)[numbers].mean()
     means = means.sort_index() if "spots" in rows else means.sort_values(main, ascending=False)
     groups = rows["held out"].unique()
-    shown = means[[c for c in MAIN if c in numbers] or numbers].rename(columns=heading)
+    shown = means[[c for c in MAIN if c in numbers] or numbers].dropna(how="all").rename(columns=heading)
     if len(groups) > 1:
         by_group = rows.groupby([*keys, "held out"], sort=False)[main].mean().groupby(keys, sort=False)
         shown.insert(0, f"{main}, 95 %", by_group.apply(interval))
-    parts = [title, text, markdown(shown.dropna(how="all"))]
+    parts = [title, text, markdown(shown)]
     if "spots" not in rows:
         distribution = means[[c for c in DISTRIBUTION if c in numbers]].dropna(how="all").rename(columns=heading)
         structure = mean_and_draws(means.loc[means[[c for c in STRUCTURE if c in numbers]].notna().any(axis=1)])

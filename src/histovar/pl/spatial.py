@@ -56,7 +56,7 @@ def spatial(
     gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> NDArray[Any]:
-    """Map measured and predicted expression and its standard deviation over the H&E, one row a gene.
+    """Map measured and predicted expression and its standard deviation over the H&E, one row for each gene.
 
     Measured and predicted expression share one colour scale. Where a gene was not measured, its row has no measured
     panel; where nothing was, the column is left out.

@@ -432,7 +432,7 @@ def reference(bench: Bench) -> None:
         for method in methods:
             options: dict[str, Any] = {"accelerator": bench.device.type}
             if bench.smoke:
-                options["max_epochs"] = 1
+                options |= {"max_epochs": 1, "limit_train_batches": 1}
             elif method != compare.OURS:
                 options |= REFERENCE_OPTIONS
                 for stage, seconds in enumerate(SECONDS_OF_STAGES, 1):

@@ -85,7 +85,9 @@ class Picture(TissueImage):
 
     def _decode(self) -> None:
         try:
-            self.picture = self.picture.convert("RGB")
+            self.picture.load()
+            if self.picture.mode != "RGB":  # or convert would copy it
+                self.picture = self.picture.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"image: {str(self.path)!r} is damaged ({error})") from None
         self.decoded = True

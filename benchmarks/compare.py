@@ -387,14 +387,20 @@ def learning_curve(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Scores over the number of training spots: units, and a row for each method, held-out group and number."""
     quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
-    every = round(np.mean([train.n_obs for _, train, _ in splits(data, arguments.folds, arguments.pairs)]))
     for group, train, query in folds(data, arguments):
         for n_spots in [n for n in arguments.sizes if n < train.n_obs] + [train.n_obs]:
             some = subsample(train, n_spots, data)
-            spots = every if n_spots == train.n_obs else n_spots  # folds of nearly as many spots are one point
             for method in methods:
                 for unit, scores in run(method, some, query, data, arguments.units, 0, quick, 0):
-                    yield unit, {"method": method, "held out": group, "seed": 0, "spots": spots, **scores}
+                    yield unit, {"method": method, "held out": group, "seed": 0, "spots": n_spots, **scores}
+
+
+def without_folds_apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a learning curve, with all training spots of a fold, of which folds differ, as their mean number."""
+    if "spots" not in rows:
+        return rows
+    every = rows["spots"] == rows.groupby("held out")["spots"].transform("max")
+    return rows.assign(spots=rows["spots"].mask(every, round(rows.loc[every, "spots"].mean())))
 
 
 def interval(means: pd.Series) -> str:
@@ -405,6 +411,7 @@ def interval(means: pd.Series) -> str:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over held-out groups and seeds of every method, and the spread of its main score over each."""
+    rows = without_folds_apart(rows)
     keys = ["method", "spots"] if "spots" in rows else ["method"]
     scores = [c for c in rows if c not in (*keys, "held out", "seed")]
     means = rows.groupby(keys, sort=False)[[c for c in COLUMNS if c in scores]].mean()
@@ -422,6 +429,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def plot(rows: pd.DataFrame, path: Path) -> None:
     """PCC-200 and depth-partial PCC of every method, or over the number of training spots."""
+    rows = without_folds_apart(rows)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey="spots" not in rows)
     for axis, score in zip(axes, ("PCC-200", "PCC-partial"), strict=True):
         if "spots" in rows:

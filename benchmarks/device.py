@@ -1,6 +1,6 @@
 """Whether a GPU gives what the CPU gives, and how fast it is beside its own matrix products.
 
-    python benchmarks/device.py                          # all parts on CUDA, under 8 minutes on an H100
+    python benchmarks/device.py                          # all parts on CUDA; meant to take 8 minutes on an H100
     python benchmarks/device.py --parts equal waits      # some of them
     python benchmarks/device.py --device cpu --smoke     # the CPU against itself, in seconds, to see that it runs
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
-from compare import NOISE, OURS, SCORES, TRAINING, interval, plot
+from compare import NOISE, OURS, SCORES, TRAINING, interval, plot, without_folds_apart
 
 import histovar as hv
 
@@ -103,8 +103,7 @@ TEXTS = {
     "her2st_curve": (
         "## Few training spots",
         "her2st, each section left out in turn, by the number of training spots, which are drawn at random from the "
-        "other sections; neighbours are taken among the spots drawn. With 50, section C2 alone is told better by ridge "
-        "regression, which tells depth better there; beyond depth histovar is ahead on each section.",
+        "other sections; neighbours are taken among the spots drawn.",
     ),
     "simulated_curve": (
         "## Many training spots",
@@ -150,6 +149,7 @@ def mean_and_draws(means: pd.DataFrame) -> pd.DataFrame:
 def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     """One part of the page."""
     title, text = TEXTS[name]
+    rows = without_folds_apart(rows)
     keys = ["spots", "method"] if "spots" in rows else ["method"]
     numbers = [c for c in rows if c not in (*keys, "held out", "seed")]
     main = "PCC-200" if "PCC-200" in numbers else numbers[0]
@@ -168,6 +168,13 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             parts += ["The predicted distribution:", markdown(distribution)]
         if structure.shape[1]:
             parts += ["Variances, co-expression and patterns, of expected expression / of draws:", markdown(structure)]
+    if "spots" in rows and len(groups) > 1:
+        fewest = rows[rows["spots"] == rows["spots"].min()]
+        for score in (s for s in (main, "PCC-partial") if s in numbers):
+            parts += [
+                f"{score} of every held-out group, with {fewest['spots'].iloc[0]:g} spots:",
+                markdown(fewest.pivot_table(score, "method", "held out", sort=False)),
+            ]
     if "spots" not in rows and len(groups) > 1:
         for score in (s for s in (main, "PCC-partial", "coverage 90", "coverage 90 given depth") if s in numbers):
             by_group = rows.groupby(["method", "held out"], sort=False)[score].mean().unstack()
@@ -184,7 +191,7 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
                 best = ", ".join(f"{g} ({rivals[g].idxmax()} {rivals[g].max():.3f})" for g in behind)
                 parts.append(f"histovar is **not** the best on {best}.")
             else:
-                parts.append("histovar is the best method on each of them.")
+                parts.append("histovar is the best of the methods, which see no counts, on each of them.")
     ours = rows[rows["method"] == OURS]
     if "spots" not in rows and ours["seed"].nunique() > 1:
         for method in (OURS, "MLP"):

@@ -9,13 +9,13 @@ ON_DEVICES = 64
 
 
 def at_once(on_cpu: int, device: torch.device) -> int:
-    """How many at once, and one at the least.
+    """Number of items to compute at once on a device, at least one.
 
     Parameters
     ----------
     on_cpu
-        How many on a CPU.
+        Number of items on a CPU.
     device
-        Where.
+        Where they are computed.
     """
     return max(1, on_cpu if device.type == "cpu" else ON_DEVICES * on_cpu)

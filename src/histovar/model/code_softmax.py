@@ -21,7 +21,7 @@ def tokens_at_once(codes: Tensor) -> int:
 
 
 def two_parts(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers of lower precision whose sum is near each number."""
+    """Each number, split into a rounded one and a remainder in a lower precision."""
     high = x.to(half)
     return high, (x - high).to(half)
 

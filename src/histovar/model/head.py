@@ -435,5 +435,5 @@ class TokenHead(nn.Module):
 
 
 def _select_codes(head: TokenHead, _: object) -> None:
-    """What is to happen after a state is loaded."""
+    """Hook after a state is loaded: select the codes that it says are in use."""
     head._select_codes()

@@ -115,7 +115,7 @@ def fitted_dispersion(counts: Tensor, mean: Tensor, excess: Tensor | None = None
     counts, mean
         (n_spots, n_genes).
     excess
-        (n_spots,) relative variance that each spot has beyond.
+        (n_spots,) relative variance that each spot has beyond that of the negative binomial.
     """
     more = 0.0 if excess is None or not bool(excess.any()) else excess[:, None]
 

@@ -142,7 +142,7 @@ class SharedVectorQuantizer(nn.Module):
 
 
 def _is_started(quantizer: SharedVectorQuantizer, _: object) -> None:
-    """What is to happen after a state is loaded."""
+    """Hook after a state is loaded: a codebook that it says is initialised needs no k-means start."""
     quantizer.needs_start = not bool(quantizer.vq._codebook.initted)
 
 

@@ -109,7 +109,8 @@ def write_geojson(
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).any((1, 2)).sum())
         raise ValueError(
-            f"key: the prediction {key!r} is not finite in {bad} spots, which GeoJSON does not allow; predict again"
+            f"key: the prediction {key!r} (with {keys.std}, {keys.quantiles}, {keys.rates}, {keys.spots}, where it has "
+            f"them) is not finite in {bad} spots, which GeoJSON does not allow; predict again"
         )
     names = [f"{gene} {what}" for gene in chosen for what in ("mean", "lower", "upper")]
     outlines = _outlines(slide.coordinates, slide.diameter if diameter is None else diameter, shape)

@@ -337,3 +337,12 @@ def test_changed_prediction_is_refused(query, model):
         refuse(query, call, ValueError, r"key: obsm\['histovar_samples'\] holds float32 of shape \(60, 5, 2\)")
     del query.obsm["histovar_std"]
     refuse(query, hv.tl.evaluate, KeyError, "key: no 'histovar_std' in obsm")
+
+
+def test_what_was_meant_is_said(query, model):
+    """A misspelt option or gene, and the path of a model in place of the model."""
+    refuse(query, lambda a: hv.tl.predict(a, model, n_sample=5), TypeError, "did you mean 'n_samples'")
+    refuse(query, lambda a: hv.tl.predict(a, "my_model"), TypeError, r"load it with histovar\.TwoStageVARST\.load")
+    hv.tl.predict(query, model)
+    gene = model.registry["genes"][0]
+    refuse(query, lambda a: hv.pl.spatial(a, [gene.lower()], section="S4"), KeyError, f"did you mean {gene}")

@@ -58,7 +58,7 @@ def test_spatial_takes_one_section_and_given_axes(simulated, model):
     assert list(axes[0]) == list(given) and len(values_of(given[0])) == 60
     with pytest.raises(ValueError, match="ax: expected 2 x 3 axes, got 3"):
         hv.pl.spatial(adata, model.registry["genes"][:2], section="S2", ax=given)
-    with pytest.raises(KeyError, match="not in the predicted panel"):
+    with pytest.raises(KeyError, match="are not among the"):
         hv.pl.spatial(adata, "absent", section="S2")
 
 

@@ -220,7 +220,7 @@ def test_wrong_reports_are_refused(predicted, model, model_of_values, tmp_path, 
     path = tmp_path / "report.html"
     with pytest.raises(ValueError, match="path: expected a file that ends in .html"):
         hv.pl.report(predicted, tmp_path / "report.pdf")
-    with pytest.raises(KeyError, match="genes: .*'absent'.* are not in the predicted panel"):
+    with pytest.raises(KeyError, match="genes: .*'absent'.* are not among the"):
         hv.pl.report(predicted, path, genes=["absent"])
     with pytest.raises(ValueError, match="confidence_level: expected less than 1"):
         hv.pl.report(predicted, path, confidence_level=1)

@@ -12,6 +12,7 @@ import operator
 import reprlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, wraps
 from itertools import pairwise
 from os import PathLike as OSPath
@@ -275,6 +276,8 @@ def _check(name: str, value: Any, argument: _Argument) -> Any:
         of_other_type = all(e["type"].endswith("_type") or e["type"] == "is_instance_of" for e in errors)
         or_none = " or None" if argument.optional and of_other_type else ""
         message = f"{name}: expected {expected}{or_none}, got {shown(errors[0]['input'])}"
+        if "TwoStageVARST" in expected and isinstance(value, str | OSPath):
+            message += "; load it with histovar.TwoStageVARST.load"
         raise (TypeError if of_other_type else ValueError)(message) from None
 
 
@@ -305,7 +308,10 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{function.__name__}: {error}") from None
+            known = list(signature.parameters)
+            near = [name for key in kwargs if key not in known for name in get_close_matches(key, known, 1)]
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{function.__name__}: {error}{meant}") from None
         bound.arguments.update(checked(function, bound.arguments))
         return function(*bound.args, **bound.kwargs)
 

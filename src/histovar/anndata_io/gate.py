@@ -130,8 +130,8 @@ def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
     """
     if key not in adata.obsm:
         raise KeyError(
-            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; compute embeddings of the H&E around each "
-            "spot (for instance with LazySlide) and store them there"
+            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; name one of them, or make "
+            "embeddings of the H&E around each spot with histovar.pp.embed"
         )
     values = adata.obsm[key]
     if not hasattr(values, "shape"):

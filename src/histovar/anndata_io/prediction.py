@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -394,7 +395,12 @@ def genes_of_panel(panel: Sequence[str], genes: Sequence[str] | None) -> list[st
     """
     unknown = [gene for gene in genes or () if gene not in panel]
     if unknown:
-        raise KeyError(f"genes: {unknown} are not in the predicted panel ({list(panel[:3])}, ...)")
+        by_lower = {gene.lower(): gene for gene in panel}
+        near = [by_lower[name] for gene in unknown for name in get_close_matches(gene.lower(), by_lower, 1)]
+        meant = f"; did you mean {', '.join(near)}?" if near else ""
+        raise KeyError(
+            f"genes: {unknown} are not among the {len(panel)} genes of the model ({list(panel[:3])}, ...){meant}"
+        )
     return list(panel if genes is None else genes)
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Layers of a checkpoint that classify, of which embeddings have no need, and a token that is for training alone.
 DROPPED = re.compile(r"^(head|head_dist|fc_norm)\.|(^|\.)mask_token$")
 TRUNK = "visual.trunk."
+# As timm looks for them in a repository.
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Of DINOv2 in transformers, what timm calls otherwise; the first that fits.
 FROM_TRANSFORMERS = (
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -135,13 +137,16 @@ def _from_file(path: Path) -> State:
 
 def _from_hub(encoder: Encoder) -> State:
     models = import_timm().models
-    from huggingface_hub import errors
+    from huggingface_hub import errors, model_info, try_to_load_from_cache
 
     if not encoder.hub:
         raise ValueError(f"weights: encoder {encoder.name!r} has no repository; pass weights=, a checkpoint file")
     page = f"https://huggingface.co/{encoder.hub}"
     elsewhere = "or pass weights=, a checkpoint file that you have"
+    cached = any(isinstance(try_to_load_from_cache(encoder.hub, name), str) for name in WEIGHTS_FILES)
     try:
+        if not cached:  # fails at once without a network, where the download tries again and again
+            model_info(encoder.hub, timeout=10)
         state: State = models.load_state_dict_from_hf(encoder.hub, weights_only=True)
     except Exception as error:  # noqa: BLE001 (the hub raises errors of many libraries, some by way of others)
         causes = _causes(error)

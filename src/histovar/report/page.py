@@ -59,7 +59,7 @@ PERCENTILES = (1, 99)
 # Longest side of an image in pixels, and its JPEG quality.
 LONGEST_SIDE, JPEG_QUALITY = 1600, 85
 # Pixels of the page.
-MAP_SIZE, MAP_CARD_WIDTH, DETAILS_WIDTH, NUMBER_WIDTH = 600, 770, 480, 58
+MAP_SIZE, MAP_CARD_WIDTH, DETAILS_WIDTH, NUMBER_WIDTH = 600, 770, 590, 58
 OPACITY = 0.7
 GENERATOR = "histovar report"
 

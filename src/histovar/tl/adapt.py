@@ -213,7 +213,7 @@ def _check_not_trained_on(label: str, n_spots: int, registry: Mapping[str, Any])
     trained_on = registry["sections_stage2"]
     if label in trained_on:
         raise ValueError(
-            f"library_key: section {label!r} was trained on, so that errors on it are not those of a new section; "
+            f"measured_key: section {label!r} was trained on, so that errors on it are not those of a new section; "
             "it needs no adapting"
         )
     if not label and trained_on:

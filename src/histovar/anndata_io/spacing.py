@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from .embeddings import embed_entries
 from .images import stored_fact
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ SAME_DENSITY = 1.25
 def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | None) -> float | None:
     """Microns per pixel of the full-resolution image of a section; None if the object does not say.
 
-    What :func:`histovar.pp.embed` recorded, as it was given or read; else
-    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``.
+    What :func:`histovar.pp.embed` recorded of the section, as it was given or read; else
+    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``; else what was recorded of a section without a name.
 
     Parameters
     ----------
@@ -47,16 +47,14 @@ def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | No
     library_key
         Column of ``obs`` with the section.
     """
-    for entry in adata.uns.values():
-        known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
-        if isinstance(known, Mapping):
-            by_entry = _by_entry(known)
-            for name in (_entry(section), UNNAMED):
-                if name in by_entry:
-                    return by_entry[name]
+    recorded = [entry[SCALE] for _, entry in embed_entries(adata) if isinstance(entry.get(SCALE), Mapping)]
     column = None if library_key is None else adata.obs[library_key]
     stored = stored_fact(adata.uns.get("spatial"), section, column, "scalefactors", "microns_per_pixel")
-    return stored if isinstance(stored, float) and stored > 0 else None
+    in_uns = stored if isinstance(stored, float) and stored > 0 else None
+    of_section, of_object = (
+        next((float(scale[name]) for scale in recorded if name in scale), None) for name in (_entry(section), UNNAMED)
+    )
+    return next((mpp for mpp in (of_section, in_uns, of_object) if mpp is not None), None)
 
 
 def scale_entry(mpp: Mapping[str | None, float]) -> dict[str, float]:
@@ -74,23 +72,16 @@ def rename_sections(adata: AnnData, names: Mapping[str, str]) -> None:
     names
         The new name of each section.
     """
-    for key, entry in adata.uns.items():
-        known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
-        if isinstance(known, Mapping):
-            by_entry = _by_entry(known)
-            found = {new: by_entry.get(_entry(old), by_entry.get(UNNAMED)) for old, new in names.items()}
+    for key, entry in list(embed_entries(adata)):
+        recorded = entry.get(SCALE)
+        if isinstance(recorded, Mapping):
+            found = {new: recorded.get(_entry(old), recorded.get(UNNAMED)) for old, new in names.items()}
             adata.uns[key] = {**entry, SCALE: scale_entry({n: mpp for n, mpp in found.items() if mpp is not None})}
 
 
 def _entry(section: str | None) -> str:
     """Name of a section as a key of ``uns``, in which files take a slash for a path."""
     return section.replace("/", "%2F") if section else UNNAMED
-
-
-def _by_entry(known: Mapping[str, Any]) -> dict[str, float]:
-    if np.ndim(known.get("section", 0)):  # as an earlier version wrote it
-        return {_entry(str(name)): float(mpp) for name, mpp in zip(known["section"], known["mpp"], strict=True)}
-    return {name: float(mpp) for name, mpp in known.items()}
 
 
 def spacing(place: NDArray[np.floating]) -> float:

@@ -121,8 +121,8 @@ class LazySlideModel:
         return {f"{gene}{of}": x[:, i] for i, gene in enumerate(predicted.var_names) for of, x in named.items()}
 
     def to(self, device: Any) -> Self:
-        """Predict on a device from now on."""
-        self.device = str(device)
+        """Predict on a device from now on; on the CPU for Apple's MPS, which LazySlide picks and which has given NaN."""
+        self.device = "cpu" if str(device).startswith("mps") else str(device)
         return self
 
     def get_transform(self) -> None:

@@ -36,7 +36,7 @@ def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | No
     """Microns per pixel of the full-resolution image of a section; None if the object does not say.
 
     What :func:`histovar.pp.embed` recorded of the section, as it was given or read; else
-    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``; else what was recorded of a section without a name.
+    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``; else what it recorded of a section without a name.
 
     Parameters
     ----------
@@ -114,13 +114,13 @@ def spacing(place: NDArray[np.floating]) -> float:
 
 def _by_section(
     adata: AnnData, place: NDArray[np.floating], names: NDArray[np.str_] | None, library_key: str | None
-) -> dict[str | None, tuple[NDArray[np.int64], float]]:
-    """Rows of each section, and its spacing in microns, NaN if it is not known."""
-    found: dict[str | None, tuple[NDArray[np.int64], float]] = {}
+) -> dict[str | None, tuple[NDArray[np.int64], float | None]]:
+    """Rows of each section and its spacing in microns: None if microns per pixel are not known, NaN as of `spacing`."""
+    found: dict[str | None, tuple[NDArray[np.int64], float | None]] = {}
     for name in [None] if names is None else np.unique(names).tolist():
         rows = np.arange(len(place)) if names is None else np.flatnonzero(names == name)
         mpp = microns_per_pixel(adata, name, None if names is None else library_key)
-        found[name] = rows, float("nan") if mpp is None else mpp * spacing(place[rows])
+        found[name] = rows, None if mpp is None else mpp * spacing(place[rows])
     return found
 
 
@@ -133,7 +133,8 @@ def of_training(
 ) -> float | None:
     """Spacing of training spots in microns, median over sections; None if microns per pixel of one are not known.
 
-    The latter is warned of where the embeddings' fields are known in microns.
+    The latter is warned of where the embeddings' fields are known in microns. Sections of a single spot, or of spots in
+    one place, have no spacing: the median is of the others, and None if there are none.
 
     Parameters
     ----------
@@ -149,9 +150,11 @@ def of_training(
         Keys of ``obsm`` with the embeddings.
     """
     found = {name: um for name, (_, um) in _by_section(adata, place, names, library_key).items()}
-    unknown = [name for name, um in found.items() if np.isnan(um)]
+    unknown = [name for name, um in found.items() if um is None]
     if not unknown:
-        return float(np.median(list(found.values())))
+        spacings = [um for um in found.values() if um is not None and not np.isnan(um)]
+        _warn_of_no_spacing([name for name, um in found.items() if um is not None and np.isnan(um)])
+        return float(np.median(spacings)) if spacings else None
     in_microns = next((rep for rep in use_rep if FIELD_IN_NAME.search(rep)), None)
     if in_microns is not None:
         logger.warning(
@@ -190,12 +193,13 @@ def density(
     if trained is None:
         return None
     found = np.ones(len(place))
-    unknown, others = [], {}
+    unknown, undefined, others = [], [], {}
     for name, (rows, um) in _by_section(adata, place, names, library_key).items():
-        ratio = (trained / um) ** 2
-        if np.isnan(ratio):
+        if um is None:
             unknown.append(name)
-        elif not 1 / SAME_DENSITY <= ratio <= SAME_DENSITY:
+        elif np.isnan(um):
+            undefined.append(name)
+        elif not 1 / SAME_DENSITY <= (ratio := (trained / um) ** 2) <= SAME_DENSITY:
             found[rows], others[name] = ratio, um
     if unknown:
         logger.warning(
@@ -204,6 +208,7 @@ def density(
             "the object" if unknown == [None] else f"sections {unknown[:4]}",
             trained,
         )
+    _warn_of_no_spacing(undefined)
     for name, um in others.items():
         logger.info(
             "%s: spots lie %.0f um apart, in training %.0f: neighbourhoods hold %.2g times as many, and reach as far",
@@ -213,3 +218,12 @@ def density(
             (trained / um) ** 2,
         )
     return found if others else None
+
+
+def _warn_of_no_spacing(sections: Sequence[str | None]) -> None:
+    if sections:
+        logger.warning(
+            "spatial: %s one spot or spots in one place, which lie no distance apart: neighbourhoods there are as for "
+            "spots as far apart as in training",
+            "the object has" if sections == [None] else f"sections {sections[:4]} have",
+        )

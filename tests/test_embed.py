@@ -418,6 +418,8 @@ def test_files_of_two_versions_keep_what_made_their_embeddings(prepared, png, tm
             rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)",
         )
     assert not (tmp_path / "checkpoints").exists()
+    again = of_weights(weights, mixed, dict.fromkeys(("S1", "S2", "S3"), png))
+    assert record_of(again, rep)["weights"] == record_of(parts[0], rep)["weights"]
 
 
 def cosines(found, reference):

@@ -1,13 +1,14 @@
 """A few measured spots of a new section: what they correct, and what is refused."""
 
 import logging
-from copy import deepcopy
 
 import numpy as np
 import pytest
 
 import histovar as hv
 from histovar.cli import main
+
+from .conftest import QUICK, small_config
 
 
 def shallower(query, share=0.2, seed=0):
@@ -131,22 +132,28 @@ def test_a_section_without_a_name_is_known_by_its_measured_spots(section, model,
     adapted = hv.tl.adapt(section, model, "measured")
     hv.tl.predict(section, adapted)
     assert "are of others" not in caplog.text
-    assert "the section has no name, so that it is not known whether it was trained on" in caplog.text
+    assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
     elsewhere = section.copy()
     elsewhere.obsm["spatial"] = elsewhere.obsm["spatial"] + 7.0
     hv.tl.predict(elsewhere, adapted)
     assert "are of others" in caplog.text
 
 
-def test_a_section_without_a_name_that_was_trained_on(section, model):
+def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, caplog):
     """Where training's had no name either, it is known by its number of spots; a name says that it is another."""
-    model = deepcopy(model)
-    model.registry |= {"sections_stage2": [], "library_key": None, "n_spots_stage2": section.n_obs}
+    unnamed = prepared[prepared.obs["section"] == "S1"].copy()
+    del unnamed.obs["section"]
+    model = hv.tl.train(unnamed, use_rep="X_histology", config=small_config(), **QUICK)
+    trained_on = choose(unnamed, 20)
     with pytest.raises(
         ValueError, match="library_key: a section without a name, of 60 spots as this one, was trained on"
     ):
-        hv.tl.adapt(section, model, "measured")
-    assert hv.tl.adapt(section, model, "measured", library_key="section").registry["adapted"]["section"] == "S4"
+        hv.tl.adapt(trained_on, model, "measured")
+    named = hv.tl.adapt(section, model, "measured", library_key="section")
+    assert named.registry["adapted"]["section"] == "S4"
+    assert "the section has no name" not in caplog.text
+    hv.tl.adapt(trained_on[:50].copy(), model, "measured")
+    assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
 
 
 def test_chunks_are_predicted_alike(section, adapted):

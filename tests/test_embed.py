@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 import histovar as hv
+from histovar.anndata_io.embeddings import record_of
 from histovar.anndata_io.files import read_files
 from histovar.anndata_io.spacing import microns_per_pixel
 
 from .conftest import QUICK, small_config
+from .test_errors import refuse
 
 MPP = 0.5
 
@@ -388,6 +390,36 @@ def test_files_embedded_one_by_one_keep_their_scale(prepared, png, tmp_path, cap
     assert model.registry["spacing_um"] is None
     said = [line for line in caplog.messages if "microns per pixel of 3 of 3 sections" in line]
     assert len(said) == 1 and "anndata.concat(..., uns_merge='unique') keeps" in said[0]
+
+
+def test_files_of_two_versions_keep_what_made_their_embeddings(prepared, png, tmp_path):
+    """Joined, they have no version: what made them and their scale is known all the same, and a mixture refused."""
+    adata = prepared.copy()
+    del adata.uns["spatial"], adata.layers["lognorm"]
+    adata.obsm["spatial"] = adata.obsm["spatial"] / adata.obsm["spatial"].max() * 200 + 50
+    weights = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for section, of in (("S1", weights), ("S2", weights), ("S3", weights + 1)):
+        parts.append(of_weights(of, adata[adata.obs["section"] == section].copy(), {section: png}))
+        parts[-1].uns["X_colours"]["version"] = f"0.9.{len(parts)}"
+        parts[-1].write_h5ad(tmp_path / f"{section}.h5ad")
+    files = [tmp_path / f"{section}.h5ad" for section in ("S1", "S2", "S3")]
+    rep = "X_colours_16um"
+    for alike in (ad.concat(parts[:2], merge="same", uns_merge="unique"), read_files(files[:2])):
+        assert "version" not in alike.uns["X_colours"]
+        assert record_of(alike, rep) == record_of(parts[0], rep)
+        assert microns_per_pixel(alike, "S2", "section") == pytest.approx(MPP)
+    options = {"use_rep": rep, "library_key": "section", "config": small_config(), **QUICK}
+    for mixed in (ad.concat(parts, merge="same", uns_merge="unique"), read_files(files)):
+        refuse(
+            mixed,
+            lambda a: hv.tl.train(a, checkpoint_dir=tmp_path / "checkpoints", **options),
+            ValueError,
+            rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)",
+        )
+    assert not (tmp_path / "checkpoints").exists()
+    again = of_weights(weights, mixed, dict.fromkeys(("S1", "S2", "S3"), png))
+    assert record_of(again, rep)["weights"] == record_of(parts[0], rep)["weights"]
 
 
 def cosines(found, reference):

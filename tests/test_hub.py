@@ -52,15 +52,22 @@ def test_what_is_not_to_be_had_is_one_line(model, cache, monkeypatch):
         hv.TwoStageVARST.load("hf://lab/breast")
 
 
-def test_card_for_people_says_what_the_model_is(model, tmp_path):
+def test_card_for_people_says_what_the_model_is(model, tmp_path, caplog):
     model.save(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: histovar\n")
     for text in (*model.registry["genes"], "180 spots of 3 sections: S1, S2, S3", "X_histology (16 numbers)", "Limits"):
         assert text in card
-    (tmp_path / "README.md").write_text("mine")
+    assert not caplog.messages
+    for others in ("mine", card.replace("the end of what is written", "the end")):
+        caplog.clear()
+        (tmp_path / "README.md").write_text(others)
+        model.save(tmp_path)
+        assert (tmp_path / "README.md").read_text() == others
+        assert len(caplog.messages) == 1 and "README.md: the marks between which" in caplog.text
+    (tmp_path / "README.md").write_text(card.split("---\n\n")[1])
     model.save(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def metadata(card):
@@ -95,6 +102,38 @@ def test_what_people_write_around_the_card_stays(loaded, tmp_path):
     again = file.read_text()
     model.save(tmp_path)
     assert file.read_text() == again
+
+
+def test_metadata_say_what_is_described_now(loaded, tmp_path):
+    """Tags and licence of an earlier description go; those that people wrote stay."""
+    file = tmp_path / "README.md"
+
+    def saved(**description):
+        loaded.describe(**description)
+        loaded.save(tmp_path)
+        return metadata(file.read_text())
+
+    loaded.registry["description"] = None
+    saved(tissue="breast | Duct", species="human", licence="Apache-2.0")
+    file.write_text(file.read_text().replace("tags:\n", "tags:\n- ours\n"))
+    there = saved(tissue="lung")
+    assert {"ours", "lung", "human", "histology"} <= set(there["tags"]) and "breast-|-duct" not in there["tags"]
+    assert there["license"] == "apache-2.0" and "license_name" not in there
+    there = saved(tissue="", licence="proprietary")
+    assert "lung" not in there["tags"] and (there["license"], there["license_name"]) == ("other", "proprietary")
+    assert not {"license", "license_name"} & set(saved(licence=""))
+    assert loaded.registry["description"] == {"species": "human"}
+
+
+def test_one_stage_is_saved_with_what_is_described_now(loaded, tmp_path):
+    loaded.describe(tissue="breast", licence="mit")
+    loaded.save(tmp_path)
+    loaded.registry["description"] = {"tissue": "lung"}
+    for stage, species in ((1, "human"), (2, "mouse")):
+        loaded.describe(species=species)
+        loaded.save_stage(tmp_path, stage)
+        described = hv.TwoStageVARST.load(tmp_path).registry["description"]
+        assert described == {"tissue": "lung", "licence": "mit", "species": species}
 
 
 def test_push_keeps_what_people_wrote_on_the_hub(loaded, cache, monkeypatch):

@@ -27,7 +27,7 @@ THREE = {**QUICK, "max_epochs": 3, "patience": 50}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def brief(model):
+def brief_module(model):
     """Every training here, but for that of the shared model, which comes before."""
     with few_steps():
         yield

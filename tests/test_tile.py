@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 from scipy.ndimage import gaussian_filter
 
 import histovar as hv
@@ -152,6 +153,26 @@ def test_lazyslide_runs_a_model(wsi, model):
     back = wsi.fetch.features_anndata("back", "tiles", tile_graph=False)
     np.testing.assert_allclose(back.X, table[genes], atol=1e-5)
     assert not any(p.is_inference() for p in model.parameters())  # or they could not be trained on any more
+
+
+def test_lazyslide_mixed_precision_changes_nothing(model, query):
+    """LazySlide's amp=True and a user's own autocast: predictions stay those of the precision that was asked for."""
+    hv.tl.predict(query, model)
+    expected = hv.get.prediction(query)
+    with torch.autocast("cpu", torch.bfloat16):
+        hv.tl.predict(query, model, key_added="mixed", n_samples=2)
+        hv.tl.predict(query, model, key_added="bf16", precision="bf16")
+        values = hv.io.LazySlideModel(model).predict(query.obsm["X_histology"], query.obsm["spatial"])
+    np.testing.assert_array_equal(hv.get.prediction(query, key="mixed").X, expected.X)
+    gene = expected.var_names[0]
+    np.testing.assert_allclose(values[gene], expected[:, gene].X.ravel(), atol=1e-5)
+
+
+def test_lazyslide_on_apple_predicts_on_the_cpu(model, query):
+    """LazySlide picks MPS by itself, which has given NaN; histovar's default never does."""
+    of_slide = hv.io.LazySlideModel(model).to("mps")
+    values = of_slide.predict(query.obsm["X_histology"], query.obsm["spatial"])
+    assert all(np.isfinite(of_gene).all() for of_gene in values.values())
 
 
 def test_lazyslide_model_refuses_what_it_cannot_predict(wsi, loaded):

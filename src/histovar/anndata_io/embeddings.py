@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from anndata import AnnData
@@ -18,6 +18,8 @@ RECORDS = "embeddings"
 FACTS = ("encoder", "layers", "pooling", "input_px", "field_um")
 # What records of earlier versions lack; there nothing is compared.
 ADDED_FACTS = ("weights", "mean", "std")
+# What is recorded, but not compared.
+OTHER_FACTS = ("mpp", "precision")
 # How much a field may differ, as a share of that of training: by rounding alone.
 FIELD_TOLERANCE = 0.01
 # How many times as wide the pixels of an image may be, as of training's images, without a warning.
@@ -59,6 +61,22 @@ def _numbers(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
+def embed_entries(adata: AnnData) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Entries of ``uns`` that :func:`histovar.pp.embed` wrote, with their keys.
+
+    They are known by their records of embeddings: the version is lost where objects of two versions were joined.
+    """
+    for key, entry in adata.uns.items():
+        records = entry.get(RECORDS) if isinstance(entry, Mapping) else None
+        if isinstance(records, Mapping) and any(map(_is_record, records.values())):
+            yield key, entry
+
+
+def _is_record(facts: Any) -> bool:
+    """Whether it says what made an embedding, or what is left of that after a join."""
+    return isinstance(facts, Mapping) and not facts.keys().isdisjoint((*FACTS, *ADDED_FACTS, *OTHER_FACTS))
+
+
 def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
     """What made ``obsm[key]``; None if ``uns`` does not say.
 
@@ -79,10 +97,9 @@ def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
     ValueError
         If objects were joined whose embeddings were made otherwise: what differed is then not in ``uns``.
     """
-    for stored in adata.uns.values():
-        records = stored.get(RECORDS) if isinstance(stored, Mapping) and "version" in stored else None
-        facts = records.get(key) if isinstance(records, Mapping) else None
-        if isinstance(facts, Mapping):
+    for _, entry in embed_entries(adata):
+        facts = entry[RECORDS].get(key)
+        if _is_record(facts):
             added = [name for name in ADDED_FACTS if name in facts]
             lacking = [name for name in (*FACTS, *(ADDED_FACTS if added else ())) if name not in facts]
             if lacking:
@@ -91,8 +108,31 @@ def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
                     "embed all with one encoder, weights and field"
                 )
             plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in facts.items()}
-            return {**dict.fromkeys((*ADDED_FACTS, "mpp", "precision")), **plain}
+            return {**dict.fromkeys((*ADDED_FACTS, *OTHER_FACTS)), **plain}
     return None
+
+
+class _Difference(NamedTuple):
+    """A fact in which embeddings differ from those of training."""
+
+    name: str
+    here: Any
+    in_training: Any
+
+
+def _differences(here: Mapping[str, Any], in_training: Mapping[str, Any]) -> list[_Difference]:
+    """All facts that are known of both and differ."""
+    both = [_Difference(name, here[name], in_training.get(name)) for name in (*FACTS, *ADDED_FACTS)]
+    known = [fact for fact in both if fact.here is not None and fact.in_training is not None]
+    return [
+        fact
+        for fact in known
+        if (
+            abs(fact.here - fact.in_training) > FIELD_TOLERANCE * fact.in_training
+            if fact.name == "field_um"
+            else fact.here != fact.in_training
+        )
+    ]
 
 
 def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequence[Mapping[str, Any] | None]) -> None:
@@ -117,12 +157,8 @@ def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequenc
         theirs = record_of(adata, key)
         if ours is None or theirs is None:
             continue
-        same_field = abs(theirs["field_um"] - ours["field_um"]) <= FIELD_TOLERANCE * ours["field_um"]
-        compared = [(name, theirs[name], ours.get(name)) for name in (*FACTS[:-1], *ADDED_FACTS)]
-        differing = [fact for fact in compared if None not in fact and fact[1] != fact[2]]
-        differing += [] if same_field else [("field_um", theirs["field_um"], ours["field_um"])]
-        if differing:
-            unlike = ", ".join(f"{name}={here!r}, of training {then!r}" for name, here, then in differing)
+        if differences := _differences(theirs, ours):
+            unlike = ", ".join(f"{d.name}={d.here!r}, of training {d.in_training!r}" for d in differences)
             raise ValueError(
                 f"use_rep: obsm[{key!r}] was made otherwise than what the model was trained on ({unlike}); "
                 "embed again with histovar.pp.embed as for training"

@@ -17,6 +17,7 @@ from histovar.model import Histology, ModelConfig
 from histovar.model.config import N_OUTLINE
 
 from . import fingerprint, gate, slots, spacing
+from .embeddings import record_of
 from .matrix import dense_float32, on_disk
 from .neighbors import Neighborhoods, section_coordinates
 
@@ -32,10 +33,12 @@ def check_embeddings(adata: AnnData, use_rep: Sequence[str]) -> tuple[int, ...]:
     Raises
     ------
     KeyError, ValueError
-        As :func:`gate.embedding_matrix` and, of those in memory, :func:`gate.embedding_values`.
+        As :func:`gate.embedding_matrix`, :func:`record_of` and, of those in memory,
+        :func:`gate.embedding_values`.
     """
     matrices = {key: gate.embedding_matrix(adata, key) for key in use_rep}
     for key, values in matrices.items():
+        record_of(adata, key)
         if not on_disk(values):
             gate.embedding_values(values, key)
     return tuple(int(values.shape[1]) for values in matrices.values())

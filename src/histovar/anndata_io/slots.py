@@ -28,11 +28,16 @@ def record(adata: AnnData, keys: Keys) -> Mapping[str, Any]:
         If ``uns`` has something else there.
     """
     stored = adata.uns.get(keys.uns, {})
-    if not isinstance(stored, Mapping) or (len(stored) and "version" not in stored):
+    if not isinstance(stored, Mapping) or (len(stored) and not _is_ours(stored)):
         raise ValueError(
             f"key_added: uns[{keys.uns!r}] was not written by histovar; choose another key_added, or rename that entry"
         )
     return stored
+
+
+def _is_ours(stored: Mapping[str, Any]) -> bool:
+    """Whether histovar wrote an entry of ``uns``; the version is lost where objects of two versions were joined."""
+    return "version" in stored or RECORDED in stored
 
 
 def check_free(adata: AnnData, keys: Keys, slots: Iterable[Slot]) -> None:
@@ -67,7 +72,7 @@ def check_free(adata: AnnData, keys: Keys, slots: Iterable[Slot]) -> None:
 
 def _recorded(stored: Any) -> set[Slot] | None:
     """Slots that an entry of ``uns`` claims; None where an earlier version did not say."""
-    if not isinstance(stored, Mapping) or "version" not in stored:
+    if not isinstance(stored, Mapping) or not _is_ours(stored):
         return set()
     if RECORDED not in stored:
         return None

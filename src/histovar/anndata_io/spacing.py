@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from .embeddings import embed_entries
 from .images import stored_fact
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ SAME_DENSITY = 1.25
 def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | None) -> float | None:
     """Microns per pixel of the full-resolution image of a section; None if the object does not say.
 
-    What :func:`histovar.pp.embed` recorded, as it was given or read; else
-    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``.
+    What :func:`histovar.pp.embed` recorded of the section, as it was given or read; else
+    ``uns["spatial"][section]["scalefactors"]["microns_per_pixel"]``; else what it recorded of a section without a name.
 
     Parameters
     ----------
@@ -47,16 +47,14 @@ def microns_per_pixel(adata: AnnData, section: str | None, library_key: str | No
     library_key
         Column of ``obs`` with the section.
     """
-    for entry in adata.uns.values():
-        known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
-        if isinstance(known, Mapping):
-            by_entry = _by_entry(known)
-            for name in (_entry(section), UNNAMED):
-                if name in by_entry:
-                    return by_entry[name]
+    recorded = [entry[SCALE] for _, entry in embed_entries(adata) if isinstance(entry.get(SCALE), Mapping)]
     column = None if library_key is None else adata.obs[library_key]
     stored = stored_fact(adata.uns.get("spatial"), section, column, "scalefactors", "microns_per_pixel")
-    return stored if isinstance(stored, float) and stored > 0 else None
+    in_uns = stored if isinstance(stored, float) and stored > 0 else None
+    of_section, of_object = (
+        next((float(scale[name]) for scale in recorded if name in scale), None) for name in (_entry(section), UNNAMED)
+    )
+    return next((mpp for mpp in (of_section, in_uns, of_object) if mpp is not None), None)
 
 
 def scale_entry(mpp: Mapping[str | None, float]) -> dict[str, float]:
@@ -74,23 +72,16 @@ def rename_sections(adata: AnnData, names: Mapping[str, str]) -> None:
     names
         The new name of each section.
     """
-    for key, entry in adata.uns.items():
-        known = entry.get(SCALE) if isinstance(entry, Mapping) and "version" in entry else None
-        if isinstance(known, Mapping):
-            by_entry = _by_entry(known)
-            found = {new: by_entry.get(_entry(old), by_entry.get(UNNAMED)) for old, new in names.items()}
+    for key, entry in list(embed_entries(adata)):
+        recorded = entry.get(SCALE)
+        if isinstance(recorded, Mapping):
+            found = {new: recorded.get(_entry(old), recorded.get(UNNAMED)) for old, new in names.items()}
             adata.uns[key] = {**entry, SCALE: scale_entry({n: mpp for n, mpp in found.items() if mpp is not None})}
 
 
 def _entry(section: str | None) -> str:
     """Name of a section as a key of ``uns``, in which files take a slash for a path."""
     return section.replace("/", "%2F") if section else UNNAMED
-
-
-def _by_entry(known: Mapping[str, Any]) -> dict[str, float]:
-    if np.ndim(known.get("section", 0)):  # as an earlier version wrote it
-        return {_entry(str(name)): float(mpp) for name, mpp in zip(known["section"], known["mpp"], strict=True)}
-    return {name: float(mpp) for name, mpp in known.items()}
 
 
 def spacing(place: NDArray[np.floating]) -> float:
@@ -123,13 +114,13 @@ def spacing(place: NDArray[np.floating]) -> float:
 
 def _by_section(
     adata: AnnData, place: NDArray[np.floating], names: NDArray[np.str_] | None, library_key: str | None
-) -> dict[str | None, tuple[NDArray[np.int64], float]]:
-    """Rows of each section, and its spacing in microns, NaN if it is not known."""
-    found: dict[str | None, tuple[NDArray[np.int64], float]] = {}
+) -> dict[str | None, tuple[NDArray[np.int64], float | None]]:
+    """Rows of each section and its spacing in microns: None if microns per pixel are not known, NaN as of `spacing`."""
+    found: dict[str | None, tuple[NDArray[np.int64], float | None]] = {}
     for name in [None] if names is None else np.unique(names).tolist():
         rows = np.arange(len(place)) if names is None else np.flatnonzero(names == name)
         mpp = microns_per_pixel(adata, name, None if names is None else library_key)
-        found[name] = rows, float("nan") if mpp is None else mpp * spacing(place[rows])
+        found[name] = rows, None if mpp is None else mpp * spacing(place[rows])
     return found
 
 
@@ -142,7 +133,8 @@ def of_training(
 ) -> float | None:
     """Spacing of training spots in microns, median over sections; None if microns per pixel of one are not known.
 
-    The latter is warned of where the embeddings' fields are known in microns.
+    The latter is warned of where the embeddings' fields are known in microns. Sections of a single spot, or of spots in
+    one place, have no spacing: the median is of the others, and None if there are none.
 
     Parameters
     ----------
@@ -158,9 +150,11 @@ def of_training(
         Keys of ``obsm`` with the embeddings.
     """
     found = {name: um for name, (_, um) in _by_section(adata, place, names, library_key).items()}
-    unknown = [name for name, um in found.items() if np.isnan(um)]
+    unknown = [name for name, um in found.items() if um is None]
     if not unknown:
-        return float(np.median(list(found.values())))
+        spacings = [um for um in found.values() if um is not None and not np.isnan(um)]
+        _warn_of_no_spacing([name for name, um in found.items() if um is not None and np.isnan(um)])
+        return float(np.median(spacings)) if spacings else None
     in_microns = next((rep for rep in use_rep if FIELD_IN_NAME.search(rep)), None)
     if in_microns is not None:
         logger.warning(
@@ -199,12 +193,13 @@ def density(
     if trained is None:
         return None
     found = np.ones(len(place))
-    unknown, others = [], {}
+    unknown, undefined, others = [], [], {}
     for name, (rows, um) in _by_section(adata, place, names, library_key).items():
-        ratio = (trained / um) ** 2
-        if np.isnan(ratio):
+        if um is None:
             unknown.append(name)
-        elif not 1 / SAME_DENSITY <= ratio <= SAME_DENSITY:
+        elif np.isnan(um):
+            undefined.append(name)
+        elif not 1 / SAME_DENSITY <= (ratio := (trained / um) ** 2) <= SAME_DENSITY:
             found[rows], others[name] = ratio, um
     if unknown:
         logger.warning(
@@ -213,6 +208,7 @@ def density(
             "the object" if unknown == [None] else f"sections {unknown[:4]}",
             trained,
         )
+    _warn_of_no_spacing(undefined)
     for name, um in others.items():
         logger.info(
             "%s: spots lie %.0f um apart, in training %.0f: neighbourhoods hold %.2g times as many, and reach as far",
@@ -222,3 +218,12 @@ def density(
             (trained / um) ** 2,
         )
     return found if others else None
+
+
+def _warn_of_no_spacing(sections: Sequence[str | None]) -> None:
+    if sections:
+        logger.warning(
+            "spatial: %s one spot or spots in one place, which lie no distance apart: neighbourhoods there are as for "
+            "spots as far apart as in training",
+            "the object has" if sections == [None] else f"sections {sections[:4]} have",
+        )

@@ -121,8 +121,11 @@ class LazySlideModel:
         return {f"{gene}{of}": x[:, i] for i, gene in enumerate(predicted.var_names) for of, x in named.items()}
 
     def to(self, device: Any) -> Self:
-        """Predict on a device from now on."""
-        self.device = str(device)
+        """Predict on a device from now on.
+
+        Apple's MPS, which LazySlide picks by itself, has given NaN: there the CPU predicts.
+        """
+        self.device = "cpu" if str(device).startswith("mps") else str(device)
         return self
 
     def get_transform(self) -> None:

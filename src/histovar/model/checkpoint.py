@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ from .hub import local_directory
 from .network import TwoStageNetwork
 from .readme import FILE, readme
 from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights, with_statistics
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=TwoStageNetwork)
 
@@ -138,11 +141,18 @@ def _write_readme(path: Path, card: Mapping[str, Any]) -> None:
     file = path / FILE
     try:
         earlier = file.read_text("utf-8") if file.exists() else None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError) as error:
+        logger.warning("%s: it cannot be read (%s), and stays as it is", FILE, error)
         return
     history = {name: _table(values) for name, values in card["history"].items()}
     text = readme(card["registry"], ModelConfig.from_json(json.dumps(card["config"])), history, earlier)
-    if text is not None and text != earlier:
+    if text is None:
+        logger.warning(
+            "%s: the marks between which histovar describes the model are missing or damaged, so that it stays as it "
+            "is and may be out of date; delete it, or rename it, for a new one",
+            FILE,
+        )
+    elif text != earlier:
         with atomic_file(file) as written:
             written.write_text(text, "utf-8")
 
@@ -218,10 +228,13 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
     cards = {stage: card, other: there}
     registry = {
         name: cards[s]["registry"][name]
-        for s, names in ((1, (*OF_STAGE1, DESCRIPTION)), (2, (*OF_STAGE2, *AFTER_TRAINING, DESCRIPTION)))
+        for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, *AFTER_TRAINING)))
         for name in names
         if name in cards[s]["registry"]
     }
+    described = [cards[s]["registry"].get(DESCRIPTION) for s in (other, stage)]
+    if any(said is not None for said in described):
+        registry[DESCRIPTION] = {name: text for said in described for name, text in (said or {}).items()}
     history = {f"stage{s}": c["history"][f"stage{s}"] for s, c in cards.items() if f"stage{s}" in c["history"]}
     digests = {s: c["weights"][weights_name(s)] for s, c in cards.items()}
     return make_card(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .precision import full_precision
 
 # A section's mean and standard deviation are shrunk towards those of training as if so many more spots had been seen.
 SHRINKAGE = 8
@@ -242,11 +243,12 @@ class ConditionProcessor(nn.Module):
         if self.config.condition == "mlp":
             return histology
         moments = moments or Moments.by_section(histology, sections)
-        projected = [
-            source @ getattr(self, f"projection_{i}")[k]
-            for k, statistics in enumerate(self.config.statistics)
-            for i, source in enumerate(self._standardized(histology, sections, moments, statistics))
-        ]
+        with full_precision(sections.device):
+            projected = [
+                source @ getattr(self, f"projection_{i}")[k]
+                for k, statistics in enumerate(self.config.statistics)
+                for i, source in enumerate(self._standardized(histology, sections, moments, statistics))
+            ]
         return histology._replace(sources=tuple(projected), novelty=self._novelty(histology, sections, moments))
 
     def _standardized(

@@ -5,6 +5,7 @@ A part between two marks is histovar's and written anew; what stands around it i
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +16,27 @@ import yaml
 from .config import ModelConfig
 from .summary import summarize
 
+logger = logging.getLogger(__name__)
+
 FILE = "README.md"
 BEGIN = "<!-- histovar: from here to the next mark, each save writes anew; what is above or below it stays -->"
 END = "<!-- histovar: the end of what is written anew -->"
 OURS = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 TAGS = ("histology", "spatial-transcriptomics", "gene-expression")
-# What the hub knows licences by; others it takes by name.
-LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.-]*")
+# What was said of tissue, species and licence when the part was written.
+SAID = re.compile(r"^\| (Tissue|Species|Licence) \| (.*) \|$", re.MULTILINE)
+# By these the hub knows licences (https://huggingface.co/docs/hub/repositories-licenses); others it takes by name.
+LICENCES = frozenset(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
+    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gfdl
+    gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++
+    osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+    """.split()
+)
 # Genes that are named one by one.
 GENES_NAMED = 2000
 
@@ -51,33 +65,44 @@ def readme(
     """
     part = f"{BEGIN}\n{_part(registry, config, history)}\n{END}"
     if earlier is None:
-        return f"---\n{_metadata(registry, {})}---\n\n# Gene expression from H&E histology\n\n{part}\n"
-    if OURS.search(earlier) is None:
+        return f"---\n{_metadata(registry, {}, {})}---\n\n# Gene expression from H&E histology\n\n{part}\n"
+    ours = OURS.search(earlier)
+    if ours is None:
         return None
+    said = dict(SAID.findall(ours[0]))
     text = OURS.sub(lambda _: part, earlier, count=1)
     front = FRONT_MATTER.match(text)
+    if front is None:
+        return f"---\n{_metadata(registry, {}, said)}---\n\n{text}"
     try:
-        there = {} if front is None else yaml.safe_load(front[1])
+        there = yaml.safe_load(front[1]) or {}
     except yaml.YAMLError:
+        there = None
+    if not isinstance(there, dict):
+        logger.warning("%s: its metadata, between the lines ---, are not YAML and stay as they are", FILE)
         return text
-    if front is None or not isinstance(there, dict):
-        return text
-    return f"---\n{_metadata(registry, there)}---\n{text[front.end() :]}"
+    return f"---\n{_metadata(registry, there, said)}---\n{text[front.end() :]}"
 
 
-def _metadata(registry: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """Metadata of the hub: what is there, and what the model says."""
-    described = registry.get("description") or {}
-    own = [described[name].lower().replace(" ", "-") for name in ("tissue", "species") if described.get(name)]
-    tags = there.get("tags")
-    written = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    fields = {"library_name": "histovar", **there, "tags": list(dict.fromkeys([*written, *TAGS, *own]))}
+def _metadata(registry: Mapping[str, Any], there: Mapping[str, Any], said: Mapping[str, str]) -> str:
+    """Metadata of the hub: what is there, but for what was `said` of the model before, and what it says now."""
+    described, tags = registry.get("description") or {}, there.get("tags")
+    own = [_tag(described[name]) for name in ("tissue", "species") if described.get(name)]
+    before = {_tag(said[name]) for name in ("Tissue", "Species") if name in said}
+    kept = [tag for tag in tags if isinstance(tag, str) and tag not in before] if isinstance(tags, list) else []
+    fields = {"library_name": "histovar", **there, "tags": list(dict.fromkeys([*kept, *TAGS, *own]))}
     licence = described.get("licence")
+    if licence or "Licence" in said:
+        for field in ("license", "license_name"):
+            fields.pop(field, None)
     if licence:
-        fields.pop("license_name", None)
-        known = LICENCE_IDENTIFIER.fullmatch(licence)
-        fields |= {"license": licence} if known else {"license": "other", "license_name": licence}
+        known = licence.lower() in LICENCES
+        fields |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _tag(text: str) -> str:
+    return "-".join(text.replace("\\|", "|").lower().split())
 
 
 def _part(registry: Mapping[str, Any], config: ModelConfig, history: Mapping[str, pd.DataFrame]) -> str:

@@ -36,7 +36,7 @@ class TwoStageVARST(TwoStageNetwork):
     """
 
     @check_arguments
-    def describe(self, *, tissue: Key | None = None, species: Key | None = None, licence: Key | None = None) -> None:
+    def describe(self, *, tissue: str | None = None, species: str | None = None, licence: str | None = None) -> None:
         """Say of the model what its data do not, for its README.md and the Hugging Face Hub.
 
         Kept in :attr:`registry` as ``"description"``, saved and loaded with the model, and shown by ``histovar info``.
@@ -45,14 +45,15 @@ class TwoStageVARST(TwoStageNetwork):
         ----------
         tissue, species
             What it was trained on, such as ``"breast cancer"`` and ``"human"``; also tags on the hub. None leaves what
-            was said before.
+            was said before, ``""`` takes it back; so with `licence`.
         licence
             Licence of the model, by the `hub's identifier
             <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or by its name.
         """
         given = {"tissue": tissue, "species": species, "licence": licence}
         said = {name: text for name, text in given.items() if text is not None}
-        self.registry["description"] = {**self.registry.get("description", {}), **said}
+        described = {**(self.registry.get("description") or {}), **said}
+        self.registry["description"] = {name: text for name, text in described.items() if text}
 
     @check_arguments
     def save(self, path: PathLike) -> None:
@@ -60,8 +61,8 @@ class TwoStageVARST(TwoStageNetwork):
 
         In a distributed run, the first process does. A model that is there is replaced in one step: killed at any
         moment, a save leaves the old one or the new one. Other files in the directory stay. Of a README.md, the part
-        between histovar's marks is written anew, and what you write around it stays, metadata for the hub included; one
-        without the marks stays as it is.
+        between histovar's marks is written anew, and what you write around it stays, metadata for the hub included, but
+        not comments in that; one without the marks stays as it is, which is warned of.
 
         Parameters
         ----------

@@ -163,6 +163,7 @@ def embed(
     scales = _check(slides, encoder, field_um)
     coarsest, by_section = max(scales.values()), {}
     features = Features.load(encoder, checkpoint)
+    digest = features.digest()
 
     found: dict[float, NDArray[np.float32]] = {}
     with features.on(device) as where:
@@ -185,7 +186,6 @@ def embed(
 
     if copy:
         adata = gate.copied(adata)
-    digest = features.digest()
     records = dict(slots.record(adata, keys).get(embeddings.RECORDS, {}))
     for field, rep in reps.items():
         records[rep] = embeddings.describe(encoder, digest, field, coarsest, precision)

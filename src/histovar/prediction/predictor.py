@@ -14,6 +14,7 @@ from histovar.anndata_io.prediction import Prediction
 from histovar.model import Decoding, Histology, TwoStageVARST
 from histovar.model.network import Precision
 from histovar.model.observation import RATE_TOTAL, Units
+from histovar.model.precision import full_precision
 
 from .device import on_device
 
@@ -95,7 +96,7 @@ class Predictor:
         sizes = (n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
         made = Prediction.empty(*sizes, rates=of_counts)
         predict = self._of_counts if of_counts else self._of_values
-        with on_device(model, self.device) as where:
+        with on_device(model, self.device) as where, full_precision(where):
             generator = torch.Generator(where).manual_seed(random_state)
             batches = torch.arange(n_spots).split(self.batch_size)
             for rows in progress(batches, "predicting", show=show_progress_bar):

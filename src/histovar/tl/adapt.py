@@ -216,16 +216,17 @@ def _check_not_trained_on(label: str, n_spots: int, registry: Mapping[str, Any])
             f"measured_key: section {label!r} was trained on, so that errors on it are not those of a new section; "
             "it needs no adapting"
         )
-    if not label and trained_on:
-        logger.warning(
-            "library_key: the section has no name, so that it is not known whether it was trained on, in which case "
-            "errors on it are not those of a new section"
-        )
-    elif not label and n_spots == registry["n_spots_stage2"]:
+    if label:
+        return
+    if not trained_on and n_spots == registry["n_spots_stage2"]:
         raise ValueError(
             f"library_key: a section without a name, of {n_spots} spots as this one, was trained on, and needs no "
             "adapting; if this is another, name it by a column of obs"
         )
+    logger.warning(
+        "library_key: the section has no name, so that it is not known whether it, or a part of it, was trained on, in "
+        "which case errors on it are not those of a new section"
+    )
 
 
 def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], label: str) -> Counts:

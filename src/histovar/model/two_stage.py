@@ -51,7 +51,7 @@ class TwoStageVARST(TwoStageNetwork):
             <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or by its name.
         """
         given = {"tissue": tissue, "species": species, "licence": licence}
-        said = {name: text for name, text in given.items() if text is not None}
+        said = {name: text.strip() for name, text in given.items() if text is not None}
         described = {**(self.registry.get("description") or {}), **said}
         self.registry["description"] = {name: text for name, text in described.items() if text}
 

@@ -341,7 +341,7 @@ def test_changed_prediction_is_refused(query, model):
 
 def test_what_was_meant_is_said(query, model):
     """A misspelt option or gene, and the path of a model in place of the model."""
-    refuse(query, lambda a: hv.tl.predict(a, model, n_sample=5), TypeError, "did you mean 'n_samples'")
+    refuse(query, lambda a: hv.tl.predict(a, model, **{"n_sample": 5}), TypeError, "did you mean 'n_samples'")
     refuse(query, lambda a: hv.tl.predict(a, "my_model"), TypeError, r"load it with histovar\.TwoStageVARST\.load")
     hv.tl.predict(query, model)
     gene = model.registry["genes"][0]

@@ -59,7 +59,7 @@ PERCENTILES = (1, 99)
 # Longest side of an image in pixels, and its JPEG quality.
 LONGEST_SIDE, JPEG_QUALITY = 1600, 85
 # Pixels of the page.
-MAP_SIZE, MAP_CARD_WIDTH, DETAILS_WIDTH, NUMBER_WIDTH = 600, 770, 590, 58
+MAP_SIZE, MAP_CARD_WIDTH, DETAILS_WIDTH, NUMBER_WIDTH, SCROLLBAR_WIDTH = 600, 770, 514, 52, 18
 OPACITY = 0.7
 GENERATOR = "histovar report"
 
@@ -367,18 +367,18 @@ def _genes(content: Content, table: ColumnDataSource) -> UIElement:
         "expected_pearson": "exp. r",
         "lower": "from",
         "upper": "to",
-        "share_of_ceiling": "of ceiling",
+        "share_of_ceiling": "share",
         "q_value": "q",
     }
     text = {
         "mean": "mean and sd: average predicted mean and standard deviation over all spots",
         "pearson": "r here: Pearson correlation of prediction and measurement within sections, averaged",
         "expected_pearson": "exp. r: expected correlation, found on training sections left out, with its interval",
-        "share_of_ceiling": "of ceiling: share of the largest correlation that the noise of counting allows",
+        "share_of_ceiling": "share: of the largest correlation that the noise of counting allows",
         "q_value": "q: false discovery rate of calling the gene predictable",
     }
     there = [name for name in titles if name in content.table]
-    rest = DETAILS_WIDTH - NUMBER_WIDTH * len(there)
+    rest = DETAILS_WIDTH - SCROLLBAR_WIDTH - NUMBER_WIDTH * len(there)
     columns = [TableColumn(field="gene", title="gene", formatter=StringFormatter(font_style="bold"), width=rest)]
     for name in there:
         formatter = NumberFormatter(

@@ -127,6 +127,12 @@ def test_chosen_gene_is_shown_with_its_values_on_hover(page, predicted):
     assert title == f"{gene} in S4"
 
 
+def test_the_table_of_genes_has_room_for_all_columns(page):
+    tables = page.locator(".slick-viewport")
+    assert tables.count()
+    assert all(tables.nth(i).evaluate("e => e.scrollWidth <= e.clientWidth") for i in range(tables.count()))
+
+
 def test_quantity_changes_colours_and_slider_shows_the_tissue(page, predicted):
     spot = predicted.obs_names[predicted.obs["section"] == "S3"][10]
     mean = colour_at(page, predicted, spot)

@@ -137,7 +137,7 @@ def _from_file(path: Path) -> State:
 
 def _from_hub(encoder: Encoder) -> State:
     models = import_timm().models
-    from huggingface_hub import errors, model_info, try_to_load_from_cache
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     if not encoder.hub:
         raise ValueError(f"weights: encoder {encoder.name!r} has no repository; pass weights=, a checkpoint file")
@@ -146,7 +146,7 @@ def _from_hub(encoder: Encoder) -> State:
     cached = any(isinstance(try_to_load_from_cache(encoder.hub, name), str) for name in WEIGHTS_FILES)
     try:
         if not cached:  # fails at once without a network, where the download tries again and again
-            model_info(encoder.hub, timeout=10)
+            HfApi().model_info(encoder.hub, timeout=10)
         state: State = models.load_state_dict_from_hf(encoder.hub, weights_only=True)
     except Exception as error:  # noqa: BLE001 (the hub raises errors of many libraries, some by way of others)
         causes = _causes(error)

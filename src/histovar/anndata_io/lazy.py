@@ -244,13 +244,13 @@ class ChunkedHistology:
         return [
             delayed(_aligned)(
                 model,
-                histology,
+                inputs,
                 own,
                 {s: moments[s] for s in np.unique(own).tolist()},
                 first - chunk.start,
                 self.labels[first],
             )
-            for histology, own, first, chunk in zip(self.histology("spots"), numbers, starts, self.chunks, strict=True)
+            for inputs, own, first, chunk in zip(self.histology("spots"), numbers, starts, self.chunks, strict=True)
         ]
 
 

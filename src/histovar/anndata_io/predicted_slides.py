@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ def read_slides(
         If coordinates are not finite.
     """
     labels: list[str | None] = [None] if names is None else np.unique(names).tolist()
-    return [_read(adata, keys, names, library_key, label, whole_images) for label in labels]
+    return _read(adata, keys, names, library_key, labels, whole_images)
 
 
 def read_slide(
@@ -104,7 +105,7 @@ def read_slide(
             raise ValueError(f"section: no section {label!r}; the object has {there}")
     elif label is not None:
         logger.warning("section: without library_key all spots are taken to be of section %r", label)
-    return _read(adata, keys, names, library_key, label, False)
+    return _read(adata, keys, names, library_key, [label], False)[0]
 
 
 def _read(
@@ -112,15 +113,19 @@ def _read(
     keys: Keys,
     names: NDArray[np.str_] | None,
     library_key: str | None,
-    label: str | None,
+    labels: Sequence[str | None],
     whole_images: bool,
-) -> Slide:
+) -> list[Slide]:
     params = slots.record(adata, keys)["params"]
     library_key = str(params["library_key"]) or None if library_key is None else library_key
-    rows = np.arange(adata.n_obs) if names is None else np.flatnonzero(names == label)
-    coordinates = gate.coordinates(adata, str(params["spatial_key"]))[rows]
+    places = gate.coordinates(adata, str(params["spatial_key"]))
     column = None if library_key is None else adata.obs[library_key]
-    image = section_image(adata.uns.get("spatial", {}), label, column, coordinates, whole=whole_images)
-    factors = {} if image is None else image["scalefactors"]
-    diameter = factors.get("spot_diameter_fullres", spot_diameter(coordinates))
-    return Slide(label, rows, coordinates, diameter, image)
+    slides = []
+    for label in labels:
+        rows = np.arange(adata.n_obs) if names is None else np.flatnonzero(names == label)
+        coordinates = places[rows]
+        image = section_image(adata.uns.get("spatial", {}), label, column, coordinates, whole=whole_images)
+        factors = {} if image is None else image["scalefactors"]
+        diameter = factors.get("spot_diameter_fullres", spot_diameter(coordinates))
+        slides.append(Slide(label, rows, coordinates, diameter, image))
+    return slides

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import reprlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -299,6 +299,12 @@ def _check_axes(arrays: Mapping[str, tuple[Shape | None, Any]]) -> None:
                 raise ValueError(f"{name}: expected {expected} {axis}, as in {other}, got {length}")
 
 
+def nearest(unknown: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The known names that are most like unknown ones, upper case or lower; none for those that are like no other."""
+    by_lower = {name.lower(): name for name in known}
+    return [by_lower[like] for name in unknown for like in get_close_matches(name.lower(), by_lower, 1)]
+
+
 def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Check and convert a function's arguments by its annotations, before it does anything."""
     signature = inspect.signature(function)
@@ -308,8 +314,7 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            known = list(signature.parameters)
-            near = [name for key in kwargs if key not in known for name in get_close_matches(key, known, 1)]
+            near = nearest([key for key in kwargs if key not in signature.parameters], signature.parameters)
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{function.__name__}: {error}{meant}") from None
         bound.arguments.update(checked(function, bound.arguments))

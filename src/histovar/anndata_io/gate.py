@@ -15,6 +15,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from histovar._arguments import nearest
 from histovar._keys import DEFAULT_KEY, Keys
 from histovar._limits import MOST_DEPTH
 
@@ -129,9 +130,11 @@ def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
         If shape, width or data type are not as they should be.
     """
     if key not in adata.obsm:
+        near = nearest([key], map(str, adata.obsm))
+        meant = f"did you mean {near[0]!r}? Else" if near else "name one of them, or"
         raise KeyError(
-            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; name one of them, or make "
-            "embeddings of the H&E around each spot with histovar.pp.embed"
+            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; {meant} make embeddings of the H&E around "
+            "each spot with histovar.pp.embed"
         )
     values = adata.obsm[key]
     if not hasattr(values, "shape"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histovar._arguments import nearest
 from histovar._keys import Keys
 from histovar.metrics import METRICS
 from histovar.model.observation import RATE_TOTAL, Composition, Observation, Units
@@ -395,8 +395,7 @@ def genes_of_panel(panel: Sequence[str], genes: Sequence[str] | None) -> list[st
     """
     unknown = [gene for gene in genes or () if gene not in panel]
     if unknown:
-        by_lower = {gene.lower(): gene for gene in panel}
-        near = [by_lower[name] for gene in unknown for name in get_close_matches(gene.lower(), by_lower, 1)]
+        near = nearest(unknown, panel)
         meant = f"; did you mean {', '.join(near)}?" if near else ""
         raise KeyError(
             f"genes: {unknown} are not among the {len(panel)} genes of the model ({list(panel[:3])}, ...){meant}"

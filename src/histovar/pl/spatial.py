@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 from pydantic import Field
 
-from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arguments
+from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arguments, nearest
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._squidpy import sq
 from histovar.anndata_io import gate
@@ -158,7 +158,11 @@ def _names_of(adata: AnnData, panel: list[str], symbols: list[str], gene_symbols
     column = adata.var.loc[adata.var_names.isin(panel), gene_symbols].dropna().astype(str)
     unknown = sorted(set(symbols) - set(column))
     if unknown:
-        raise KeyError(f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]")
+        near = nearest(unknown, column)
+        meant = f"; did you mean {', '.join(near)}?" if near else ""
+        raise KeyError(
+            f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]{meant}"
+        )
     named = {symbol: column.index[column == symbol].tolist() for symbol in symbols}
     several = {symbol: names for symbol, names in named.items() if len(names) > 1}
     if several:

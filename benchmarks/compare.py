@@ -395,8 +395,8 @@ def learning_curve(
                     yield unit, {"method": method, "held out": group, "seed": 0, "spots": n_spots, **scores}
 
 
-def without_folds_apart(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a learning curve, with all training spots of a fold, of which folds differ, as their mean number."""
+def with_one_full_size(rows: pd.DataFrame) -> pd.DataFrame:
+    """A learning curve whose largest size, which differs a little from fold to fold, is the mean of the folds'."""
     if "spots" not in rows:
         return rows
     every = rows["spots"] == rows.groupby("held out")["spots"].transform("max")
@@ -411,7 +411,7 @@ def interval(means: pd.Series) -> str:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over held-out groups and seeds of every method, and the spread of its main score over each."""
-    rows = without_folds_apart(rows)
+    rows = with_one_full_size(rows)
     keys = ["method", "spots"] if "spots" in rows else ["method"]
     scores = [c for c in rows if c not in (*keys, "held out", "seed")]
     means = rows.groupby(keys, sort=False)[[c for c in COLUMNS if c in scores]].mean()
@@ -429,7 +429,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def plot(rows: pd.DataFrame, path: Path) -> None:
     """PCC-200 and depth-partial PCC of every method, or over the number of training spots."""
-    rows = without_folds_apart(rows)
+    rows = with_one_full_size(rows)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey="spots" not in rows)
     for axis, score in zip(axes, ("PCC-200", "PCC-partial"), strict=True):
         if "spots" in rows:

@@ -230,7 +230,7 @@ def main() -> None:
         print(f"no data in {data}; set HISTOVAR_DATA")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if arguments.out is None else arguments.out
+        folder = (arguments.out or Path(temporary)) / ("smoke" if arguments.smoke else "her2st")
         folder.mkdir(parents=True, exist_ok=True)
         case = simulated(folder) if arguments.smoke else her2st(data)
         model, spots = prepare(case, folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
-from compare import NOISE, OURS, SCORES, TRAINING, interval, plot, without_folds_apart
+from compare import NOISE, OURS, SCORES, TRAINING, interval, plot, with_one_full_size
 
 import histovar as hv
 
@@ -149,7 +149,7 @@ def mean_and_draws(means: pd.DataFrame) -> pd.DataFrame:
 def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     """One part of the page."""
     title, text = TEXTS[name]
-    rows = without_folds_apart(rows)
+    rows = with_one_full_size(rows)
     keys = ["spots", "method"] if "spots" in rows else ["method"]
     numbers = [c for c in rows if c not in (*keys, "held out", "seed")]
     main = "PCC-200" if "PCC-200" in numbers else numbers[0]

@@ -94,9 +94,9 @@ class Features(nn.Module):
         return torch.cat(pooled, 1)
 
     def digest(self) -> str:
-        """Digest of the weights: the same for the same network, from whatever file, or wrapped, it came.
+        """Digest of the weights, which identifies the network whatever file it was read from.
 
-        Numbers count as they are in half precision, so that a checkpoint that was stored so is the same.
+        Weights are compared in half precision, so that a checkpoint stored in half precision has the same digest.
         """
         digest = hashlib.blake2b(digest_size=8)
         for tensor in self.module.state_dict().values():

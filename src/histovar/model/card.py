@@ -142,7 +142,10 @@ class CategoricalCovariate(_Fields):
 
 
 class EmbeddingCard(_Fields):
-    """What made an embedding that was trained on, as :func:`histovar.pp.embed` records it; null if it did not yet."""
+    """What made an embedding that was trained on, as :func:`histovar.pp.embed` records it.
+
+    What an earlier version did not record is null.
+    """
 
     encoder: Key
     layers: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")]

@@ -1,6 +1,6 @@
 """The model card that people read, ``README.md`` with the metadata of the Hugging Face Hub.
 
-A part between two marks is histovar's and written anew; what stands around it is whoever's edits the file.
+histovar rewrites the part between two marks; all else belongs to the people who edit the file, and is kept.
 """
 
 from __future__ import annotations

@@ -151,6 +151,18 @@ def test_order_of_spots_does_not_matter(training, model):
     np.testing.assert_allclose(shuffled, straight[rows], atol=1e-4)
 
 
+@pytest.mark.parametrize("trained_on", ["model", "model_of_values"])
+def test_tokens_are_left_out_and_nothing_else_changes(query, trained_on, request):
+    model = request.getfixturevalue(trained_on)
+    with_tokens = predicted(query, model, quantiles=(0.1, 0.9))
+    without = predicted(query, model, quantiles=(0.1, 0.9), tokens=False)
+    assert set(with_tokens.obsm) - set(without.obsm) == {"histovar_tokens"}
+    for key in without.obsm:
+        np.testing.assert_allclose(np.asarray(without.obsm[key]), np.asarray(with_tokens.obsm[key]), atol=1e-5)
+    hv.tl.predict(with_tokens, model, tokens=False)
+    assert "histovar_tokens" not in with_tokens.obsm and "tokens" not in with_tokens.uns["histovar"]
+
+
 def test_samples_and_quantiles(query, model):
     made = predicted(query, model, n_samples=30, quantiles=(0.1, 0.5, 0.9))
     again = predicted(query, model, n_samples=30, quantiles=(0.1, 0.5, 0.9))

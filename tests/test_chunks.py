@@ -46,6 +46,14 @@ def test_chunks_are_predicted_as_the_whole(whole, loaded):
     assert ours.var_names.equals(theirs.var_names)
 
 
+def test_chunks_are_predicted_without_tokens(whole, loaded):
+    lazy = in_chunks(whole)
+    hv.tl.predict(whole, loaded)
+    hv.tl.predict(lazy, loaded, tokens=False)
+    assert "histovar_tokens" not in lazy.obsm
+    np.testing.assert_allclose(lazy.obsm["histovar"].compute(), whole.obsm["histovar"], atol=1e-4)
+
+
 def test_sections_unlike_training_are_warned_of_when_chunks_are_computed(whole, loaded, caplog):
     def said(compute, data):
         caplog.clear()

@@ -157,6 +157,36 @@ def test_half_precision_means_are_near_without_a_prior(loaded, style):
     assert ((full.std - half.std).abs() / loaded.stage1.scales.std).mean() < 0.01
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("codebook_dim", [16, 64], ids=["narrow codes", "wide codes"])
+def test_expected_values_are_the_means_over_the_logits(codebook_dim):
+    torch.manual_seed(0)
+    model = TwoStageVARST(small_config(codebook_dim=codebook_dim, embedding_dims=(16,))).eval()
+    model.stage1.code_counts += 1
+    model.stage2.head.set_codes(model.stage1)
+    for parameter in model.stage2.head.output.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    generated = model.predict(histology_of(model.config), keep_logits=True)
+    for k, logits in enumerate(generated.logits.split(model.config.scales, 1)):
+        assert logits.softmax(-1).max() < 0.99  # else the mean is a single code's value
+        expected = logits.softmax(-1) @ model.stage1.code_values(k)
+        torch.testing.assert_close(generated.values[k], expected, atol=1e-5, rtol=1e-4)
+    assert (generated.tokens == generated.logits.argmax(-1)).float().mean() > 0.99  # but for ties
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [(0, 0, 0, 0), (0, 0.5, 0, 0), (0, 0, 0, 1)])
+def test_what_is_left_out_does_not_change_the_rest(ordered, gate):
+    ordered.stage2.head.gate.copy_(torch.tensor(gate))
+    histology = histology_of(ordered.config)
+    whole = ordered.predict(histology)
+    for tokens in (True, False):
+        part = ordered.predict(histology, tokens=tokens, std=False)
+        torch.testing.assert_close(part.expression, whole.expression, atol=1e-5, rtol=1e-5)
+        assert part.std is None
+        assert (part.tokens is not None and part.tokens.equal(whole.tokens)) if tokens else part.tokens is None
+
+
 def test_both_orders_have_the_same_weights():
     one, other = (TwoStageVARST(small_config(embedding_dims=(16,), order=order)) for order in ("scale", "token"))
     other.load_state_dict(one.state_dict())

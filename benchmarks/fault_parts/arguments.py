@@ -312,7 +312,7 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("tl.predict", hv.tl.predict, {"data": objects.query, "model": model},
              shared(model="nothing", use_rep="?nothing", library_key="?nothing", spatial_key="?nothing",
                     units="?nothing", depth="?total count", decoding="nothing", n_samples="draws",
-                    quantiles="quantiles", temperature="only one", top_k="only zero", top_p="only one",
+                    quantiles="quantiles", tokens="truth", temperature="only one", top_k="only zero", top_p="only one",
                     key_added="prefix", batch_size="count", device="nothing", precision="nothing",
                     random_state="seed", show_progress_bar="truth", copy="truth")),
         Call("tl.predict, drawing", hv.tl.predict, {"data": objects.query, "model": model, "n_samples": 2},

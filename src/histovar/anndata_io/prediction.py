@@ -74,7 +74,7 @@ class Prediction(NamedTuple):
             return np.empty((n_obs, n_genes, n), np.float32) if n else None
 
         mean, std = np.empty((2, n_obs, n_genes), np.float32)
-        tokens = np.empty((n_obs, n_tokens), np.int32)
+        tokens = np.empty((n_obs, n_tokens), np.int32) if n_tokens else None
         composition = np.empty((n_obs, n_genes), np.float32) if rates else None
         spots = np.empty((n_obs, len(SPOT_COLUMNS)), np.float32) if rates else None
         return cls(mean, std, tokens, room(n_samples), room(n_quantiles), composition, spots)
@@ -135,7 +135,8 @@ def write_prediction(
     source = _source(adata, entries["params"], identity)
     if source is not None:
         found["obsm", keys.source] = source
-    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], (*EVALUATION, OBSERVATION, EXPECTED_PEARSON))
+    earlier_entries = (*EVALUATION, OBSERVATION, EXPECTED_PEARSON, "tokens")
+    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], earlier_entries)
     tokens = {} if made.tokens is None else {"tokens": "predicted"}
     slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str), "identity": identity})
 

@@ -115,7 +115,7 @@ class LazySlideModel:
             adata.uns["spatial"] = {SECTION: {"scalefactors": {"microns_per_pixel": self.mpp}}}
         # Not as LazySlide computes: tensors made in inference mode could not be trained on any more.
         with torch.inference_mode(False), torch.no_grad():
-            predict(adata, self.model, device=self.device)
+            predict(adata, self.model, tokens=False, device=self.device)
         predicted = prediction(adata)
         named = {"": predicted.X, "_std": predicted.layers["std"]}
         return {f"{gene}{of}": x[:, i] for i, gene in enumerate(predicted.var_names) for of, x in named.items()}

@@ -26,10 +26,15 @@ def two_parts(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (x - high).to(half)
 
 
-def softmax_in_pieces(query: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of queries (..., n) for codes (n_codes, n), and their softmax, some queries at a time, never all held."""
+def logits_in_pieces(query: Tensor, codes: Tensor) -> Iterator[Tensor]:
+    """Yield the logits of queries (..., n) for codes (n_codes, n), for some queries at a time."""
     for chunk in query.flatten(0, -2).split(tokens_at_once(codes)):
-        logits = chunk @ codes.T
+        yield chunk @ codes.T
+
+
+def softmax_in_pieces(query: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits as :func:`logits_in_pieces` does, and their softmax."""
+    for logits in logits_in_pieces(query, codes):
         # Many times faster than exp, which is slow for very small results.
         yield logits, logits.softmax(1, dtype=torch.float32)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from histovar._arguments import Number, Positive, Share, checked
 
 from .head import CODES_AT_ONCE, TokenHead
-from .transformer import GeneVARTransformer
+from .transformer import Block, GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
 # Spots that go through the transformer at once on a CPU, in fp32, and twice as many in 16 bits: more do not fit its
@@ -90,9 +90,9 @@ class Generation(NamedTuple):
     std
         (n_spots, n_genes): standard deviation that the token distributions imply, taking tokens as
         independent given the condition; zero unless ``mode="expected"``. ``TwoStageVARST.predict`` adds
-        what the members of the prior disagree on.
+        what the members of the prior disagree on. None if not asked for.
     tokens
-        (n_spots, n_tokens): the tokens chosen (in ``"expected"`` mode the most probable).
+        (n_spots, n_tokens): the tokens chosen (in ``"expected"`` mode the most probable). None if not asked for.
     values
         For each scale (n_spots, n_groups, components): the groups' decoded or expected values.
     logits
@@ -100,8 +100,8 @@ class Generation(NamedTuple):
     """
 
     expression: Tensor
-    std: Tensor
-    tokens: Tensor
+    std: Tensor | None
+    tokens: Tensor | None
     values: list[Tensor]
     logits: Tensor | None
 
@@ -126,10 +126,15 @@ def generate(
     prior: list[Tensor] | None,
     decoding: Decoding,
     *,
+    tokens: bool = True,
+    std: bool = True,
     generator: torch.Generator | None = None,
     keep_logits: bool = False,
 ) -> Generation:
     """Generate the tokens of spots from their condition, and decode them.
+
+    Expected decoding of scales whose gate is shut gives the prior's means: where neither `std` nor `tokens` are asked
+    for, the transformer stops at the last scale whose gate is open.
 
     Parameters
     ----------
@@ -141,6 +146,8 @@ def generate(
         For each scale (n_spots, n_groups, components): the prior's mean; None without a prior.
     decoding
         How tokens are chosen.
+    tokens, std
+        Whether to return them.
     generator
         Source of randomness for ``mode="sample"``.
     keep_logits
@@ -150,16 +157,36 @@ def generate(
     -------
     Generation
     """
-    made = []
+    needs_distribution = [True] * len(transformer.config.scales)
+    if prior is not None and decoding.mode == "expected" and not std:
+        needs_distribution = head.gate.gt(0).tolist()
+    blocks = transformer.blocks
+    if not tokens and not keep_logits:
+        n_scales = max((k + 1 for k, needed in enumerate(needs_distribution) if needed), default=0)
+        blocks = [block for block in blocks if block.scale < n_scales]
+    generations = []
     for rows in pieces_of_spots(len(memory), transformer):
         means = None if prior is None else [mean[rows] for mean in prior]
-        made.append(_generate(stage1, transformer, head, memory[rows], means, decoding, generator, keep_logits))
-    expression, std, tokens, values, logits = zip(*made, strict=True)
+        generations.append(
+            _generate(
+                stage1,
+                transformer,
+                head,
+                memory[rows],
+                means,
+                decoding,
+                generator,
+                keep_logits,
+                blocks,
+                needs_distribution,
+            )
+        )
+    expression, spread, chosen, values, logits = zip(*generations, strict=True)
     return Generation(
         torch.cat(expression),
-        torch.cat(std),
-        torch.cat(tokens),
-        [torch.cat(parts) for parts in zip(*values, strict=True)],
+        torch.cat(spread) if std else None,
+        torch.cat(chosen) if tokens else None,
+        [torch.cat(scale) for scale in zip(*values, strict=True)],
         torch.cat(logits) if keep_logits else None,
     )
 
@@ -173,6 +200,8 @@ def _generate(
     decoding: Decoding,
     generator: torch.Generator | None,
     keep_logits: bool,
+    blocks: list[Block],
+    needs_distribution: list[bool],
 ) -> Generation:
     config = transformer.config
     memory = memory.to(transformer.positions.dtype)
@@ -184,7 +213,8 @@ def _generate(
     inputs[:, 0] = memory.mean(1)
     sources = transformer.sources() + 1
     tokens = torch.zeros(n_spots, config.n_tokens, dtype=torch.long, device=memory.device)
-    values = [codebook.new_zeros(n_spots, n, c) for n, c in zip(config.scales, config.components, strict=True)]
+    shapes = zip(config.scales, config.components, strict=True)
+    values = [codebook.new_zeros(n_spots, n, c) for n, c in shapes] if prior is None else [m.clone() for m in prior]
     variances = [torch.zeros_like(v) for v in values]
     kept = []
 
@@ -193,7 +223,7 @@ def _generate(
 
     offsets = [sum(config.scales[:k]) for k in range(len(config.scales))]
 
-    for block in transformer.blocks:
+    for block in blocks:
         scale, start, stop, _ = block
         groups = slice(start - offsets[scale], stop - offsets[scale])
         x = inputs[:, sources[start:stop]].add_(transformer.positions[start:stop])
@@ -203,13 +233,15 @@ def _generate(
             kept.append(head.logits(hidden, scale, groups, shift))
         feeds = start < config.n_feeding
         embedding = None
-        if decoding.mode == "expected":
-            made = head.expected(hidden, scale, groups, shift, embed=feeds)
-            values[scale][:, groups], variances[scale][:, groups] = made.value, made.variance
-            chosen, embedding = made.likeliest, made.embedding
-        else:
+        if decoding.mode != "expected":
             chosen = head.choose(hidden, scale, groups, shift, pick)
             values[scale][:, groups] = head.values(chosen, scale)
+        elif feeds or needs_distribution[scale]:
+            expectation = head.expected(hidden, scale, groups, shift, embed=feeds)
+            values[scale][:, groups], variances[scale][:, groups] = expectation.value, expectation.variance
+            chosen, embedding = expectation.likeliest, expectation.embedding
+        else:
+            chosen = head.likeliest(hidden, scale, groups, shift)
         tokens[:, start:stop] = chosen
         if feeds:
             inputs[:, start + 1 : stop + 1] = head.embed(chosen, codebook) if embedding is None else embedding

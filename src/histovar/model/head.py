@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .code_softmax import Normaliser, softmax_in_pieces, tokens_at_once, two_parts
+from .code_softmax import Normaliser, logits_in_pieces, softmax_in_pieces, tokens_at_once, two_parts
 from .config import ModelConfig
 from .precision import full_precision
 from .vqvae import MultiScaleGeneVQVAE
@@ -239,43 +239,50 @@ class TokenHead(nn.Module):
         dim, c = self.config.codebook_dim, self.config.components[scale]
         return F.embedding(tokens, self.get_buffer(f"codes_{scale}")[:, dim : dim + c])
 
-    def _query(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
-        """What the features of codes in use are multiplied with, to give logits: (n_spots, n, features)."""
-        query: Tensor = self.output(hidden)
-        ones = query.new_ones(()).expand(*query.shape[:2], 1)
+    def _value_terms(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
+        """Multipliers of a code's value, its square and its log-weight in the logits, (n_spots, n, features)."""
+        ones = hidden.new_ones((), dtype=self.gate.dtype).expand(*hidden.shape[:2], 1)
         if prior is None:
-            none = query.new_zeros(()).expand(*query.shape[:2], 2 * self.config.components[scale])
-            return torch.cat([query, none, ones], -1)
+            return F.pad(ones, (2 * self.config.components[scale], 0))
         precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
-        return torch.cat([query, prior * precision, (-precision / 2).expand_as(prior), ones], -1)
+        return torch.cat([prior * precision, (-precision / 2).expand_as(prior), ones], -1)
+
+    def _query(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
+        """Vectors whose products with the codes' features are the logits: (n_spots, n, features)."""
+        return torch.cat([self.output(hidden), self._value_terms(hidden, scale, groups, prior)], -1)
 
     def _operands(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries (n_spots, n, features) and features of the codes in use, whose products are the logits.
 
-        In lower precision, all but the codebook's vectors, where large numbers cancel, is written as products of sums
-        of two numbers each, taken relative to the prior's mean and the largest log-weight.
+        The output layer is applied to hidden states or, where these are narrower than the codebook's vectors, to the
+        vectors, of which there are fewer.
+
+        In lower precision, all but the first term, where large numbers cancel, is written as products of sums of two
+        numbers each, taken relative to the prior's mean and the largest log-weight.
         """
         if not self.tied:
             codes = torch.cat([self.output.weight, self.output.bias[:, None]], 1)
             return F.pad(hidden, (0, 1), value=1.0), codes
-        _, codes = self._used(scale)
-        if hidden.dtype == codes.dtype:
-            return self._query(hidden, scale, groups, prior), codes
-        (dim, c), half = (self.config.codebook_dim, self.config.components[scale]), hidden.dtype
-        vectors, values, log_weight = codes.split((dim, 2 * c, 1), 1)
-        log_weight = log_weight - log_weight.max()
-        ones = torch.ones_like(hidden[..., :1], dtype=codes.dtype)
-        if prior is None:
-            multipliers, values = ones, log_weight
+        dim, c = self.config.codebook_dim, self.config.components[scale]
+        vectors, values, log_weight = self._used(scale)[1].split((dim, 2 * c, 1), 1)
+        if self.config.width < dim:
+            states, (weight, bias) = hidden, (p.to(vectors.dtype) for p in self.output.parameters())
+            vectors, log_weight = vectors @ weight, log_weight + (vectors @ bias)[:, None]
         else:
-            precision = torch.exp(-2 * getattr(self, f"log_spread_{scale}")[groups])
-            offset = (-precision / 2 * prior.square()).sum(-1, keepdim=True)
-            multipliers = torch.cat([prior * precision, (-precision / 2).expand_as(prior), offset, ones], -1)
-            values = torch.cat([values, torch.ones_like(log_weight), log_weight], 1)
-        high, low = two_parts(multipliers, half)
-        high_values, low_values = two_parts(values, half)
-        query = torch.cat([self.output(hidden), high, low, high], -1)
-        return query, torch.cat([vectors.to(half), high_values, high_values, low_values], 1)
+            states = self.output(hidden)
+        terms = self._value_terms(hidden, scale, groups, prior)
+        if hidden.dtype == vectors.dtype:
+            return torch.cat([states, terms], -1), torch.cat([vectors, values, log_weight], 1)
+        others = [values, log_weight - log_weight.max()]
+        if prior is not None:
+            offset = (terms[..., c : 2 * c] * prior.square()).sum(-1, keepdim=True)
+            terms = torch.cat([terms, offset], -1)
+            others.append(torch.ones_like(log_weight))
+        half = hidden.dtype
+        high, low = two_parts(terms, half)
+        high_codes, low_codes = two_parts(torch.cat(others, 1), half)
+        query = torch.cat([states, high, low, high], -1)
+        return query, torch.cat([vectors.to(half), high_codes, high_codes, low_codes], 1)
 
     @_not_autocast
     def logits(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
@@ -326,8 +333,8 @@ class TokenHead(nn.Module):
         moments_of = features[:, dim : dim + 2 * c].T.contiguous()
         embeddings_of = self._embeddings(scale).T.contiguous() if embed else None
         moments, embeddings, likeliest = [], [], []
-        for _, shares in softmax_in_pieces(*self._operands(hidden, scale, groups, prior)):
-            likeliest.append(shares.max(1).indices)  # on CPUs several times as fast as argmax
+        for logits, shares in softmax_in_pieces(*self._operands(hidden, scale, groups, prior)):
+            likeliest.append(logits.max(1).indices)  # on CPUs several times as fast as argmax
             moments.append(F.linear(shares, moments_of))
             if embeddings_of is not None:
                 embeddings.append(F.linear(shares.to(hidden.dtype), embeddings_of))
@@ -338,6 +345,13 @@ class TokenHead(nn.Module):
             value = torch.lerp(prior, value, self.gate[scale])
         embedding = torch.cat(embeddings).view(*shape, -1) if embed else None
         return Expectation(embedding, value, variance, used[torch.cat(likeliest)].view(shape))
+
+    @torch.no_grad()
+    @_not_autocast
+    def likeliest(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
+        """The most probable codes, (n_spots, n); arguments as in :meth:`logits`."""
+        codes = [logits.max(1).indices for logits in logits_in_pieces(*self._operands(hidden, scale, groups, prior))]
+        return self._used(scale)[0][torch.cat(codes)].view(hidden.shape[:2])
 
     @_not_autocast
     def choose(

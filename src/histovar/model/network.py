@@ -354,6 +354,8 @@ class TwoStageNetwork(nn.Module):
         n_samples: int = 1,
         members: Tensor | None = None,
         means: Tensor | None = None,
+        tokens: bool = True,
+        std: bool = True,
         generator: torch.Generator | None = None,
         keep_logits: bool = False,
     ) -> Generation:
@@ -374,6 +376,8 @@ class TwoStageNetwork(nn.Module):
             (n, n_spots, n_genes) in place of :meth:`prior_members`.
         means
             (n_spots, n_genes): standardised conditional means in place of those of `members`.
+        tokens, std
+            Whether to return them. Expected decoding without either skips the transformer where the gates are shut.
         generator
             Source of randomness for sampling.
         keep_logits
@@ -412,11 +416,13 @@ class TwoStageNetwork(nn.Module):
             memory,
             shifts,
             decoding,
+            tokens=tokens,
+            std=std,
             generator=generator,
             keep_logits=keep_logits,
         )
-        of_values = not stage2.of_counts
-        if decoding.mode == "expected" and members is not None and len(members) > 1 and of_values:
+        adds_disagreement = decoding.mode == "expected" and not stage2.of_counts
+        if made.std is not None and adds_disagreement and members is not None and len(members) > 1:
             # Many times faster than var, which goes through members spot by spot.
             variance = (members - members.mean(0)).square().sum(0) / (len(members) - 1)
             disagreement = (variance * self.stage1.scales.std.square()).repeat_interleave(n_samples, 0)

@@ -63,9 +63,7 @@ def predict_lazily(
         )
         for chunk, histology, seed in zip(inputs.chunks, inputs.aligned(shared), seeds, strict=True)
     ]
-    config = model.config
-    sizes = (0, config.n_genes, config.n_tokens, predictor.n_samples, len(predictor.quantiles))
-    empty = Prediction.empty(*sizes, rates=predictor.is_of_counts(model))
+    empty = predictor.empty(model, 0)
 
     def whole(field: int, like: Any) -> Any:
         if like is None:

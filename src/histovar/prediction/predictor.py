@@ -32,7 +32,7 @@ class Predictor:
         How tokens are chosen.
     chance
         How they are drawn.
-    units, n_samples, quantiles, batch_size, device, precision
+    units, n_samples, quantiles, tokens, batch_size, device, precision
         As in :func:`histovar.tl.predict`.
     """
 
@@ -41,6 +41,7 @@ class Predictor:
     units: Units
     n_samples: int
     quantiles: tuple[float, ...]
+    tokens: bool
     batch_size: int
     device: str
     precision: Precision
@@ -52,6 +53,13 @@ class Predictor:
     def is_of_counts(self, model: TwoStageVARST) -> bool:
         """Whether the observation model makes the prediction."""
         return self.rule.mode == "expected" and model.var_stage.of_counts
+
+    def empty(self, model: TwoStageVARST, n_spots: int) -> Prediction:
+        """Room for what is to be predicted."""
+        config = model.config
+        n_tokens = config.n_tokens if self.tokens else 0
+        sizes = (n_spots, config.n_genes, n_tokens, self.n_samples, len(self.quantiles))
+        return Prediction.empty(*sizes, rates=self.is_of_counts(model))
 
     def __call__(
         self,
@@ -91,10 +99,9 @@ class Predictor:
         """
         keep_freed_memory()
         model = model.in_precision(self.precision)
-        n_spots, config = len(inputs.novelty), model.config
+        n_spots = len(inputs.novelty)
         of_counts = self.is_of_counts(model)
-        sizes = (n_spots, config.n_genes, config.n_tokens, self.n_samples, len(self.quantiles))
-        made = Prediction.empty(*sizes, rates=of_counts)
+        made = self.empty(model, n_spots)
         predict = self._of_counts if of_counts else self._of_values
         with on_device(model, self.device) as where, full_precision(where):
             generator = torch.Generator(where).manual_seed(random_state)
@@ -104,7 +111,7 @@ class Predictor:
                 known, near = (None if t is None else t[rows].to(where) for t in (depth, place))
                 parts = predict(model, batch, known, near, generator)
                 for whole, part in zip(made, parts, strict=False):
-                    if whole is not None:
+                    if whole is not None and part is not None:
                         whole[rows.numpy()] = part.cpu().numpy().astype(whole.dtype, copy=False)
         _check_finite(made, inputs, first_row)
         return made
@@ -116,11 +123,12 @@ class Predictor:
         depth: Tensor | None,
         place: Tensor | None,
         generator: torch.Generator,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """Mean, standard deviation, tokens, draws and quantiles of a model that learnt from a layer of values."""
         calibration = model.var_stage.calibration
-        generated = model.predict(batch, self.rule, generator=generator)
+        generated = model.predict(batch, self.rule, tokens=self.tokens, generator=generator)
         mean, std = generated.expression, generated.std
+        assert std is not None
         draws = self._draws(model, batch, generator)
         cube = mean.new_empty(*mean.shape, 0)
         if self.rule.mode != "expected":
@@ -140,7 +148,7 @@ class Predictor:
         depth: Tensor | None,
         place: Tensor | None,
         generator: torch.Generator,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """The same of a model that learnt from counts, and composition and spots.
 
         Mean, standard deviation and quantiles are the observation model's. Draws take their values from it, gene by
@@ -148,7 +156,7 @@ class Predictor:
         """
         observation = model.var_stage.observation
         members = model.prior_members(batch)
-        generated = model.predict(batch, self.rule, members=members, generator=generator)
+        generated = model.predict(batch, self.rule, members=members, tokens=self.tokens, std=False, generator=generator)
         composition = model.composition(batch, members)
         if bool(model.var_stage.head.gate.any()):
             composition = observation.shifted(composition, generated.expression)

@@ -141,7 +141,7 @@ def adapt(
     near = torch.from_numpy(np.random.default_rng(random_state).permutation(len(rows)) < MOST_NEIGHBORS)
     adaptation = stage2.add_adaptation(int(near.sum()))
     rule = Decoding()
-    predictor = Predictor(rule, rule, "rates", 0, (), batch_size, device, "fp32")
+    predictor = Predictor(rule, rule, "rates", 0, (), False, batch_size, device, "fp32")
     made = predictor(adapted, inputs.map(lambda t: t[rows.to(home)]), random_state, show_progress_bar=show_progress_bar)
     rates, spots = torch.from_numpy(made.rates) / RATE_TOTAL, torch.from_numpy(made.spots)
     nearest = cKDTree(place).query(place, k=2)[0][:, 1]

@@ -176,7 +176,8 @@ def calibrate(
                 assert some is not None
                 results.append((measured[rows], *(t.cpu() for t in model.composition(batch, some, which))))
             else:
-                made = model.predict(batch, members=some)
+                made = model.predict(batch, members=some, tokens=False)
+                assert made.std is not None
                 results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
         order = torch.cat([rows for _, rows in batches])
     truth, *predicted = (torch.cat(part) for part in zip(*results, strict=True))

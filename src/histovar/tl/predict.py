@@ -62,6 +62,7 @@ def predict(
     decoding: Mode = "expected",
     n_samples: Annotated[Number, Field(le=MOST_SAMPLES)] = 0,
     quantiles: Probabilities = (),
+    tokens: bool = True,
     temperature: Positive = 1.0,
     top_k: Number = 0,
     top_p: Share = 1.0,
@@ -106,6 +107,10 @@ def predict(
         counts or is calibrated, else those of the draws, which needs `n_samples`. Of counts they are
         ends of intervals, as a value belongs to an interval if half of its probability or more lies within: where
         less does, the next value towards the median.
+    tokens
+        Add the predicted tokens. Without them prediction is many times faster where the model learnt from counts and
+        its gates are shut, as they mostly are (training logs them): expression, its uncertainty and quantiles, which
+        stay the same, then need no transformer.
     temperature, top_k, top_p
         Of sampling; see :class:`histovar.model.Decoding`.
     key_added
@@ -167,7 +172,9 @@ def predict(
     rule = Decoding(decoding, temperature, top_k, top_p)
     chance = Decoding("sample", temperature, top_k, top_p)
     totals = _depth(adata, model, units, depth, decoding)
-    predictor = Predictor(rule, chance, units or "lognorm", n_samples, tuple(quantiles), batch_size, device, precision)
+    predictor = Predictor(
+        rule, chance, units or "lognorm", n_samples, tuple(quantiles), tokens, batch_size, device, precision
+    )
     calibrated = predictor.is_calibrated(model)
     if len(quantiles) and n_samples < 2 and not calibrated and not predictor.is_of_counts(model):
         raise ValueError(

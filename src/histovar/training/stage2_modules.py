@@ -193,7 +193,7 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
     measured = []
     has_prior = model.var_stage.prior is not None
     for histology, tokens, found, _, _, totals, prior in batches:
-        expected = model.predict(histology, means=prior).values
+        expected = model.predict(histology, means=prior, tokens=False, std=False).values
         means = model.prior_mean(prior) if has_prior else expected
         for k, ids in enumerate(tokens.split(model.config.scales, 1)):
             rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))

@@ -13,12 +13,12 @@ k attends to :math:`s_k` tokens and M memory vectors:
   genes (projecting the embeddings onto principal components, once a spot before all else, is left out);
 - transformer, for each of L layers: :math:`T (2 w^2 + 2 w f + 2 w h M) + 2 w^2 n + 4 w^2 M + 2 w \sum_k n_k s_k`,
   with width w, h heads, feed-forward f and n tokens that others attend to;
-- head: :math:`\sum_k n_k (w D + K_k (D + 2 c_k) + K_k q_k)` with the :math:`K_k` codes that scale k uses, :math:`D`
-  their width, and :math:`q_k` what is expected of them: :math:`w + 2 c_k` where tokens are fed to later ones, else
-  :math:`2 c_k`;
+- head: :math:`\sum_k n_k K_k (\min(w, D) + 2 c_k + q_k)` with the :math:`K_k` codes that scale k uses, :math:`D` their
+  width, and :math:`q_k` what is expected of them: :math:`w + 2 c_k` where tokens are fed to later ones, else
+  :math:`2 c_k`; the output layer, applied once for all spots to the codes where :math:`w < D`, is left out;
 
-each counted twice (a product and a sum). A training step of stage 2 costs three times the transformer, head queries
-and condition (forward, and backward with respect to inputs and weights), and for the loss
+each counted twice (a product and a sum). A training step of stage 2 costs three times the transformer, output layer
+(:math:`w D` a token) and condition (forward, and backward with respect to inputs and weights), and for the loss
 :math:`\sum_k 2 n_k K_k (D + 2 c_k)`, and what prior and expected teacher cost.
 
 Of the reference configuration, token order and training are measured in batches of 64 at most; larger take minutes.
@@ -108,19 +108,21 @@ def flops(model: TwoStageVARST, training: bool = False) -> float:
     per_token = 2 * w**2 + 2 * w * config.feedforward + 2 * w * config.n_heads * n_memory
     n_keys = model.var_stage.transformer.n_keys
     transformer = n_layers * (config.n_tokens * per_token + 2 * w**2 * (n_keys + 2 * n_memory) + 2 * w * seen)
-    query = config.n_tokens * w * (dim if head.tied else 0)
+    narrow = head.tied and w < dim
+    query = config.n_tokens * w * (dim if head.tied and (training or not narrow) else 0)
     assign = teacher = 0
     n_before = 0
     for k, (n, c) in enumerate(zip(config.scales, config.components, strict=True)):
         n_codes = len(head._used(k)[0]) if head.tied else config.codebook_size
         code_width = dim + 2 * c if head.tied else w
+        logit_width = w + 2 * c if narrow else code_width
         feeds = n_before < config.n_feeding
         expected = (w if feeds else 0) + 2 * c
         if training:
             assign += n * n_codes * code_width * (2 if head.tied else 3)
-            teacher += n * n_codes * (code_width + expected) * (feeds and head.tied)
+            teacher += n * n_codes * (logit_width + expected) * (feeds and head.tied)
         else:
-            assign += n * n_codes * (code_width + expected)
+            assign += n * n_codes * (logit_width + expected)
         n_before += n
     return 2 * (assign + teacher + prior + (3 if training else 1) * (transformer + query + condition))
 

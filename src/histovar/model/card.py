@@ -295,9 +295,8 @@ class ModelCard(_Fields):
                 raise ValueError(f"registered: does not have stage {stage}, but the registry has {present[0]}")
         if 1 in registered:
             if len(registry.genes) != config.n_genes:
-                raise ValueError(
-                    f"registry.genes: must have config.n_genes={config.n_genes}, got {len(registry.genes)}"
-                )
+                n_genes = len(registry.genes)
+                raise ValueError(f"registry.genes: must have config.n_genes={config.n_genes} genes, got {n_genes}")
             if len(set(registry.genes)) != len(registry.genes):
                 raise ValueError("registry.genes: a gene is listed twice")
         if registry.trust is not None and len(registry.trust.variance) != config.n_genes:

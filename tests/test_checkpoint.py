@@ -369,7 +369,7 @@ def test_errors_of_a_card_name_the_field(model, tmp_path):
         (("config", "dropout"), 1.5, r"config.dropout: .*less than 1, got 1.5"),
         (("config", "n_heads"), 5, r"config: width=32 must be divisible by n_heads=5"),
         (("config", "colour"), 1, r"config.colour: .*not permitted"),
-        (("registry", "genes"), ["A"], r"registry.genes: must be config.n_genes=30, got 1"),
+        (("registry", "genes"), ["A"], r"registry.genes: must have config.n_genes=30 genes, got 1"),
         (("registry", "use_rep"), DELETED, r"registry.use_rep: missing"),
         (("registry",), {}, r"registry.genes: missing"),
         (("weights", "stage1.safetensors"), "0", r"weights.stage1.safetensors: "),

@@ -36,7 +36,7 @@ def test_model_is_loaded_from_the_cache(model, cache):
 
 def test_what_is_not_to_be_had_is_one_line(model, cache, monkeypatch):
     with pytest.raises(
-        FileNotFoundError, match="path: 'lab/absent' is not to be had from the Hugging Face Hub"
+        FileNotFoundError, match="path: 'lab/absent' could not be downloaded from the Hugging Face Hub"
     ) as error:
         hv.TwoStageVARST.load("hf://lab/absent")
     assert "\n" not in str(error.value)
@@ -64,7 +64,7 @@ def test_card_for_people_says_what_the_model_is(model, tmp_path, caplog):
         (tmp_path / "README.md").write_text(others)
         model.save(tmp_path)
         assert (tmp_path / "README.md").read_text() == others
-        assert len(caplog.messages) == 1 and "README.md: the marks between which" in caplog.text
+        assert len(caplog.messages) == 1 and "README.md: the marks around histovar's description" in caplog.text
     (tmp_path / "README.md").write_text(card.split("---\n\n")[1])
     model.save(tmp_path)
     assert (tmp_path / "README.md").read_text() == card

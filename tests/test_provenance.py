@@ -333,7 +333,7 @@ def test_stages_that_were_not_trained_together_are_refused(prepared, model, tmp_
     other = hv.tl.train_stage1(prepared.copy(), library_key="section", config=small_config(), random_state=1, **QUICK)
     model.save(tmp_path / "ours")
     other.save(tmp_path / "theirs")
-    message = "has another stage 1 than this model"
+    message = "has a different stage 1 than this model"
     with pytest.raises(ValueError, match=message):
         other.load_stage(tmp_path / "ours", 2)
     with pytest.raises(ValueError, match=message):

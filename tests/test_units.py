@@ -10,7 +10,7 @@ from scipy import stats
 
 import histovar as hv
 from histovar.anndata_io.expression import counts_of_values
-from histovar.model.negative_binomial import count_quantiles, fitted_dispersion, log_moments
+from histovar.model.negative_binomial import count_quantiles, fit_dispersion, log_moments
 from histovar.model.observation import Composition, Observation, randomised_levels
 
 from .conftest import QUICK, small_config
@@ -105,7 +105,7 @@ def test_dispersion_is_recovered():
     true = np.array([0.02, 0.3, 2.0])
     mean = rng.gamma(2, 10, (4000, 3))
     counts = rng.poisson(mean * rng.gamma(1 / true, true, (4000, 3)))
-    found = fitted_dispersion(torch.from_numpy(counts).float(), torch.from_numpy(mean).float())
+    found = fit_dispersion(torch.from_numpy(counts).float(), torch.from_numpy(mean).float())
     np.testing.assert_allclose(found, true, rtol=0.15)
 
 

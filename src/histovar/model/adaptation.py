@@ -1,12 +1,12 @@
-"""What a few measured spots of a section change in its prediction: level, depth, what neighbours tell, calibration.
+"""Adapt predictions to a section of which a few spots were measured: levels of genes, depth, kriging, calibration.
 
-Of each gene a section's log rate lies off what the model expects by a *level*. Levels are shrunk by how far apart
-sections are known to be and by how far the genes' levels turn out to be (empirical Bayes); so is the shift of log
-depth. What is left of measured spots is a Gaussian process of their *place*: near a spot where more of a gene was
-measured than was expected, more is expected (kriging), over a distance and by a share that are chosen for all genes
-together. Each step is checked by predicting measured spots from the others, and left out unless that is better: for
-neighbours, by more than a standard error. Dispersion and the depth's error become those of spots left out, shrunk to
-the model's.
+A gene's *level* is by how much its log rate in this section differs from what the model predicts. Levels are shrunk by
+the known variance between sections and by the variance that the genes' levels turn out to have (empirical Bayes), and
+so is the shift of log depth. The residuals of the measured spots are then modelled as a Gaussian process of their
+coordinates (kriging): near a spot where more of a gene was measured than predicted, more of it is predicted. Its length
+scale and its share of the variance are chosen for all genes together. Each step is checked by predicting measured spots
+from the others, and left out unless it improves on that; the Gaussian process must improve by more than a standard
+error. Dispersion and depth errors become those of the left-out spots, shrunk towards the model's.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from torch import Tensor, nn
 from .negative_binomial import negative_log_likelihood
 from .observation import INDIVIDUALS_APART, PATIENTS, Composition, Observation
 
-# Fewest measured spots that tell a level and its uncertainty.
+# Fewest measured spots that allow to estimate levels and their uncertainty.
 LEAST_MEASURED = 9
-# Most of which neighbours are told: the cost grows with their cube.
+# Most measured spots in the Gaussian process, whose cost grows with their cube.
 MOST_NEIGHBORS = 1000
-# Distances over which neighbours may tell of each other, in distances between spots next to each other, and shares of
-# what histology does not tell that may be theirs to tell.
+# Candidates for the Gaussian process: its length scale, in distances between adjacent spots, and the share of the
+# residual variance that it explains.
 LENGTHS, SHARES = (2.0, 6.0, 18.0), (0.1, 0.2, 0.4, 0.6, 0.8)
-# Largest change of a log rate, or of log depth, by neighbours.
+# Largest change of a log rate, or of log depth, by the Gaussian process.
 LARGEST_CHANGE = 2.0
-# As many measured spots as what is known of training weighs in dispersion and the depth's error, and as many genes as
-# what is known of other sections weighs in how far apart levels are.
+# Weights of prior knowledge: that from training in dispersion and depth errors, in measured spots, and that from other
+# sections in the variance of levels, in genes.
 PRIOR_SPOTS, PRIOR_GENES = 10, 10
-# Rounds of Newton's method and of empirical Bayes.
+# Iterations of Newton's method and of empirical Bayes.
 ROUNDS = 40
-# Factors of dispersion that are tried.
+# Candidates for the factor of the dispersions.
 FACTORS = tuple(math.exp(step / 10) for step in range(-20, 11))
-# By how much more than the variance between groups dispersion and depth's errors hold (:meth:`Observation.fit`).
+# Factor by which :meth:`Observation.fit` inflates the variance between groups in dispersion and depth errors.
 INFLATION = float((t.ppf(0.95, PATIENTS) / norm.ppf(0.95)) ** 2)
 
 
 class Adaptation(nn.Module):
-    """Changes of what is predicted, learnt from measured spots of a section.
+    """Corrections of predicted rates and depth, learnt from measured spots of a section.
 
     Parameters
     ----------
     n_spots
-        Number of measured spots that their neighbours are told of.
+        Number of measured spots in the Gaussian process.
     n_genes
         Number of genes.
     """
@@ -70,26 +70,26 @@ class Adaptation(nn.Module):
 
     @property
     def neighbors_tell(self) -> list[str]:
-        """Of what measured spots tell their neighbours."""
-        of = {"rates": self.weights, "depth": self.depth_weights}
-        return [name for name, weights in of.items() if bool(weights.any())]
+        """What is corrected near measured spots: ``"rates"``, ``"depth"``, both or nothing."""
+        corrections = {"rates": self.weights, "depth": self.depth_weights}
+        return [name for name, weights in corrections.items() if bool(weights.any())]
 
     def forward(self, composition: Composition, place: Tensor | None = None) -> Composition:
-        """What is predicted of spots, corrected.
+        """Correct predicted rates and depth.
 
         Parameters
         ----------
         composition
-            As the model was trained to predict it.
+            Prediction of the model before adaptation.
         place
-            (n_spots, 2) coordinates in the section that was measured, NaN of spots of others. None where all are: they
-            have no measured neighbours.
+            (n_spots, 2) coordinates in the measured section, NaN for spots of other sections, which have no measured
+            neighbours. None: all spots are of other sections.
         """
         rates, depth = self.log_rates, self.log_depth
         if place is not None:
-            near_rates, near_depth = ((-torch.cdist(place, self.place) / length).exp() for length in self.lengths)
-            rates = rates + _limited(near_rates.nan_to_num(0) @ self.weights)
-            depth = depth + _limited(near_depth.nan_to_num(0) @ self.depth_weights)[:, 0]
+            rate_kernel, depth_kernel = ((-torch.cdist(place, self.place) / length).exp() for length in self.lengths)
+            rates = rates + _limit(rate_kernel.nan_to_num(0) @ self.weights)
+            depth = depth + _limit(depth_kernel.nan_to_num(0) @ self.depth_weights)[:, 0]
         return composition._replace(rates=composition.rates * rates.exp(), log_depth=composition.log_depth + depth)
 
     @torch.no_grad()
@@ -105,30 +105,31 @@ class Adaptation(nn.Module):
         novelty: float,
         spacing: float,
     ) -> None:
-        """Learn from measured spots; the observation model's dispersion and error of the depth are set, too.
+        """Learn from measured spots; dispersion and depth errors of the observation model are updated, too.
 
         Parameters
         ----------
         observation
-            Of the model, set in place.
+            Observation model, updated in place.
         counts
-            (n, n_genes).
+            (n, n_genes) counts of the measured spots.
         totals
             (n,) total count of each spot.
         composition
-            What the model expects of them, without what novelty adds to its uncertainty.
+            What the model predicts for these spots, without the uncertainty that novelty adds.
         place
             (n, 2) coordinates.
         near
-            (n_spots,) which of the measured spots their neighbours are told of.
+            (n_spots,) rows of the measured spots that enter the Gaussian process.
         novelty
-            How unlike those of training the section is, 0 to 1: as far, individuals may be apart, not sections.
+            How unlike the training sections the section is, 0 to 1: the more, the closer the prior variance of levels
+            and depth is to that between individuals, in place of that between sections.
         spacing
-            Distance between spots of the section next to each other.
+            Distance between adjacent spots of the section.
         """
         apart = observation.apart.square()
         beyond = (apart.new_tensor(INDIVIDUALS_APART).square() - apart).clamp(min=0)
-        rates_apart, depth_apart = (apart + novelty * beyond).unbind()
+        rates_variance, depth_variance = (apart + novelty * beyond).unbind()
         usual = observation.dispersion.clone()
         within = torch.maximum(usual - INFLATION * apart[0], 0.1 * usual)
         self.place.copy_(place[near])
@@ -137,15 +138,16 @@ class Adaptation(nn.Module):
         usual_errors = observation.depth_errors - usual_error
         errors = totals.clamp(min=1).log() - composition.log_depth - usual_error
         usual_variance = (usual_errors.square().mean() - INFLATION * apart[1]).clamp(min=0.01)
-        variance = _pooled(errors - errors.mean(), usual_variance)
-        kept = depth_apart / (depth_apart + variance / len(errors))
-        left, left_without = errors - kept * errors.mean(), errors - kept * _mean_of_others(errors)
-        if left_without.square().mean() > errors.square().mean():
-            left, left_without = errors, errors.clone()
-        self.log_depth.copy_(usual_error + (errors - left).mean())
+        variance = _pool_variance(errors - errors.mean(), usual_variance)
+        shrinkage = depth_variance / (depth_variance + variance / len(errors))
+        # Residuals of log depth after its shift, and those where the shift was estimated without the spot.
+        residual, residual_without = errors - shrinkage * errors.mean(), errors - shrinkage * _mean_of_others(errors)
+        if residual_without.square().mean() > errors.square().mean():
+            residual, residual_without = errors, errors.clone()
+        self.log_depth.copy_(usual_error + (errors - residual).mean())
 
         expected = composition.rates * totals.clamp(min=1)[:, None]
-        levels, levels_without = levels_of_genes(counts, expected, within, rates_apart)
+        levels, levels_without = estimate_levels(counts, expected, within, rates_variance)
         if _loss(counts, expected * levels_without.exp(), usual) > _loss(counts, expected, usual):
             levels, levels_without = torch.zeros_like(levels), torch.zeros_like(levels_without)
         self.log_rates.copy_(levels)
@@ -154,87 +156,106 @@ class Adaptation(nn.Module):
         residuals = (counts / mean - 1) * weight / weight.mean(0)
 
         distances = torch.cdist(self.place, self.place) / spacing
-        of_rates = told_by_neighbors(residuals[near], within, 1 / mean.mean(0), distances)
-        of_depth = told_by_neighbors(left[near, None], variance[None], variance.new_zeros(1), distances)
-        self.weights.copy_(of_rates.weights)
-        self.depth_weights.copy_(of_depth.weights)
-        self.lengths.copy_(spacing * torch.tensor([of_rates.length, of_depth.length]))
+        rate_kriging = fit_kriging(residuals[near], within, 1 / mean.mean(0), distances)
+        depth_kriging = fit_kriging(residual[near, None], variance[None], variance.new_zeros(1), distances)
+        self.weights.copy_(rate_kriging.weights)
+        self.depth_weights.copy_(depth_kriging.weights)
+        self.lengths.copy_(spacing * torch.tensor([rate_kriging.length, depth_kriging.length]))
 
-        # Calibration by spots that are predicted from the others.
-        levels_without[near] += _limited(of_rates.left_out)
-        left_without[near] -= _limited(of_depth.left_out)[:, 0]
+        # Calibrate on each spot as predicted from the others.
+        levels_without[near] += _limit(rate_kriging.left_out)
+        residual_without[near] -= _limit(depth_kriging.left_out)[:, 0]
         unseen = expected * levels_without.exp()
-        observation.dispersion.copy_(usual * _dispersion_factor(usual, counts, unseen, composition.excess))
-        spread = _pooled(left_without, usual_variance).sqrt()
+        observation.dispersion.copy_(usual * _fit_dispersion_factor(usual, counts, unseen, composition.excess))
+        spread = _pool_variance(residual_without, usual_variance).sqrt()
         observation.depth_errors.copy_(usual_errors * spread / usual_errors.square().mean().sqrt().clamp(min=1e-6))
 
 
-def levels_of_genes(counts: Tensor, expected: Tensor, within: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much genes' log rates lie off those expected: (n_genes,), and without each spot, (n_spots, n_genes).
+def estimate_levels(counts: Tensor, expected: Tensor, within: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate by how much genes' log rates in a section differ from those predicted (empirical Bayes).
 
-    The mode given negative binomial counts and a normal prior, whose mean and variance are those of the genes' levels,
-    what is known weighing as :data:`PRIOR_GENES` more.
+    The posterior mode given negative binomial counts and a normal prior, whose mean and variance are those of the
+    genes' levels; the variance known from other sections counts as :data:`PRIOR_GENES` more genes.
 
     Parameters
     ----------
     counts, expected
-        (n_spots, n_genes): what was measured and what was expected.
+        (n_spots, n_genes) measured and predicted counts.
     within
         (n_genes,) dispersion within a section.
     known
-        Variance of log rates that is known of other sections.
+        Variance of log rates between sections, known from other data.
+
+    Returns
+    -------
+    levels
+        (n_genes,).
+    without
+        (n_spots, n_genes): levels estimated without each spot.
     """
-    levels, middle, variance = torch.zeros_like(within), known.new_zeros(()), known
+    levels, centre, variance = torch.zeros_like(within), known.new_zeros(()), known
     for _ in range(ROUNDS):
         mean = (expected * levels.exp()).clamp(min=1e-6)
         weight = mean / (1 + within * mean)
         score = weight * (counts / mean - 1)
         curvature = weight.sum(0) + 1 / variance
-        levels = levels + ((score.sum(0) - (levels - middle) / variance) / curvature).clamp(-1, 1)
-        middle = levels.mean()
-        squares = (levels - middle).square() + 1 / curvature
+        levels = levels + ((score.sum(0) - (levels - centre) / variance) / curvature).clamp(-1, 1)
+        centre = levels.mean()
+        squares = (levels - centre).square() + 1 / curvature
         variance = (squares.sum() + PRIOR_GENES * known) / (len(levels) + PRIOR_GENES)
     return levels, levels - score / (curvature - weight)
 
 
-class Neighbors(NamedTuple):
-    """Weights of spots in what they tell, what each is told without itself, (n, n_outputs) each, and the length."""
+class Kriging(NamedTuple):
+    """Gaussian process of residuals over space.
+
+    Parameters
+    ----------
+    weights
+        (n, n_outputs): a prediction is the kernel between its spot and the measured ones, times these.
+    left_out
+        (n, n_outputs): prediction for each measured spot from the others.
+    length
+        Length scale of the exponential kernel.
+    """
 
     weights: Tensor
     left_out: Tensor
     length: float
 
 
-def told_by_neighbors(residuals: Tensor, variance: Tensor, noise: Tensor, distances: Tensor) -> Neighbors:
-    """A Gaussian process of place, chosen by leaving spots out one by one; nothing if that is not clearly better.
+def fit_kriging(residuals: Tensor, variance: Tensor, noise: Tensor, distances: Tensor) -> Kriging:
+    """Fit a Gaussian process with an exponential kernel; all weights are zero unless it clearly predicts better.
+
+    Length scale and share of the variance are those with the best leave-one-out log score.
 
     Parameters
     ----------
     residuals
         (n, n_outputs).
     variance
-        (n_outputs,) variance, of which a share is the process' and the rest each spot's own.
+        (n_outputs,) variance of the residuals, of which the process explains a share.
     noise
         (n_outputs,) variance of counting.
     distances
-        (n, n) between spots, in distances between spots next to each other.
+        (n, n) distances between spots, in those between adjacent ones.
     """
-    nothing = torch.zeros_like(residuals)
-    best, best_gain = Neighbors(nothing, nothing, 1.0), 0.0
-    alone = _log_score(residuals, variance + noise)
+    zeros = torch.zeros_like(residuals)
+    best, best_gain = Kriging(zeros, zeros, 1.0), 0.0
+    baseline = _log_score(residuals, variance + noise)
     for length in LENGTHS:
         values, vectors = torch.linalg.eigh((-distances / length).exp().double())
-        turned = vectors.T @ residuals.double()
+        rotated = vectors.T @ residuals.double()
         for share in SHARES:
             spectrum = variance * (share * values[:, None].clamp(min=0) + 1 - share) + noise
-            weights = vectors @ (turned / spectrum)
+            weights = vectors @ (rotated / spectrum)
             precision = vectors.square() @ (1 / spectrum)
             errors = weights / precision
-            gains = (_log_score(errors, 1 / precision) - alone).mean(1)
+            gains = (_log_score(errors, 1 / precision) - baseline).mean(1)
             gain, standard_error = float(gains.mean()), float(gains.std() / math.sqrt(len(gains)))
             if gain > max(best_gain, standard_error):
-                told = (variance * share * weights).float()
-                best, best_gain = Neighbors(told, residuals - errors.float(), length), gain
+                scaled = (variance * share * weights).float()
+                best, best_gain = Kriging(scaled, residuals - errors.float(), length), gain
     return best
 
 
@@ -244,23 +265,26 @@ def _log_score(errors: Tensor, variance: Tensor) -> Tensor:
 
 
 def _loss(counts: Tensor, mean: Tensor, dispersion: Tensor) -> float:
+    """Mean negative log likelihood of counts."""
     return float(negative_log_likelihood(counts, mean, dispersion).mean())
 
 
 def _mean_of_others(values: Tensor) -> Tensor:
+    """Mean of all values but the one at each position, (n,) to (n,)."""
     return (values.sum() - values) / (len(values) - 1)
 
 
-def _limited(change: Tensor) -> Tensor:
+def _limit(change: Tensor) -> Tensor:
+    """Clip a change of a logarithm to :data:`LARGEST_CHANGE`."""
     return change.clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
 
 
-def _pooled(errors: Tensor, usual: Tensor) -> Tensor:
-    """Mean square of errors, the usual one weighing as some more of them."""
+def _pool_variance(errors: Tensor, usual: Tensor) -> Tensor:
+    """Mean square of errors, shrunk to the usual one, which counts as :data:`PRIOR_SPOTS` more spots."""
     return (errors.square().sum() + PRIOR_SPOTS * usual) / (len(errors) + PRIOR_SPOTS)
 
 
-def _dispersion_factor(usual: Tensor, counts: Tensor, mean: Tensor, excess: Tensor) -> float:
-    """Factor of all genes' dispersions, by maximum likelihood, shrunk to 1."""
+def _fit_dispersion_factor(usual: Tensor, counts: Tensor, mean: Tensor, excess: Tensor) -> float:
+    """Fit one factor of all genes' dispersions by maximum likelihood, shrunk towards 1."""
     best = min(FACTORS, key=lambda factor: _loss(counts, mean, usual * factor + excess[:, None]))
     return float(best ** (len(counts) / (len(counts) + PRIOR_SPOTS)))

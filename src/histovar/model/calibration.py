@@ -1,4 +1,4 @@
-"""Conformal calibration: intervals that cover as often as they say, of genes and of new groups of spots."""
+"""Conformal calibration: prediction intervals with the coverage they state, for each gene and for new groups."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Levels at which the quantiles of the scores are kept.
+# Number of levels at which quantiles of the conformity scores are stored.
 LEVELS = 199
-# torch.quantile takes 16 million values at most.
+# torch.quantile takes at most 16 million values.
 GENES_AT_ONCE = 2048
 
 
-def between_levels(kept: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
-    """What is kept at :data:`LEVELS` even levels, linear between them and constant beyond.
+def interpolate_levels(values: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+    """Interpolate values stored at :data:`LEVELS` even levels linearly; beyond the first and last they are constant.
 
     Parameters
     ----------
-    kept
+    values
         (LEVELS, n).
     levels
         (n_levels,) between 0 and 1.
@@ -29,19 +29,19 @@ def between_levels(kept: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
     Tensor
         (n_levels, n).
     """
-    place = torch.as_tensor(levels, dtype=torch.float32, device=kept.device) * (LEVELS + 1) - 1
-    low = place.floor().clamp(0, LEVELS - 1).long()
+    position = torch.as_tensor(levels, dtype=torch.float32, device=values.device) * (LEVELS + 1) - 1
+    low = position.floor().clamp(0, LEVELS - 1).long()
     high = (low + 1).clamp(max=LEVELS - 1)
-    return torch.lerp(kept[low], kept[high], (place - low).clamp(0, 1)[:, None])
+    return torch.lerp(values[low], values[high], (position - low).clamp(0, 1)[:, None])
 
 
 class Calibration(nn.Module):
-    """Quantiles of each gene's normalised errors on spots that were not trained on.
+    """Conformal calibration of each gene, from normalised errors on spots that were not trained on.
 
-    The score of a spot is its error in units of the predicted standard deviation, ``(measured - mean) / std``. The
-    quantile of a new spot at some level is its mean plus its standard deviation times the quantile of the scores
-    (split conformal prediction with normalised residuals: Lei et al. 2018, section 5.2, both tails apart, as
-    expression is skewed). Draws keep their ranks, and with them co-expression, and take their values from the
+    The conformity score of a spot is its error in units of the predicted standard deviation, ``(measured - mean) /
+    std``. A calibrated quantile of a new spot is its mean plus its standard deviation times the same quantile of the
+    scores (split conformal prediction with normalised residuals: Lei et al. 2018, section 5.2; each tail by itself, as
+    expression is skewed). Draws keep their ranks, and with them co-expression, but take their values from the
     calibrated quantiles (ensemble copula coupling: Schefzik et al. 2013).
 
     Parameters
@@ -60,37 +60,37 @@ class Calibration(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether it was calibrated."""
+        """Whether :meth:`fit` was called."""
         return bool(self.scores.any())
 
     @torch.no_grad()
     def fit(self, measured: Tensor, mean: Tensor, std: Tensor) -> None:
-        """Learn from held-out spots.
+        """Calibrate on held-out spots.
 
         Parameters
         ----------
         measured, mean, std
-            (n_spots, n_genes).
+            (n_spots, n_genes): measured values, and the predicted mean and standard deviation.
         """
         scores = ((measured - mean) / std.clamp(min=1e-6)).double()
         n = len(scores)
         levels = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
-        # The finite-sample correction of conformal prediction: levels of n + 1 spots, the new one among them.
-        outer = torch.where(levels > 0.5, levels * (n + 1) / n, 1 - (1 - levels) * (n + 1) / n)
+        # Finite-sample correction of conformal prediction: the new spot counts as one of n + 1.
+        corrected = torch.where(levels > 0.5, levels * (n + 1) / n, 1 - (1 - levels) * (n + 1) / n)
         columns = scores.split(GENES_AT_ONCE, 1)
-        self.scores.copy_(torch.cat([torch.quantile(part, outer.clamp(0, 1), dim=0) for part in columns], 1))
+        self.scores.copy_(torch.cat([torch.quantile(genes, corrected.clamp(0, 1), dim=0) for genes in columns], 1))
         self.spread.copy_(scores.square().mean(0).sqrt().float())
 
     def score_quantiles(self, levels: Sequence[float] | Tensor) -> Tensor:
-        """Quantiles of the scores, linear between the levels kept and constant beyond: (n_levels, n_genes)."""
-        return between_levels(self.scores, levels)
+        """Interpolated quantiles of the conformity scores: (n_levels, n_genes)."""
+        return interpolate_levels(self.scores, levels)
 
     def quantiles(self, mean: Tensor, std: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
         """Calibrated quantiles, (n_spots, n_genes) to (n_spots, n_genes, n_levels)."""
         return mean[..., None] + std[..., None] * self.score_quantiles(levels).T
 
     def draws(self, samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Draws of (n_spots, n_genes, n_samples) given calibrated values, their ranks kept."""
+        """Replace the values of draws, (n_spots, n_genes, n_samples), by calibrated quantiles, keeping their ranks."""
         n = samples.shape[2]
         levels = (torch.arange(n, device=samples.device) + 0.5) / n
         ranks = samples.argsort(2).argsort(2)
@@ -98,19 +98,20 @@ class Calibration(nn.Module):
 
 
 def hierarchical_levels(places: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
-    """Levels by which central intervals hold for spots of a new group (Lee, Barber & Willett 2023, arXiv 2306.06342).
+    """Calibrate levels so that central intervals cover spots of a new group (hierarchical conformal prediction).
 
-    Every group weighs the same, however many its spots, and the new one as much, of which the worst is assumed: K
-    groups tell intervals that may fail in a share of 1 / (K + 1) or more.
+    Every group has the same weight, however many spots it has, and so has the new one, for which the worst is assumed:
+    K groups give intervals with an error rate of 1 / (K + 1) or more. Wider intervals keep their levels, but are made
+    no narrower than those within them. Source: Lee, Barber & Willett 2023, arXiv 2306.06342.
 
     Parameters
     ----------
     places
-        (n,): level of each measured value, of any spot and gene, in the distribution predicted.
+        (n,): level of each measured value, of any spot and gene, in its predicted distribution.
     groups
         (n,) number of its group.
     levels
-        (LEVELS,) what to keep of intervals for which there are too few groups, but no narrower than those within.
+        (LEVELS,) levels to keep for intervals for which there are too few groups.
 
     Returns
     -------
@@ -122,9 +123,9 @@ def hierarchical_levels(places: Tensor, groups: Tensor, levels: Tensor) -> Tenso
     reached = (1 / sizes.double() / len(sizes))[groups[order]]
     even = torch.arange(1, LEVELS + 1, dtype=torch.double) / (LEVELS + 1)
     half = even[LEVELS // 2 :]
-    wanted = (2 * half - 1) * (len(sizes) + 1) / len(sizes)
-    held = np.interp(wanted, reached.cumsum(0), central)
-    known = torch.from_numpy(np.where(wanted <= 1, held, np.nan))
+    coverage = (2 * half - 1) * (len(sizes) + 1) / len(sizes)
+    widths = np.interp(coverage, reached.cumsum(0), central)
+    calibrated = torch.from_numpy(np.where(coverage <= 1, widths, np.nan))
     upper, lower = levels[LEVELS // 2 :].double(), 1 - levels[: LEVELS // 2 + 1].double().flip(0)
-    ends = [torch.where(known.isnan(), end, 0.5 + known / 2).cummax(0).values for end in (lower, upper)]
+    ends = [torch.where(calibrated.isnan(), end, 0.5 + calibrated / 2).cummax(0).values for end in (lower, upper)]
     return torch.cat([1 - ends[0].flip(0), ends[1][1:]]).to(levels)

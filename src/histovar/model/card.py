@@ -1,8 +1,8 @@
-"""The card of a saved model, ``model.json``: what it holds, how it is checked and how earlier formats are read.
+"""The card of a saved model, ``model.json``: its schema, validation, and conversion from earlier formats.
 
-A card says what the model is (its configuration), what it was trained on (its registry and history) and which weights
-belong to it (their SHA-256). It is refused unless every field is there, of its type and in its range; what a card says
-is believed only then.
+A card holds the configuration of the model, what it was trained on (registry and history) and the SHA-256 of its
+weights. A card is refused unless every field is present, has the right type and is in range; nothing in it is used
+before that.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 FORMAT = "histovar"
 FORMAT_VERSION = 9
 CARD = "model.json"
-# Bytes. A panel of 40,000 genes and 10,000 sections take some 2 MB.
+# In bytes. A panel of 40,000 genes and 10,000 sections take about 2 MB.
 LARGEST_CARD = 2**26
 
-# Fields of the configuration that formats brought and took away.
+# Fields that a format version added to the configuration, and removed from it.
 CONFIG_FIELDS_ADDED = {2: "standardize", 3: "attention_limit", 4: "outline"}
 CONFIG_FIELDS_REMOVED = {5: "softening"}
-# Fields that cards have from this format on.
+# First format version whose cards have checksums.
 CHECKSUMS_SINCE = 6
 
-# What the registry holds of each stage.
+# Fields of the registry for each stage.
 OF_STAGE1 = ("genes", "layer", "units", "library_key", "n_spots_stage1", "sections_stage1", "normalization")
 OF_STAGE2 = (
     "use_rep",
@@ -52,11 +52,11 @@ OF_STAGE2 = (
     "embeddings",
     "spacing_um",
 )
-# What calibration and adaptation add.
+# Fields that calibration and adaptation add.
 AFTER_TRAINING = ("calibration", "trust", "adapted")
-# What whoever trained a model says of it.
+# The description by the people who trained the model.
 DESCRIPTION = "description"
-# What models of earlier formats lack, and lack when they are saved again.
+# Fields that models of earlier formats lack, also when they are saved again.
 ADDED_TO_REGISTRY = ("normalization", "images", "group_key", "groups_stage2", "embeddings", "spacing_um")
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -71,19 +71,19 @@ Stage = Literal[1, 2]
 
 
 class _Fields(BaseModel):
-    """All fields there, none other, nothing converted, all numbers finite."""
+    """Strict schema: no missing or unknown fields, no conversion of types, only finite numbers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class ConfigCard(_Fields):
-    """Types and ranges of :class:`ModelConfig`, which checks itself whether they fit together."""
+    """Types and ranges of :class:`ModelConfig`, which itself checks whether its values are consistent."""
 
     n_genes: Count
     scales: list[Count]
     components: list[Count]
     residual: bool
-    # Codes are compared with each other: more would take longer than any training.
+    # All pairs of codes are compared: a larger codebook would take longer than any training.
     codebook_size: Annotated[int, Field(ge=1, le=2**16)]
     codebook_dim: Count
     codebook_update: Literal["ema", "gradient"]
@@ -116,7 +116,7 @@ class ConfigCard(_Fields):
 
 
 class NormalizationCard(_Fields):
-    """How expression was normalised; a `target_sum` that is not known is null."""
+    """Normalisation of the expression trained on; an unknown `target_sum` is null."""
 
     kind: Literal["log1p", "counts", "values"]
     target_sum: float | None
@@ -129,22 +129,22 @@ class NormalizationCard(_Fields):
 
 
 class NumericCovariate(_Fields):
-    """A number, by which it is standardised."""
+    """A numeric covariate, with the mean and standard deviation that standardise it."""
 
     mean: float
     std: Annotated[float, Field(gt=0)]
 
 
 class CategoricalCovariate(_Fields):
-    """A label, one of these."""
+    """A categorical covariate, with its categories."""
 
     categories: Annotated[list[Text], Field(min_length=1)]
 
 
 class EmbeddingCard(_Fields):
-    """What made an embedding that was trained on, as :func:`histovar.pp.embed` records it.
+    """How an embedding that was trained on was made, as recorded by :func:`histovar.pp.embed`.
 
-    What an earlier version did not record is null.
+    Fields that earlier versions did not record are null.
     """
 
     encoder: Key
@@ -168,7 +168,7 @@ class CalibrationCard(_Fields):
 
 
 class TrustCard(_Fields):
-    """How accurate genes were on spots that the prediction had not seen; null where that is undefined."""
+    """Accuracy of each gene on spots that the prediction had not seen; null where it is undefined."""
 
     of: Literal["section", "individual", "same section"]
     groups: Annotated[list[Text], Field(min_length=1)]
@@ -182,21 +182,21 @@ class TrustCard(_Fields):
     def _is_table(self) -> TrustCard:
         n_genes = len(self.variance)
         if len(self.n_spots) != len(self.groups) or len(self.pearson) != len(self.groups):
-            raise ValueError(f"n_spots and pearson must be of {len(self.groups)} groups")
+            raise ValueError(f"n_spots and pearson must have one entry for each of {len(self.groups)} groups")
         if any(len(row) != n_genes for row in (*self.pearson, self.p_value, self.ceiling)):
-            raise ValueError(f"pearson, p_value and ceiling must be of {n_genes} genes")
+            raise ValueError(f"pearson, p_value and ceiling must have one entry for each of {n_genes} genes")
         return self
 
 
 class AdaptedCard(_Fields):
-    """The section that a model was adapted to, empty where it has no name, and how many of its spots were measured."""
+    """The section that a model was adapted to, empty if it has no name, and its number of measured spots."""
 
     section: Text
     n_spots: Count
 
 
 class DescriptionCard(_Fields):
-    """What whoever trained a model says of it; what they do not is left out."""
+    """Description by the people who trained a model; fields that they did not give are left out."""
 
     tissue: Key | None = None
     species: Key | None = None
@@ -204,7 +204,7 @@ class DescriptionCard(_Fields):
 
 
 class RegistryCard(_Fields):
-    """What each stage was trained on: all of a stage's fields, or none where it was trained without AnnData."""
+    """What each stage was trained on: all fields of a stage, or none if it was trained without AnnData."""
 
     genes: list[Text] = []
     layer: Key = "-"
@@ -231,12 +231,12 @@ class RegistryCard(_Fields):
 
     @property
     def covariate_width(self) -> int:
-        """Number of encoded covariates."""
+        """Number of columns of the encoded covariates."""
         return sum(len(c.categories) if isinstance(c, CategoricalCovariate) else 1 for c in self.covariates.values())
 
 
 class HistoryCard(_Fields):
-    """A table of training: a row an epoch."""
+    """Training history as a table, one row for each epoch."""
 
     columns: list[Text]
     index: list[int]
@@ -250,7 +250,7 @@ class HistoryCard(_Fields):
 
 
 class ModelCard(_Fields):
-    """A card of the present format, or of an earlier one that :func:`_from_older` has completed."""
+    """A card in the present format, or one in an earlier format that :func:`_upgrade` has completed."""
 
     format: Literal["histovar"]
     format_version: Count
@@ -286,23 +286,24 @@ class ModelCard(_Fields):
         # Formats without checksums were always written by training.
         registered = [*self.stages] if self.registered is None else self.registered
         for stage, names in ((1, OF_STAGE1), (2, OF_STAGE2)):
-            there = [name for name in names if name in registry.model_fields_set and name != "library_key"]
+            present = [name for name in names if name in registry.model_fields_set and name != "library_key"]
             if stage in registered:
                 missing = [n for n in names if n not in registry.model_fields_set and n not in ADDED_TO_REGISTRY]
                 if missing:
                     raise ValueError(f"registry.{missing[0]}: missing")
-            elif there and self.registered is not None:
-                raise ValueError(f"registered: does not have stage {stage}, but the registry has {there[0]}")
+            elif present and self.registered is not None:
+                raise ValueError(f"registered: does not have stage {stage}, but the registry has {present[0]}")
         if 1 in registered:
             if len(registry.genes) != config.n_genes:
-                raise ValueError(f"registry.genes: must be config.n_genes={config.n_genes}, got {len(registry.genes)}")
+                n_genes = len(registry.genes)
+                raise ValueError(f"registry.genes: must have config.n_genes={config.n_genes} genes, got {n_genes}")
             if len(set(registry.genes)) != len(registry.genes):
-                raise ValueError("registry.genes: a gene is there twice")
+                raise ValueError("registry.genes: a gene is listed twice")
         if registry.trust is not None and len(registry.trust.variance) != config.n_genes:
             n_genes = len(registry.trust.variance)
-            raise ValueError(f"registry.trust: must be of config.n_genes={config.n_genes}, got {n_genes}")
+            raise ValueError(f"registry.trust: must have config.n_genes={config.n_genes} genes, got {n_genes}")
         if 2 in self.stages and not config.embedding_dims:
-            raise ValueError("config.embedding_dims: empty, though there is a stage 2")
+            raise ValueError("config.embedding_dims: must not be empty, as there is a stage 2")
         if 2 in self.stages and 2 in registered:
             if registry.embedding_dims != config.embedding_dims:
                 raise ValueError(
@@ -316,18 +317,18 @@ class ModelCard(_Fields):
                 )
         if len(registry.use_rep) != len(registry.embedding_dims):
             raise ValueError(
-                f"registry.use_rep: must be as many as embedding_dims, {len(registry.embedding_dims)}, got "
+                f"registry.use_rep: must have as many entries as embedding_dims, {len(registry.embedding_dims)}, got "
                 f"{len(registry.use_rep)}"
             )
         if registry.embeddings and len(registry.embeddings) != len(registry.use_rep):
             raise ValueError(
-                f"registry.embeddings: must be as many as use_rep, {len(registry.use_rep)}, got "
+                f"registry.embeddings: must have as many entries as use_rep, {len(registry.use_rep)}, got "
                 f"{len(registry.embeddings)}"
             )
 
 
 def weights_name(stage: int) -> str:
-    """Name of a stage's file of weights."""
+    """Name of the file with the weights of a stage."""
     return f"stage{stage}.safetensors"
 
 
@@ -339,21 +340,21 @@ def make_card(
     stage1_fingerprint: str,
     weights: Mapping[int, str],
 ) -> dict[str, Any]:
-    """Describe a model, in the present format.
+    """Make the card of a model, in the present format.
 
     Parameters
     ----------
     config, registry, history
-        Of the model.
+        Configuration, registry and training history of the model.
     stage1_fingerprint
-        Fingerprint of the stage 1 that was trained, or that stage 2 was trained with.
+        Fingerprint of the model's stage 1, with which its stage 2 was trained.
     weights
-        SHA-256 of the file of weights of each stage that is saved.
+        SHA-256 of the weights file of each saved stage.
 
     Raises
     ------
     ValueError
-        If the registry or the history holds what a card cannot; the message names the field.
+        If the registry or the history does not fit the schema of a card; the message names the field.
     """
     registry = dict(registry)
     normalization = registry.get("normalization")
@@ -374,27 +375,29 @@ def make_card(
     try:
         card = json.loads(json.dumps(card, default=_plain))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"model: its registry holds what JSON cannot ({error}); keep plain types there") from None
+        raise ValueError(
+            f"model: its registry holds what JSON cannot store ({error}); keep only plain types there"
+        ) from None
     card["sha256"] = content_digest(card)
-    _check(card, "model: it cannot be saved, as its card would not be valid: ")
+    _check(card, "model: cannot be saved, as its card would be invalid: ")
     return card
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """The card as the text of its file."""
+    """Format a card as JSON text."""
     return json.dumps(card, indent=2, allow_nan=False)
 
 
 def content_digest(card: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a card says but that; white space and the order of fields do not count."""
+    """SHA-256 of the content of a card, apart from its own ``sha256``, white space and the order of fields."""
     content = {name: value for name, value in card.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Read the card of a saved model, and check it.
+    """Read and validate the card of a saved model.
 
-    Cards of earlier formats are completed to have the present configuration.
+    Cards of earlier formats are completed with the fields that the present format has.
 
     Parameters
     ----------
@@ -411,8 +414,8 @@ def read_card(path: Path) -> dict[str, Any]:
     FileNotFoundError
         If the directory or its card is missing.
     ValueError
-        If the card is not histovar's, of a newer format, not as it was saved, or has a field that is missing, unknown,
-        of another type or out of range; the message names the field.
+        If the card is not histovar's, has a newer format or was changed after it was saved, or if a field is missing,
+        unknown, of the wrong type or out of range; the message names the field.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"path: no model directory at {str(path)!r}; write one with model.save(...)")
@@ -423,7 +426,7 @@ def read_card(path: Path) -> dict[str, Any]:
     if file.stat().st_size > LARGEST_CARD:
         raise ValueError(f"{where} has {file.stat().st_size:,} bytes; a card has {LARGEST_CARD:,} at most")
     try:
-        card = json.loads(file.read_bytes(), object_pairs_hook=_without_repeats)
+        card = json.loads(file.read_bytes(), object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is truncated or not JSON ({error}); save the model again") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
@@ -437,43 +440,44 @@ def read_card(path: Path) -> dict[str, Any]:
             f"this version reads up to {FORMAT_VERSION}: upgrade histovar"
         )
     digest = content_digest(card) if version >= CHECKSUMS_SINCE else None
-    _from_older(card, version, where)
+    _upgrade(card, version, where)
     _check(card, f"{where}: ")
     if digest is not None and card["sha256"] != digest:
-        raise ValueError(f"{where} was changed after it was saved (its SHA-256 is another); save the model again")
+        raise ValueError(f"{where} was changed after it was saved (its SHA-256 differs); save the model again")
     normalization = card["registry"].get("normalization")
     if normalization is not None and normalization["target_sum"] is None:
         normalization["target_sum"] = math.nan
     return card
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of JSON fields, each of which may occur once only."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{_short(next(n for n in names if names.count(n) > 1))} is there twice")
+        raise ValueError(f"{_short(next(n for n in names if names.count(n) > 1))} occurs twice")
     return fields
 
 
-def _from_older(card: dict[str, Any], version: int, where: str) -> None:
-    """Complete the configuration of a card of an earlier format, in place."""
+def _upgrade(card: dict[str, Any], version: int, where: str) -> None:
+    """Complete a card of an earlier format in place, so that it has the fields of the present one."""
     config, registry = card.get("config"), card.get("registry")
     if not isinstance(config, dict):
         return
     since = {name: number for number, name in CONFIG_FIELDS_ADDED.items()}
-    early = [name for name in config if since.get(name, 0) > version]
-    if early:
-        raise ValueError(f"{where}: config.{early[0]} is not a field of format {version}")
+    too_new = [name for name in config if since.get(name, 0) > version]
+    if too_new:
+        raise ValueError(f"{where}: config.{too_new[0]} is not a field of format {version}")
     if version < 2:
-        # Then sources were standardised by training's statistics, which the projection held.
+        # Formats before 2 standardised by the training statistics, as part of the projection.
         config["standardize"] = "training"
     if version < 3 and "n_genes" in config:
-        # Then every scale attended to itself.
+        # Formats before 3 had no limit: every scale attended to itself.
         config["attention_limit"] = config["n_genes"]
     if version < 4:
         config["outline"] = False
     for number, name in CONFIG_FIELDS_REMOVED.items():
-        # Then targets could be softened, which concerned training alone.
+        # Formats before 5 had an option to soften targets, which only concerned training.
         if version < number:
             if not _is_finite(config.pop(name, None)):
                 raise ValueError(f"{where}: config.{name} must be a finite number")
@@ -486,13 +490,13 @@ def _from_older(card: dict[str, Any], version: int, where: str) -> None:
 
 
 def _check(card: dict[str, Any], where: str) -> None:
-    """Refuse a card that is not as :class:`ModelCard` says, or whose configuration does not fit together."""
+    """Refuse a card that is not a valid :class:`ModelCard`, or whose configuration is inconsistent."""
     try:
         ModelCard.model_validate(card)
         ModelConfig.from_json(json.dumps(card["config"]))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(_short(part).strip("'") for part in first["loc"])
+        field = ".".join(_short(key).strip("'") for key in first["loc"])
         message = first["msg"].removeprefix("Value error, ").split(" or instance of ")[0]
         if field:
             value = f", got {_short(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
@@ -503,7 +507,7 @@ def _check(card: dict[str, Any], where: str) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value in one line, cut to what a message can hold."""
+    """Format a value for an error message, in one line and not too long."""
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     text = repr(value[:60] if isinstance(value, str) else value)
@@ -511,12 +515,13 @@ def _short(value: Any) -> str:
 
 
 def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     return is_number and abs(value) < math.inf
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, for JSON."""
+    """Convert NumPy scalars to Python numbers for JSON."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} {_short(value)}")

@@ -1,9 +1,9 @@
 """Save and load models: a directory with a card (JSON), the weights of each stage (safetensors) and a README.md.
 
-The card is what counts. New weights are written beside the old ones under hidden names, then the card is renamed into
-place, then the weights; a card names its weights by their SHA-256, and whoever reads it looks for them under both
-names. So a process that is killed at any moment leaves the old model or the new one, whole, and other files in the
-directory are never touched.
+Saving is atomic. New weights are written beside the old ones under hidden names, then the card is renamed into place,
+then the weights. A card names its weights by their SHA-256, and a reader looks for them under both names. So a process
+that is killed at any moment leaves either the complete old model or the complete new one; other files in the directory
+are never touched.
 """
 
 from __future__ import annotations
@@ -44,15 +44,23 @@ from .distributed import rank_and_world
 from .hub import local_directory
 from .network import TwoStageNetwork
 from .readme import FILE, readme
-from .weights import check_digest, check_finite, file_digest, fingerprint, load_state, read_weights, with_statistics
+from .weights import (
+    check_digest,
+    check_finite,
+    complete_standardize,
+    file_digest,
+    fingerprint,
+    load_state,
+    read_weights,
+)
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=TwoStageNetwork)
 
-# Seconds to wait for another process that saves to the same directory.
+# Seconds to wait for another process that is saving to the same directory.
 SAVING_SECONDS, LOADING_SECONDS = 600.0, 60.0
-# What a save that was killed may leave in a model's directory.
+# Temporary files that an interrupted save may leave in a model's directory.
 LEFTOVERS = re.compile(
     r"\.stage[12]-[0-9a-f]{16}\.safetensors|\.\.stage[12]-.*\.tmp.*|\.(?:model\.json|README\.md)\..*\.tmp.*"
 )
@@ -61,27 +69,27 @@ __all__ = ["load_model", "load_stage", "read_card", "save_model", "verify"]
 
 
 def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2)) -> None:
-    """Write a model, or one stage of it, to a directory; in a distributed run, the first process does.
+    """Write a model, or one stage of it, to a directory; in a distributed run, only the first process writes.
 
     Parameters
     ----------
     model
         The model.
     path
-        Directory, made if absent. A model there is replaced; other files stay.
+        Directory, created if absent. A model in it is replaced; other files stay.
     stages
-        Which stages to write; those the model does not have are left out. Of one stage alone, the other stage of the
-        model that is there is kept, if both belong to the same stage 1.
+        Stages to write, as far as the model has them. If only one is written, the other stage in the directory is kept,
+        provided that both belong to the same stage 1.
 
     Raises
     ------
     NotADirectoryError
-        If there is a file of that name.
+        If `path` is a file.
     ValueError
-        If the model has weights that are not finite or a registry that is not plain, or if the directory holds a
-        ``model.json`` of something else, or another stage that does not belong to this one. Nothing is then written.
+        If weights are not finite, if the registry holds other than plain types, or if the directory has a
+        ``model.json`` of another program or a stage that does not belong to this model. Nothing is then written.
     OSError
-        If the disk is full or writing is refused. The earlier model is then as it was.
+        If the disk is full or the directory is not writable. The earlier model is then unchanged.
     """
     if rank_and_world()[0]:
         return
@@ -124,10 +132,10 @@ def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2
                 file.write_text(card_text(card))
         except OSError:
             if locked:
-                _finish_interrupted(path)  # a full disk has no room for what is not used
+                _finish_interrupted(path)  # free the space of the unused files
             raise
         for stage in contents:
-            # Without a lock another process may have saved meanwhile, and found leftovers.
+            # Without a lock, another process may have saved meanwhile, and tidied up these files.
             if _hidden(path, stage, weights[stage]).exists():
                 os.replace(_hidden(path, stage, weights[stage]), path / weights_name(stage))
         for stage in {1, 2} - {*card["stages"]}:
@@ -137,33 +145,33 @@ def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2
 
 
 def _write_readme(path: Path, card: Mapping[str, Any]) -> None:
-    """Describe the model that the directory holds; what else a README.md says, or one of something else, stays."""
+    """Write histovar's part of the README.md in a model's directory; all other text in it is kept."""
     file = path / FILE
     try:
         earlier = file.read_text("utf-8") if file.exists() else None
     except (OSError, UnicodeDecodeError) as error:
-        logger.warning("%s: it cannot be read (%s), and stays as it is", FILE, error)
+        logger.warning("%s: cannot be read (%s), so it stays as it is", FILE, error)
         return
     history = {name: _table(values) for name, values in card["history"].items()}
     text = readme(card["registry"], ModelConfig.from_json(json.dumps(card["config"])), history, earlier)
     if text is None:
         logger.warning(
-            "%s: the marks between which histovar describes the model are missing or damaged, so that it stays as it "
-            "is and may be out of date; delete it, or rename it, for a new one",
+            "%s: the marks around histovar's description of the model are missing or damaged, so the file stays as it "
+            "is and may be out of date; delete or rename it to get a new one",
             FILE,
         )
     elif text != earlier:
-        with atomic_file(file) as written:
-            written.write_text(text, "utf-8")
+        with atomic_file(file) as temporary:
+            temporary.write_text(text, "utf-8")
 
 
 def _hidden(path: Path, stage: int, digest: str) -> Path:
-    """Where a stage's weights are until the card names them."""
+    """Path of a stage's new weights until the card that names them is in place."""
     return path / f".stage{stage}-{digest[:16]}.safetensors"
 
 
 def _weights_file(path: Path, stage: int, card: Mapping[str, Any]) -> Path:
-    """Where the weights are that a card names."""
+    """Path of the weights that a card names."""
     if card["format_version"] >= CHECKSUMS_SINCE:
         hidden = _hidden(path, stage, card["weights"][weights_name(stage)])
         if hidden.is_file():
@@ -172,7 +180,7 @@ def _weights_file(path: Path, stage: int, card: Mapping[str, Any]) -> Path:
 
 
 def _is_replaceable(file: Path) -> bool:
-    """Whether a card, which may be truncated, is histovar's."""
+    """Whether a file is absent, or a card of histovar, possibly truncated."""
     if not file.is_file():
         return not file.exists()
     with file.open("rb") as stream:
@@ -181,7 +189,7 @@ def _is_replaceable(file: Path) -> bool:
 
 
 def _finish_interrupted(path: Path) -> None:
-    """Give the weights of an interrupted save their names, and remove what it left; the directory is locked."""
+    """Complete an interrupted save, and remove its temporary files; the directory must be locked."""
     try:
         card = read_card(path)
     except (ValueError, FileNotFoundError):
@@ -197,44 +205,44 @@ def _finish_interrupted(path: Path) -> None:
 
 
 def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str, Any]:
-    """Join the card of one stage with that of the other, which the directory holds.
+    """Merge the card of one stage with that of the other stage, which is in the directory.
 
     Raises
     ------
     ValueError
-        If they do not belong together, or cannot be compared.
+        If the stages do not belong together, or cannot be compared.
     """
     if not (path / CARD).exists():
         return card
-    mend = "save to another directory, or the whole model with save()"
+    advice = "save to another directory, or save the whole model with save()"
     try:
-        there = read_card(path)
+        earlier = read_card(path)
     except ValueError as error:
-        raise ValueError(f"{error}; or {mend}") from None
+        raise ValueError(f"{error}; or {advice}") from None
     other = 3 - stage
-    if other not in there["stages"]:
+    if other not in earlier["stages"]:
         return card
-    if there["format_version"] < FORMAT_VERSION:
+    if earlier["format_version"] < FORMAT_VERSION:
         raise ValueError(
-            f"path: {str(path)!r} holds stage {other} in format {there['format_version']}, beside which stage {stage} "
-            f"cannot be saved; {mend}"
+            f"path: {str(path)!r} holds stage {other} in format {earlier['format_version']}, to which stage {stage} "
+            f"cannot be added; {advice}"
         )
-    if there["stage1_fingerprint"] != card["stage1_fingerprint"]:
+    if earlier["stage1_fingerprint"] != card["stage1_fingerprint"]:
         raise ValueError(
-            f"path: {str(path)!r} holds stage {other} of another model, whose stage 1 is not this one's: the two do "
-            f"not belong together; {mend}"
+            f"path: {str(path)!r} holds stage {other} of another model, which has a different stage 1: the two stages "
+            f"do not belong together; {advice}"
         )
-    check_digest(_weights_file(path, other, there), there["weights"][weights_name(other)])
-    cards = {stage: card, other: there}
+    check_digest(_weights_file(path, other, earlier), earlier["weights"][weights_name(other)])
+    cards = {stage: card, other: earlier}
     registry = {
         name: cards[s]["registry"][name]
         for s, names in ((1, OF_STAGE1), (2, (*OF_STAGE2, *AFTER_TRAINING)))
         for name in names
         if name in cards[s]["registry"]
     }
-    described = [cards[s]["registry"].get(DESCRIPTION) for s in (other, stage)]
-    if any(said is not None for said in described):
-        registry[DESCRIPTION] = {name: text for said in described for name, text in (said or {}).items()}
+    descriptions = [cards[s]["registry"].get(DESCRIPTION) for s in (other, stage)]
+    if any(description is not None for description in descriptions):
+        registry[DESCRIPTION] = {k: text for description in descriptions for k, text in (description or {}).items()}
     history = {f"stage{s}": c["history"][f"stage{s}"] for s, c in cards.items() if f"stage{s}" in c["history"]}
     digests = {s: c["weights"][weights_name(s)] for s, c in cards.items()}
     return make_card(
@@ -247,20 +255,21 @@ def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str,
 
 
 def _config(card: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The configuration in the present format."""
+    """Configuration of a saved model, converted to the present format."""
     config = ModelConfig.from_json(json.dumps(card["config"]))
     if 2 not in card["stages"]:
         return config
-    return with_statistics(config, _weights_file(path, 2, card), card["format_version"])
+    return complete_standardize(config, _weights_file(path, 2, card), card["format_version"])
 
 
 def _table(values: Mapping[str, Any]) -> pd.DataFrame:
+    """Training history of a card as a DataFrame."""
     return pd.DataFrame(values["data"], values["index"], values["columns"], dtype=float)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Wait for a process that is saving to the directory, if there is one."""
+    """Hold a shared lock on a model's directory, so that no process saves to it meanwhile."""
     if not path.is_dir():
         yield
         return
@@ -269,22 +278,22 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_stage(path: Path, stage: int, card: Mapping[str, Any], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of a stage, verified."""
+    """Read and verify the weights of a stage."""
     file = _weights_file(path, stage, card)
     if card["format_version"] >= CHECKSUMS_SINCE:
         check_digest(file, card["weights"][weights_name(stage)])
     state = read_weights(file, stage, config, card["format_version"])
     expected = card.get("stage1_fingerprint")  # not in cards of the first format
     if stage == 1 and expected is not None and fingerprint(state) != expected:
-        raise ValueError(f"path: {str(file)!r} holds another stage 1 than its card says; save the model again")
+        raise ValueError(f"path: {str(file)!r} holds a stage 1 that its card does not describe; save the model again")
     return state
 
 
 @in_float32
 def verify(path: Path) -> str:
-    """Check that a saved model is whole: its card, and that the weights are those it was saved with.
+    """Verify the checksums of a saved model's card and weights.
 
-    Weights of formats before 6, which have no checksums, are only compared with the configuration.
+    Formats before 6 have no checksums: their weights are only compared with the configuration.
 
     Parameters
     ----------
@@ -294,14 +303,14 @@ def verify(path: Path) -> str:
     Returns
     -------
     str
-        SHA-256 of the model, the same for the same card and weights.
+        SHA-256 of the model, which depends on its card and weights only.
 
     Raises
     ------
     FileNotFoundError
         If the directory or a file is missing.
     ValueError
-        If the card or the weights are damaged, changed or do not belong together.
+        If the card or the weights are damaged or changed, or do not belong together.
     """
     path = local_directory(path)
     with _reading(path):
@@ -319,17 +328,19 @@ def verify(path: Path) -> str:
 
 @in_float32
 def load_model(cls: type[Model], path: Path) -> Model:
-    """Read a whole model; see :meth:`TwoStageVARST.load`."""
+    """Load a model with all its stages; see :meth:`TwoStageVARST.load`."""
     path = local_directory(path)
     with _reading(path):
         card = read_card(path)
         if 1 not in card["stages"]:
-            raise ValueError(f"path: {str(path)!r} holds stage 2 alone; use load_stage on a model with its stage 1")
+            raise ValueError(
+                f"path: {str(path)!r} holds stage 2 alone; load it with load_stage into a model that has its stage 1"
+            )
         extra = [weights_name(s) for s in {1, 2} - {*card["stages"]} if (path / weights_name(s)).exists()]
         if extra:
             raise ValueError(
                 f"path: {str(path)!r} holds {extra[0]}, but its card has stages {card['stages']}; remove that file if "
-                "it is of another model"
+                "it belongs to another model"
             )
         config = _config(card, path)
         states = {stage: _read_stage(path, stage, card, config) for stage in card["stages"]}
@@ -343,7 +354,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
 
 @in_float32
 def load_stage(model: TwoStageNetwork, path: Path, stage: Literal[1, 2]) -> None:
-    """Take one stage from a directory; see :meth:`TwoStageVARST.load_stage`."""
+    """Load one stage into a model; see :meth:`TwoStageVARST.load_stage`."""
     path = local_directory(path)
     with _reading(path):
         card = read_card(path)
@@ -356,11 +367,15 @@ def load_stage(model: TwoStageNetwork, path: Path, stage: Literal[1, 2]) -> None
             )
         config = _config(card, path)
         stage2_is_trained = "use_rep" in (model.registry if stage == 1 else card["registry"])
-        of_card = card.get("stage1_fingerprint")  # not in cards of the first format
-        if stage2_is_trained and of_card is not None and of_card != fingerprint(model.stage1.state_dict()):
+        card_fingerprint = card.get("stage1_fingerprint")  # not in cards of the first format
+        if (
+            stage2_is_trained
+            and card_fingerprint is not None
+            and card_fingerprint != fingerprint(model.stage1.state_dict())
+        ):
             raise ValueError(
-                f"path: {str(path)!r} has another stage 1 than this model, and a stage 2 knows the tokens of that "
-                "stage 1 alone that it was trained with; load both with TwoStageVARST.load, or train stage 2 again"
+                f"path: {str(path)!r} has a different stage 1 than this model, and a stage 2 only understands the "
+                "tokens of the stage 1 it was trained with; load both with TwoStageVARST.load, or train stage 2 again"
             )
         model.check_stage1(config)
         state = _read_stage(path, stage, card, config)

@@ -1,4 +1,4 @@
-"""Softmax over thousands of codes, for some tokens at a time: logits of all of them are never held."""
+"""Softmax and log-sum-exp over thousands of codes, in chunks of tokens, without holding all logits in memory."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .at_once import at_once
+from .chunk_size import chunk_size
 
-# Logits that are held at once on a CPU.
+# Logits that are in memory at once on a CPU.
 LOGITS_AT_ONCE = 2**20
 
 
 def tokens_at_once(codes: Tensor) -> int:
-    """Number of tokens whose logits for the codes, (n_codes, n), are held at once."""
-    return max(1, at_once(LOGITS_AT_ONCE, codes.device) // len(codes))
+    """Number of tokens whose logits over the codes, (n_codes, n), are in memory at once."""
+    return max(1, chunk_size(LOGITS_AT_ONCE, codes.device) // len(codes))
 
 
-def two_parts(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each number, split into a rounded one and a remainder in a lower precision."""
+def split_high_low(x: Tensor, half: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split floats into high and low half-precision parts, whose sum is nearly exact (compensated summation)."""
     high = x.to(half)
     return high, (x - high).to(half)
 
 
 def logits_in_pieces(query: Tensor, codes: Tensor) -> Iterator[Tensor]:
-    """Yield the logits of queries (..., n) for codes (n_codes, n), for some queries at a time."""
+    """Yield logits of queries (..., n) over codes (n_codes, n), one chunk of queries at a time."""
     for chunk in query.flatten(0, -2).split(tokens_at_once(codes)):
         yield chunk @ codes.T
 
@@ -35,20 +35,19 @@ def logits_in_pieces(query: Tensor, codes: Tensor) -> Iterator[Tensor]:
 def softmax_in_pieces(query: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits as :func:`logits_in_pieces` does, and their softmax."""
     for logits in logits_in_pieces(query, codes):
-        # Many times faster than exp, which is slow for very small results.
+        # softmax is many times as fast as exp, which is slow where its results are very small.
         yield logits, logits.softmax(1, dtype=torch.float32)
 
 
 class Normaliser(torch.autograd.Function):
-    """Log-sum-exp of queries over the codes.
+    """Log-sum-exp of logits over the codes, differentiable with respect to the query.
 
-    Its gradient with respect to the query is the expected code, so the forward pass yields all that the backward pass
-    needs. Codes are constants.
+    The gradient is the expected code, which the forward pass computes anyway and saves. Codes are constants.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, codes: Tensor) -> Tensor:
-        """(..., n) and (n_codes, n) to (...)."""
+        """Log-sum-exp of queries (..., n) over codes (n_codes, n): (...)."""
         normalisers, means = [], []
         columns = codes.T.contiguous()
         for logits, shares in softmax_in_pieces(query, codes):
@@ -59,6 +58,6 @@ class Normaliser(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Of the query alone."""
+        """Gradient with respect to the query; the codes have none."""
         (mean,) = ctx.saved_tensors
         return gradients[0][..., None] * mean, None

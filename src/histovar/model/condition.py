@@ -1,4 +1,4 @@
-"""What stage 2 knows of a spot: its histology, its niche, optionally its place and covariates."""
+"""Inputs of stage 2: a spot's histology and niche, optionally coordinates and covariates, and their standardisation."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .precision import full_precision
 
-# A section's mean and standard deviation are shrunk towards those of training as if so many more spots had been seen.
+# Weight, in spots, of the training statistics towards which a section's mean and variance are shrunk.
 SHRINKAGE = 8
-# Sections of one tissue lie closer to each other than this (mean squared shift of the mean embedding, in units of the
-# variance within sections): 0.01 to 0.06 on her2st and on mouse olfactory bulb.
+# Largest shift of a section that counts as familiar: mean squared shift of its mean embedding, in units of the variance
+# within sections. Sections of one tissue have 0.01 to 0.06 on her2st and on mouse olfactory bulb.
 FAMILIAR = 0.1
 
 
 class Histology(NamedTuple):
-    """The inputs of a batch of spots.
+    """Histology inputs of a batch of spots: embeddings with their niche, coordinates, covariates.
 
     Parameters
     ----------
     sources
-        One (n_spots, dim) tensor for each of ``config.source_dims``: each embedding, followed by its mean
-        over each neighbourhood; the outline; once aligned (:meth:`ConditionProcessor.align`), their principal
-        components, for each of ``config.statistics`` one after another.
+        One (n_spots, dim) tensor for each of ``config.source_dims``: each embedding followed by its mean
+        over each neighbourhood, then the outline. After :meth:`ConditionProcessor.align`, their principal
+        components, first all by the first of ``config.statistics``, then all by the second, if any.
     coordinates
         (n_spots, 2) in [0, 1] within the section, or (n_spots, 0).
     covariates
         (n_spots, n_covariates), or (n_spots, 0).
     novelty
-        (n_spots,) how unlike the training sections the spot's section is: 0 (as alike as they are to each other) to 1.
-        :meth:`ConditionProcessor.align` sets it; it starts at 0.
+        (n_spots,) how unlike the training sections the spot's section is, from 0 (no more than they differ among
+        themselves) to 1; zero until :meth:`ConditionProcessor.align` sets it.
     """
 
     sources: tuple[Tensor, ...]
@@ -54,7 +54,7 @@ class Histology(NamedTuple):
 
 
 def sine_cosine(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
-    """Fixed sine-cosine encoding (Vaswani et al. 2017): (...,) to (..., width)."""
+    """Sine-cosine encoding of positions (Vaswani et al. 2017): (...,) to (..., width)."""
     half = width // 2
     rates = torch.exp(-torch.log(torch.tensor(period)) * torch.arange(half, device=positions.device) / half)
     angles = positions[..., None] * rates
@@ -62,7 +62,7 @@ def sine_cosine(positions: Tensor, width: int, period: float = 10000.0) -> Tenso
 
 
 class Moments(NamedTuple):
-    """Number of spots of a section, and mean and variance of each of their sources, (dim,) each."""
+    """Statistics of a section: its number of spots, and mean and variance of each source, (dim,) each."""
 
     n: int
     means: tuple[Tensor, ...]
@@ -70,44 +70,44 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, sources: Sequence[Tensor]) -> Moments:
-        """Those of some spots."""
+        """Compute the moments of all given spots together."""
         return cls(len(sources[0]), tuple(s.mean(0) for s in sources), tuple(s.var(0, correction=0) for s in sources))
 
     @classmethod
     def by_section(cls, histology: Histology, sections: Tensor) -> dict[int, Moments]:
-        """Those of each section, by its number."""
+        """Compute the moments of each section, by its number."""
         labels = sections.unique()
         return {int(label): cls.of([source[sections == label] for source in histology.sources]) for label in labels}
 
     def to(self, device: torch.device) -> Moments:
-        """The same on a device."""
+        """Move the moments to a device."""
         means, variances = (tuple(t.to(device) for t in values) for values in (self.means, self.variances))
         return Moments(self.n, means, variances)
 
     @classmethod
     def combined(cls, parts: Sequence[Moments]) -> Moments:
-        """Those of all spots of several parts (Chan, Golub & LeVeque 1979)."""
+        """Combine moments of several sets of spots to those of all (Chan, Golub & LeVeque 1979)."""
         n = sum(part.n for part in parts)
         shares = torch.tensor([part.n / n for part in parts], dtype=torch.double)[:, None]
         means, variances = [], []
         for i in range(len(parts[0].means)):
-            each = torch.stack([part.means[i] for part in parts]).double()
-            mean = (shares * each).sum(0)
+            part_means = torch.stack([part.means[i] for part in parts]).double()
+            mean = (shares * part_means).sum(0)
             within = (shares * torch.stack([part.variances[i] for part in parts]).double()).sum(0)
             means.append(mean.float())
-            variances.append((within + (shares * (each - mean).square()).sum(0)).float())
+            variances.append((within + (shares * (part_means - mean).square()).sum(0)).float())
         return cls(n, tuple(means), tuple(variances))
 
 
 class ConditionProcessor(nn.Module):
     """Turns the inputs of a spot into a short memory to which every layer of the transformer attends.
 
-    One memory vector for each source (and one for coordinates and covariates, where used). With
-    ``condition="pca"`` sources are standardised, by each of ``config.statistics``, and projected onto principal
-    components of the training spots, which are fixed; the memory is made of the first. Standardising a section by its
-    own mean and standard deviation takes stain and scanner out, and with them what sets the section's tissue apart;
-    which matters more differs between data sets, and cannot be told from few sections. With ``"mlp"`` the reference's
-    network turns embedding and coordinates into a memory of one.
+    The memory has one vector for each source (and one each for coordinates and covariates, where used). With
+    ``condition="pca"`` sources are standardised, by each of ``config.statistics``, and projected onto fixed principal
+    components of the training spots; the memory uses those standardised by the first of the statistics. Standardising a
+    section by its own mean and standard deviation removes effects of stain and scanner, but also what distinguishes the
+    section's tissue; which of the two matters more differs between data sets, and a few sections cannot show it. With
+    ``"mlp"`` the reference's network turns embedding and coordinates into a memory of one vector.
 
     Parameters
     ----------
@@ -136,27 +136,30 @@ class ConditionProcessor(nn.Module):
             self.register_buffer(f"spread_{i}", torch.ones(dim))
             self.register_buffer(f"projection_{i}", torch.zeros(len(config.statistics), dim, projected))
         self.register_buffer("familiar", torch.tensor(FAMILIAR))
-        self.inputs = nn.ModuleList(nn.Linear(width, config.width) for width in [*config.projected_dims, *self._more])
+        self.inputs = nn.ModuleList(
+            nn.Linear(width, config.width) for width in [*config.projected_dims, *self._extra_dims]
+        )
         self.norm = nn.LayerNorm(config.width)
 
     familiar: Tensor
 
     @property
-    def _more(self) -> list[int]:
+    def _extra_dims(self) -> list[int]:
         """Widths of coordinates and covariates, where used."""
         return [n for n in (2 * self.config.coordinates, self.config.n_covariates) if n]
 
     @property
     def feature_widths(self) -> list[int]:
-        """Width of each part of :meth:`features`."""
-        return [*self.config.aligned_dims, *self._more]
+        """Width of each block of columns of :meth:`features`."""
+        return [*self.config.aligned_dims, *self._extra_dims]
 
     @cached_property
     def views(self) -> list[list[range]]:
-        """Columns of :meth:`features` that members of the prior take, equally many each, in the order to take them.
+        """Views of the features: columns that members of the prior see, in turn, equally many in each view.
 
-        With ``standardize="auto"`` and three neighbourhoods or more a view has the smallest and one of the others. Each
-        of these is seen by the first of ``config.statistics``, the widest by the second, too. Else views have all.
+        With ``standardize="auto"`` and three neighbourhoods or more, a view has the smallest neighbourhood and one of
+        the others: each of these standardised by the first of ``config.statistics``, and the widest by the second, too.
+        Otherwise a view has all neighbourhoods, and there is one for each of ``config.statistics``.
         """
         config = self.config
         columns = [range(a, b) for a, b in pairwise([0, *accumulate(self.feature_widths)])]
@@ -170,13 +173,13 @@ class ConditionProcessor(nn.Module):
             own = [i for i in range(n_sources) if i >= n_niche or i % step not in left_out]
             return [columns[first + i] for i in own] + columns[n_sources * len(config.statistics) :]
 
-        found = [view(0, neighborhood) for neighborhood in wide]
+        by_section = [view(0, neighborhood) for neighborhood in wide]
         by_training = [view(1, wide[-1])] if len(config.statistics) > 1 else []
-        return [*found[:1], *by_training, *found[1:]]
+        return [*by_section[:1], *by_training, *by_section[1:]]
 
     @torch.no_grad()
     def fit(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments] | None = None) -> None:
-        """Take means, standard deviations within sections and principal components from the training spots.
+        """Learn means, standard deviations within sections and principal components from training spots.
 
         Standardised sources are projected onto their leading principal components and divided by the projection's root
         mean square, so that the components keep their relative sizes.
@@ -184,11 +187,11 @@ class ConditionProcessor(nn.Module):
         Parameters
         ----------
         histology
-            Inputs of the training spots, or of a sample of them.
+            Inputs of the training spots, or of a random sample of them.
         sections
             (n_spots,) number of each spot's section.
         moments
-            Those of each section, where the spots are but a sample.
+            Moments of each whole section, by its number; by default those of the given spots.
         """
         if self.config.condition == "mlp":
             return
@@ -204,7 +207,7 @@ class ConditionProcessor(nn.Module):
             getattr(self, f"centre_{i}").copy_((shares * means).sum(0))
             getattr(self, f"spread_{i}").copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
         shifts = torch.stack([self._shift(own.means[0]) for own in moments.values()])
-        # About twice as far as another section is to be expected, of few: their mean lies near each of them.
+        # The mean of few sections lies near each of them: a new section is about twice as far, squared four times.
         self.familiar.copy_((4 * shifts.mean()).clamp(min=FAMILIAR))
         for k, statistics in enumerate(self.config.statistics):
             for i, source in enumerate(self._standardized(histology, sections, moments, statistics)):
@@ -215,30 +218,30 @@ class ConditionProcessor(nn.Module):
                 projection[:, : axes.shape[1]] = axes / scale
 
     def _shift(self, mean: Tensor) -> Tensor:
-        """Mean squared shift of a section's mean embedding from that of training."""
+        """Mean squared shift of a section's mean embedding from that of the training data."""
         return ((mean - self.get_buffer("centre_0")) / self.get_buffer("spread_0")).square().mean()
 
     @torch.no_grad()
     def align(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments] | None = None) -> Histology:
-        """Standardise every source and project it onto its components; set the novelty of every section.
+        """Standardise every source, project it onto its principal components, and set the novelty of each section.
 
-        By its own statistics a section of n spots is standardised by ``(n * own + 8 * training) / (n + 8)`` of means
-        and of variances, so that a section of few spots falls back on what training had.
+        With the statistics ``"section"``, a section of n spots is standardised by means and variances of
+        ``(n * own + 8 * training) / (n + 8)``, so that a section of few spots falls back on those of training.
 
         Parameters
         ----------
         histology
-            Inputs as they were read.
+            Inputs, not yet aligned.
         sections
             (n_spots,) number of each spot's section.
         moments
-            Those of each section, where the spots are but some of it.
+            Moments of each whole section, by its number; by default those of the given spots.
 
         Returns
         -------
         Histology
-            With sources of ``config.aligned_dims``, as :meth:`features` and ``forward`` take them; unchanged
-            where ``condition="mlp"``.
+            With sources of ``config.aligned_dims``, for :meth:`features` and ``forward``; unchanged with
+            ``condition="mlp"``.
         """
         if self.config.condition == "mlp":
             return histology
@@ -254,7 +257,7 @@ class ConditionProcessor(nn.Module):
     def _standardized(
         self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments], statistics: str
     ) -> list[Tensor]:
-        """Sources standardised section by section."""
+        """Standardise the sources section by section."""
         aligned = [torch.empty_like(source) for source in histology.sources]
         for section in sections.unique():
             rows = torch.nonzero(sections == section)[:, 0]
@@ -268,7 +271,7 @@ class ConditionProcessor(nn.Module):
         return aligned
 
     def _novelty(self, histology: Histology, sections: Tensor, moments: Mapping[int, Moments]) -> Tensor:
-        """Novelty of each spot's section."""
+        """Novelty of each spot's section, 0 to 1: (n_spots,)."""
         novelty = torch.zeros_like(histology.novelty)
         for section in sections.unique():
             own = moments[int(section)]
@@ -276,13 +279,14 @@ class ConditionProcessor(nn.Module):
             novelty[sections == section] = (1 - self.familiar / shift.clamp(min=1e-12)).clamp(min=0)
         return novelty
 
-    def _parts(self, histology: Histology) -> list[Tensor]:
-        parts = list(histology.sources)
+    def _inputs(self, histology: Histology) -> list[Tensor]:
+        """Sources, then coordinates and covariates where used."""
+        inputs = list(histology.sources)
         if self.config.coordinates:
-            parts.append(histology.coordinates)
+            inputs.append(histology.coordinates)
         if self.config.n_covariates:
-            parts.append(histology.covariates)
-        return parts
+            inputs.append(histology.covariates)
+        return inputs
 
     @property
     def n_features(self) -> int:
@@ -290,11 +294,11 @@ class ConditionProcessor(nn.Module):
         return sum(self.feature_widths)
 
     def features(self, histology: Histology) -> Tensor:
-        """Projected sources, coordinates and covariates of aligned spots side by side: (n_spots, n_features)."""
-        return torch.cat(self._parts(histology), 1)
+        """Concatenate projected sources, coordinates and covariates of aligned spots: (n_spots, n_features)."""
+        return torch.cat(self._inputs(histology), 1)
 
     def forward(self, histology: Histology) -> Tensor:
-        """The memory of every spot.
+        """Turn the inputs of each spot into its memory.
 
         Parameters
         ----------
@@ -307,16 +311,16 @@ class ConditionProcessor(nn.Module):
             (n_spots, n_memory, width).
         """
         if self.config.condition == "mlp":
-            parts = [self.histology(histology.sources[0])]
+            encoded = [self.histology(histology.sources[0])]
             if self.config.coordinates:
                 place = histology.coordinates
                 half = self.config.coordinate_dim // 2
                 waves = torch.cat([sine_cosine(place[:, 0], half), sine_cosine(place[:, 1], half)], 1)
-                parts.append(self.place(place) + waves)
-            return torch.cat(parts, 1)[:, None]
-        parts = self._parts(histology)
+                encoded.append(self.place(place) + waves)
+            return torch.cat(encoded, 1)[:, None]
+        inputs = self._inputs(histology)
         n_sources = len(self.config.projected_dims)
-        parts = parts[:n_sources] + parts[len(histology.sources) :]
-        memory = torch.stack([layer(part) for layer, part in zip(self.inputs, parts, strict=True)], 1)
-        normed: Tensor = self.norm(memory)
-        return normed
+        inputs = inputs[:n_sources] + inputs[len(histology.sources) :]
+        memory = torch.stack([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], 1)
+        normalised: Tensor = self.norm(memory)
+        return normalised

@@ -1,4 +1,4 @@
-"""The one description of a model: every width, scale, weight and switch."""
+"""Configuration of a model: its scales, widths, loss weights and options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from histovar._arguments import Count, Increasing, ListOf, NotNegative, Number, Rate, TupleOf, check_arguments, checked
 
-# What the outline says of a spot for each neighbourhood: how far its neighbours lie, and how lopsidedly.
+# Numbers of the outline for each neighbourhood: how far away the neighbours are, and how one-sided they lie.
 N_OUTLINE = 2
 
 
@@ -28,12 +28,12 @@ class ModelConfig:
         Number of gene groups at each scale, coarse to fine; strictly increasing, the last is `n_genes`.
         A spot has ``sum(scales)`` tokens.
     components
-        Number of values that summarise one group at each scale; the last is 1, the gene itself.
+        Number of values that summarise one group at each scale; the last is 1, the expression of the gene itself.
     residual
-        Encode at each scale what the coarser scales left over (default), or, as in the reference, the
-        plain average of every scale.
+        Whether each scale encodes the residual of the coarser scales (default) or, as in the reference, the
+        plain average of its groups.
     codebook_size, codebook_dim
-        Number of codes, shared by all scales, and their width.
+        Number of codes, shared by all scales, and width of their vectors.
     codebook_update
         ``"ema"``: k-means start, exponential moving averages and revival of dead codes.
         ``"gradient"``: the codebook is a parameter, trained by the codebook loss.
@@ -49,25 +49,25 @@ class ModelConfig:
     embedding_dims
         Width of each histology embedding (one for each key of ``use_rep``). Empty: there is no stage 2 yet.
     n_neighbors
-        Sizes of the nested neighbourhoods whose mean embeddings join the condition (the niche). A section needs more
-        spots than the smallest; one is at most a quarter of its section.
+        Sizes, in spots, of the nested neighbourhoods whose mean embeddings are part of the condition (the niche). A
+        section needs more spots than the smallest; larger ones are limited to a quarter of their section.
     outline
-        Whether the niche tells, too, how near the section's outline a spot lies: how far its neighbours are, and how
-        lopsidedly.
+        Whether the niche also says how near a spot is to the section's outline: how far away its neighbours are, and
+        how one-sided they lie.
     coordinates
-        Whether a spot's coordinates, scaled to its section, join the condition.
+        Whether a spot's coordinates, scaled to its section, are part of the condition.
     n_covariates
-        Number of encoded ``obs`` covariates that join the condition.
+        Number of columns of encoded ``obs`` covariates in the condition.
     condition
         ``"pca"``: each source is standardised and projected onto its leading principal components over the
         training spots. ``"mlp"``: the reference's two-layer network.
     standardize
-        Of ``condition="pca"``: ``"section"`` standardises by the section's own mean and standard deviation, which takes
-        stain and scanner out; ``"training"`` by those of training, which keeps what sets a section's tissue apart;
-        ``"auto"`` does not bet on either: of three neighbourhoods, two thirds of the prior's members take the section's
-        own, a third training's; of fewer, half of them.
+        Statistics by which ``condition="pca"`` standardises embeddings. ``"section"``: mean and standard deviation of
+        the section itself, which removes effects of stain and scanner. ``"training"``: those of the training data,
+        which keeps what distinguishes a section's tissue. ``"auto"``: some members of the prior use one and some the
+        other; with three neighbourhoods two thirds use the section's, with fewer half.
     n_pcs
-        Principal components kept of each source.
+        Number of principal components of each source.
     width, n_layers, n_heads, feedforward, dropout
         Transformer: model width, decoder layers, attention heads, hidden width of the feed-forward layers,
         dropout rate.
@@ -75,23 +75,23 @@ class ModelConfig:
         ``"scale"``: all tokens of a scale at once, given every coarser scale.
         ``"token"``: one token after another.
     attention_limit
-        With ``order="scale"``, scales of more groups than this attend to coarser scales and the condition, not to
-        themselves, for cost to grow linearly with genes. The coarsest scale always attends to itself.
+        With ``order="scale"``, tokens of scales with more groups than this attend to coarser scales and the condition,
+        but not to each other, so that cost grows linearly with genes. Those of the coarsest scale always do.
     style
         ``"modern"``: pre-norm, GELU, learned positions, token embedding and head tied to the codebook.
         ``"reference"``: post-norm, ReLU, sine-cosine positions, free token embedding and head.
     n_members
-        Members of the conditional-mean head whose mean prediction shifts the token logits: at least 2, or 0 for none.
-        As many again are cross-fitted, to predict the training spots.
+        Number of members of the conditional-mean prior, an ensemble whose mean prediction shifts the token logits: at
+        least 2, or 0 for no prior. As many again are cross-fitted, to predict the training spots.
     prior_hidden, prior_dropout, prior_input_dropout
-        Width of its two hidden layers and its dropout rates.
+        Width of the prior's two hidden layers, and dropout rates of hidden layers and input.
 
     Raises
     ------
     TypeError
-        If a value is of another type; the message names the field.
+        If a value has the wrong type; the message names the field.
     ValueError
-        If one is out of range, or values do not fit together.
+        If a value is out of range, or values contradict each other.
     """
 
     n_genes: Count
@@ -136,11 +136,12 @@ class ModelConfig:
             raise ValueError("ModelConfig: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
-        found: list[str] = []
+        """Describe what in the configuration contradicts itself."""
+        problems: list[str] = []
 
         def require(condition: bool, message: str) -> None:
             if not condition:
-                found.append(message)
+                problems.append(message)
 
         scales = self.scales
         require(scales[-1:] == (self.n_genes,), f"the last of scales must be n_genes={self.n_genes}, got {scales}")
@@ -160,7 +161,7 @@ class ModelConfig:
             require(not self.n_neighbors and not self.n_covariates, "condition='mlp' takes no niche and no covariates")
             require(self.width == expected, f"condition='mlp' needs width={expected}, got {self.width}")
             require(self.n_members == 0, "the prior needs condition='pca'")
-        return found
+        return problems
 
     # Widths of the reference's condition network, which no other configuration uses.
     condition_hidden = 512
@@ -174,7 +175,7 @@ class ModelConfig:
 
     @property
     def n_feeding(self) -> int:
-        """Number of leading tokens that are inputs of others; with ``order="scale"``, all but the finest scale's."""
+        """Number of leading tokens that are inputs of others: with ``order="scale"``, all but the finest scale's."""
         return self.n_tokens - (self.scales[-1] if self.order == "scale" else 1)
 
     def is_wide(self, scale: int) -> bool:
@@ -188,24 +189,24 @@ class ModelConfig:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Statistics by which sources are standardised, once by each (``"section"``, ``"training"``)."""
+        """Statistics by which sources are standardised, one copy by each: ``"section"``, ``"training"`` or both."""
         return ("section", "training") if self.standardize == "auto" else (self.standardize,)
 
     @property
     def source_dims(self) -> tuple[int, ...]:
-        """Width of every source of the condition (each embedding, its mean over each neighbourhood, the outline)."""
+        """Width of every source: each embedding, its mean over each neighbourhood, the outline."""
         embeddings = [dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors))]
         return (*embeddings, *self._outline_dims)
 
     @property
     def projected_dims(self) -> tuple[int, ...]:
-        """Width of every source once it is aligned, by one of :attr:`statistics`."""
+        """Width of every source after alignment by one of :attr:`statistics`."""
         n_embeddings = len(self.embedding_dims) * (1 + len(self.n_neighbors))
         return (*[self.n_pcs] * n_embeddings, *self._outline_dims)
 
     @property
     def aligned_dims(self) -> tuple[int, ...]:
-        """Width of every source once it is aligned, by each of :attr:`statistics`."""
+        """Width of every source after alignment, for all :attr:`statistics` one after another."""
         return self.projected_dims * len(self.statistics)
 
     @property
@@ -215,7 +216,7 @@ class ModelConfig:
     @classmethod
     @check_arguments
     def default(cls, n_genes: Count, embedding_dim: Count | ListOf[Count] = (), **changes: Any) -> ModelConfig:
-        """The small configuration, made to train on a laptop's CPU.
+        """Default configuration, small enough to train on a laptop's CPU.
 
         Parameters
         ----------
@@ -224,7 +225,7 @@ class ModelConfig:
         embedding_dim
             Width of the histology embedding, or of each of several.
         **changes
-            Any other field.
+            Values of any other field.
 
         Returns
         -------
@@ -238,12 +239,12 @@ class ModelConfig:
 
     @classmethod
     def reference(cls, **changes: Any) -> ModelConfig:
-        """The reference system, layer for layer: 85,484,996 parameters for 200 genes and a 1,024-d embedding.
+        """Configuration of the reference system: 85,484,996 parameters for 200 genes and a 1,024-d embedding.
 
         Parameters
         ----------
         **changes
-            Fields to change, for instance to cut it to a size that trains on a laptop.
+            Fields to change, for instance to make it small enough to train on a laptop.
 
         Returns
         -------
@@ -272,24 +273,24 @@ class ModelConfig:
         return cls(**{**values, **changes})
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed, validated again."""
+        """Copy the configuration with some fields changed, and validate it."""
         unknown = sorted(set(changes) - {f.name for f in fields(self)})
         if unknown:
             raise TypeError(f"ModelConfig: unknown fields {unknown}; known fields are {[f.name for f in fields(self)]}")
         return replace(self, **changes)
 
     def to_json(self) -> str:
-        """The configuration as JSON text."""
+        """Write the configuration as JSON text."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """The configuration that :meth:`to_json` wrote.
+        """Read a configuration from the JSON text that :meth:`to_json` wrote.
 
         Raises
         ------
         ValueError
-            If the text is not JSON, or has fields that this version does not know.
+            If the text is not JSON, or has unknown fields or wrong values.
         """
         try:
             values = json.loads(text)

@@ -1,4 +1,4 @@
-"""Generating tokens block by block: expected, sampled or greedy, the same for both orders."""
+"""Generate tokens block by block: expected, sampled or greedy decoding, the same code for both orders."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .head import CODES_AT_ONCE, TokenHead
 from .transformer import Block, GeneVARTransformer
 from .vqvae import MultiScaleGeneVQVAE
 
-# Spots that go through the transformer at once on a CPU, in fp32, and twice as many in 16 bits: more do not fit its
-# caches, and cost time. Elsewhere as many as have keys, values and a layer's hidden values of so many bytes together,
-# and no more than a grid of CUDA's has blocks along its shorter sides.
+# Spots that go through the transformer at once on a CPU in fp32; in 16 bits, twice as many. More do not fit its caches
+# and take longer. On other devices, as many as need BYTES_AT_ONCE for keys, values and one layer's hidden values, and
+# at most MOST_AT_ONCE, which stays below CUDA's limit of blocks along the shorter sides of a grid.
 SPOTS_AT_ONCE = 64
 BYTES_AT_ONCE, MOST_AT_ONCE = 2**33, 2**15
 
@@ -31,15 +31,15 @@ class Decoding:
     Parameters
     ----------
     mode
-        ``"expected"``: no token is chosen; each distribution's expected embedding is fed forward and its
-        expected value decoded, which by linearity gives expected expression. ``"sample"``: tokens are
-        drawn. ``"greedy"``: the most probable token.
+        ``"expected"``: no token is chosen; the expected embedding of each distribution is fed forward and its
+        expected value is decoded, which by linearity gives expected expression. ``"sample"``: tokens are
+        drawn at random. ``"greedy"``: the most probable token is chosen.
     temperature
         Divides the logits before sampling.
     top_k
         Sample among the `top_k` most probable codes only; 0 for all.
     top_p
-        Sample among the fewest codes whose probabilities reach `top_p`; 1 for all.
+        Sample among the most probable codes whose probabilities together reach `top_p`; 1 for all.
     """
 
     mode: Mode = "expected"
@@ -68,35 +68,38 @@ class Decoding:
         return probabilities
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw codes by inverting the cumulative distribution, first of blocks of codes: (n, codebook_size) to (n,)."""
+        """Draw codes from logits, (n, codebook_size) to (n,), by inverse transform sampling.
+
+        First a block of codes is drawn, then a code within the block.
+        """
         blocks = self.filter(logits).unflatten(1, (-1, gcd(logits.shape[1], CODES_AT_ONCE)))
         cumulative = blocks.sum(2).cumsum(1)
         height = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cumulative[:, -1:]
         block = torch.searchsorted(cumulative, height, right=True).clamp(max=blocks.shape[1] - 1)
         below = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0)
         within = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(1)
-        # Rounding must not let a height reach beyond its block, nor a code of no probability be drawn.
+        # Rounding errors must not lead beyond the block, nor to a code of probability zero.
         height = torch.minimum(height - below, within[:, -1:].nextafter(within.new_zeros(())))
         return block[:, 0] * blocks.shape[2] + torch.searchsorted(within, height, right=True)[:, 0]
 
 
 class Generation(NamedTuple):
-    """What was generated for a batch of spots.
+    """Expression, its standard deviation and tokens that were generated for a batch of spots.
 
     Parameters
     ----------
     expression
         (n_spots, n_genes) in layer units.
     std
-        (n_spots, n_genes): standard deviation that the token distributions imply, taking tokens as
+        (n_spots, n_genes): standard deviation implied by the token distributions, with tokens taken as
         independent given the condition; zero unless ``mode="expected"``. ``TwoStageVARST.predict`` adds
-        what the members of the prior disagree on. None if not asked for.
+        the variance between the members of the prior. None if not asked for.
     tokens
-        (n_spots, n_tokens): the tokens chosen (in ``"expected"`` mode the most probable). None if not asked for.
+        (n_spots, n_tokens): the chosen tokens (in ``"expected"`` mode the most probable ones). None if not asked for.
     values
         For each scale (n_spots, n_groups, components): the groups' decoded or expected values.
     logits
-        (n_spots, n_tokens, codebook_size) if asked for, else None.
+        (n_spots, n_tokens, codebook_size) with ``keep_logits=True``, else None.
     """
 
     expression: Tensor
@@ -107,14 +110,14 @@ class Generation(NamedTuple):
 
 
 def pieces_of_spots(n_spots: int, transformer: GeneVARTransformer) -> list[slice]:
-    """Rows that go through the transformer at once."""
-    like, config = transformer.positions, transformer.config
-    if like.device.type == "cpu":
-        at_once = SPOTS_AT_ONCE * 4 // like.element_size()
+    """Slices of spots that go through the transformer together."""
+    positions, config = transformer.positions, transformer.config
+    if positions.device.type == "cpu":
+        n_at_once = SPOTS_AT_ONCE * 4 // positions.element_size()
     else:
         n_values = 2 * config.n_layers * transformer.n_keys * config.width + config.n_tokens * config.feedforward
-        at_once = max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // (n_values * like.element_size())))
-    return [slice(start, start + at_once) for start in range(0, max(1, n_spots), at_once)]
+        n_at_once = max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // (n_values * positions.element_size())))
+    return [slice(start, start + n_at_once) for start in range(0, max(1, n_spots), n_at_once)]
 
 
 @torch.no_grad()
@@ -131,7 +134,7 @@ def generate(
     generator: torch.Generator | None = None,
     keep_logits: bool = False,
 ) -> Generation:
-    """Generate the tokens of spots from their condition, and decode them.
+    """Generate the tokens of spots from their condition, and decode them to expression.
 
     Expected decoding of scales whose gate is shut gives the prior's means: where neither `std` nor `tokens` are asked
     for, the transformer stops at the last scale whose gate is open.
@@ -139,11 +142,11 @@ def generate(
     Parameters
     ----------
     stage1, transformer, head
-        The trained parts.
+        The trained parts of the model.
     memory
         (n_spots, n_memory, width): the condition.
     prior
-        For each scale (n_spots, n_groups, components): the prior's mean; None without a prior.
+        For each scale (n_spots, n_groups, components): the prior's mean of the group values; None without a prior.
     decoding
         How tokens are chosen.
     tokens, std
@@ -208,7 +211,7 @@ def _generate(
     codebook = stage1.quantizer.codebook
     projected, caches = transformer.project_memory(memory), transformer.caches(memory)
     n_spots = len(memory)
-    # The condition, which feeds the first block, then the tokens that feed later ones.
+    # Inputs of the blocks: the condition for the first, then the embeddings of tokens for later ones.
     inputs = memory.new_empty(n_spots, 1 + config.n_feeding, config.width)
     inputs[:, 0] = memory.mean(1)
     sources = transformer.sources() + 1
@@ -216,7 +219,7 @@ def _generate(
     shapes = zip(config.scales, config.components, strict=True)
     values = [codebook.new_zeros(n_spots, n, c) for n, c in shapes] if prior is None else [m.clone() for m in prior]
     variances = [torch.zeros_like(v) for v in values]
-    kept = []
+    all_logits = []
 
     def pick(logits: Tensor) -> Tensor:
         return logits.max(1).indices if decoding.mode == "greedy" else decoding.draw(logits, generator)
@@ -230,7 +233,7 @@ def _generate(
         hidden = transformer.step(x, block, projected, caches)
         shift = None if prior is None else prior[scale][:, groups]
         if keep_logits:
-            kept.append(head.logits(hidden, scale, groups, shift))
+            all_logits.append(head.logits(hidden, scale, groups, shift))
         feeds = start < config.n_feeding
         embedding = None
         if decoding.mode != "expected":
@@ -246,6 +249,6 @@ def _generate(
         if feeds:
             inputs[:, start + 1 : stop + 1] = head.embed(chosen, codebook) if embedding is None else embedding
 
-    spread = [stage1.scales.spread_variance(v, k) for k, v in enumerate(variances)]
-    std = torch.stack(spread).sum(0).sqrt() * stage1.scales.std
-    return Generation(stage1.assemble(values), std, tokens, values, torch.cat(kept, 1) if keep_logits else None)
+    gene_variances = [stage1.scales.spread_variance(v, k) for k, v in enumerate(variances)]
+    std = torch.stack(gene_variances).sum(0).sqrt() * stage1.scales.std
+    return Generation(stage1.assemble(values), std, tokens, values, torch.cat(all_logits, 1) if keep_logits else None)

@@ -1,4 +1,4 @@
-"""What the processes of a distributed run must agree on; a single process agrees with itself."""
+"""Collective operations over the processes of a distributed run; without one, they change nothing."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import distributed as dist
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process, and of all."""
+    """Rank of this process and number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def gathered(x: Tensor) -> Tensor:
-    """Rows of all processes, in the order in which a single one would have drawn them; (n, ...) of each."""
+def gather_rows(x: Tensor) -> Tensor:
+    """Gather the rows of all processes, (n, ...) from each, interleaved as a single process would have drawn them."""
     _, world = rank_and_world()
     if world == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
+    shares = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(shares, x.contiguous())
+    return torch.stack(shares, 1).flatten(0, 1)
 
 
-def mean_of_processes(x: Tensor) -> Tensor:
-    """Mean over processes."""
+def average_over_processes(x: Tensor) -> Tensor:
+    """Average a tensor over all processes."""
     _, world = rank_and_world()
     if world > 1:
         x = x.clone()
@@ -33,7 +33,7 @@ def mean_of_processes(x: Tensor) -> Tensor:
     return x / world
 
 
-def own_share(x: Tensor) -> Tensor:
-    """Rows that belong to this process, of what is the same everywhere, (n of all processes, ...)."""
+def take_own_rows(x: Tensor) -> Tensor:
+    """Take this process's rows of a tensor that is the same in all processes, (n x number of processes, ...)."""
     rank, world = rank_and_world()
     return x[rank::world]

@@ -1,4 +1,4 @@
-"""Dropout that costs little on CPUs, where torch draws a random number for every element, one after another."""
+"""Fast dropout on CPUs, where torch draws a random number for every element, one after another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Elements set to 0 with probability `p`, the others scaled to keep the expectation.
+    """Set elements to 0 with probability `p`, and scale the others to keep the expectation.
 
     On CPUs one random integer serves eight elements, and `p` is rounded to a 256th.
 
@@ -17,7 +17,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     x
         Any shape.
     p
-        Between 0 and 1.
+        Probability, between 0 and 1.
     training
         Whether to drop anything.
     """
@@ -46,5 +46,5 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop, in training mode."""
+        """Apply dropout in training mode; return the input unchanged otherwise."""
         return dropout(x, self.p, self.training)

@@ -1,4 +1,4 @@
-"""Between vectors and tokens: token embeddings going in, logits over the codes coming out."""
+"""Token embeddings and the head that turns hidden states into logits over the codes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .code_softmax import Normaliser, logits_in_pieces, softmax_in_pieces, tokens_at_once, two_parts
+from .code_softmax import Normaliser, logits_in_pieces, softmax_in_pieces, split_high_low, tokens_at_once
 from .config import ModelConfig
 from .precision import full_precision
 from .vqvae import MultiScaleGeneVQVAE
 
-# Log-weight of codes that a scale never uses: impossible, yet finite.
+# Log-weight of codes that a scale never uses: a probability of zero, but a finite logit.
 NEVER = -1e4
-# The codes in use are filled up to a multiple of so many, for draws to search them block by block.
+# The codes in use are padded to a multiple of this number, so that draws can search them block by block.
 CODES_AT_ONCE = 64
-# Standard errors by which the gate stays below its estimate: a few spots of one section must not open it by chance.
+# The gate is its estimate minus so many standard errors, lest a few spots of one section open it by chance.
 GATE_ERRORS = 2.0
 
-# Some of the groups of a scale.
+# Which groups of a scale.
 Groups = slice | Tensor
 
 
@@ -34,9 +34,9 @@ R = TypeVar("R")
 def _not_autocast(
     method: Callable[Concatenate[TokenHead, Tensor, P], R],
 ) -> Callable[Concatenate[TokenHead, Tensor, P], R]:
-    """Compute logits from codes' features in the precision of hidden states and weights, mixed precision or not.
+    """Switch autocast off in a method that computes logits from the codes' features, in which large numbers cancel.
 
-    Large numbers cancel in them. The reference's logits are an ordinary linear layer's, and may be autocast.
+    The reference's logits are those of an ordinary linear layer, and may be autocast.
     """
 
     @wraps(method)
@@ -46,16 +46,16 @@ def _not_autocast(
         with full_precision(hidden.device):
             return method(self, hidden.to(self.output.weight.dtype), *args, **kwargs)
 
-    return run  # type: ignore[return-value] # which may be called with names of arguments, too
+    return run  # type: ignore[return-value] # arguments may be passed by name, too
 
 
 class Expectation(NamedTuple):
-    """What distributions over the codes expect of (n_spots, n) tokens.
+    """Expected embedding and value of (n_spots, n) tokens under their distributions over the codes.
 
     Parameters
     ----------
     embedding
-        (n_spots, n, width): expected token embedding; None where it was not asked for.
+        (n_spots, n, width): expected token embedding; None with ``embed=False``.
     value, variance
         (n_spots, n, components): mean and variance of the decoded value.
     likeliest
@@ -69,9 +69,9 @@ class Expectation(NamedTuple):
 
 
 class TokenHead(nn.Module):
-    r"""Logits over the codes, from hidden states and the prior.
+    r"""Compute logits over the codes from hidden states and the prior.
 
-    The logit of code :math:`c` at a token of scale :math:`k` is linear in what is known of the code, its
+    The logit of code :math:`c` at a token of scale :math:`k` is linear in the code's features, its
     codebook vector :math:`e_c` and the value :math:`u_c` it decodes to:
 
     .. math:: \ell_c = h^\top e_c - \tfrac12 \lVert (u_c - m) / s \rVert^2 + \log w_c
@@ -105,7 +105,7 @@ class TokenHead(nn.Module):
             nn.init.zeros_(self.output.bias)
         self.register_buffer("gate", torch.ones(len(config.scales)))
         for k, (n, c) in enumerate(zip(config.scales, config.components, strict=True)):
-            # Of every code: its vector, its value, the square of its value.
+            # Features of every code: its vector, its value, the square of its value.
             self.register_buffer(f"codes_{k}", torch.zeros(size, dim + 2 * c))
             self.register_buffer(f"log_weight_{k}", torch.zeros(size))
             for name in ("used", "used_codes", "stand_in"):
@@ -124,12 +124,12 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def set_codes(self, stage1: MultiScaleGeneVQVAE) -> None:
-        """Take from the trained stage 1 what each code means at each scale.
+        """Copy the codebook, and the value that each code decodes to at each scale, from the trained stage 1.
 
         Raises
         ------
         ValueError
-            If stage 1 has not counted its codes, which is to say has not been trained.
+            If stage 1 has no code counts, that is, has not been trained.
         """
         if not stage1.code_counts.any():
             raise ValueError("stage 1 has not been trained: it has no code counts")
@@ -155,12 +155,12 @@ class TokenHead(nn.Module):
 
     @torch.no_grad()
     def _select_codes(self) -> None:
-        """Set apart the codes that each scale uses, often a fifth of all: no others need logits. Untied, all are.
+        """Build the index of the codes that each scale uses, often a fifth of all; only these need logits.
 
-        Should another be a target, as it can be of spots that stage 1 was not trained on, the one of nearest value that
-        is used stands in for it.
+        Other codes can still be targets, in spots that stage 1 was not trained on: the used code of nearest value then
+        stands in for them. With ``style="reference"`` all codes count as used.
         """
-        if self.gate.is_meta:  # without values, for its shapes alone
+        if self.gate.is_meta:  # built for its shapes alone, without values
             return
         dim = self.config.codebook_dim
         for k, c in enumerate(self.config.components):
@@ -168,23 +168,23 @@ class TokenHead(nn.Module):
             in_use = log_weight > NEVER
             used, values = torch.nonzero(in_use)[:, 0], codes[:, dim : dim + c]
             stand_in = torch.arange(len(codes), device=codes.device)
-            # A tree, as a large codebook has billions of pairs.
+            # By a tree, as a large codebook has billions of pairs of codes.
             _, nearest = cKDTree(values[used].cpu().numpy()).query(values[~in_use].cpu().numpy())
             stand_in[~in_use] = used[torch.from_numpy(nearest).to(used.device)]
             setattr(self, f"stand_in_{k}", stand_in)
-            n_filling = -len(used) % CODES_AT_ONCE
-            setattr(self, f"used_{k}", F.pad(used, (0, n_filling)))
-            features = F.pad(torch.cat([codes, log_weight[:, None]], 1)[used], (0, 0, 0, n_filling))
+            n_padding = -len(used) % CODES_AT_ONCE
+            setattr(self, f"used_{k}", F.pad(used, (0, n_padding)))
+            features = F.pad(torch.cat([codes, log_weight[:, None]], 1)[used], (0, 0, 0, n_padding))
             features[len(used) :, -1] = NEVER
             setattr(self, f"used_codes_{k}", features)
 
     def _used(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the codes that a scale uses, and their features: vector, value, its square, log-weight."""
+        """Indices of the codes that a scale uses, and their features: vector, value, its square, log-weight."""
         return self.get_buffer(f"used_{scale}"), self.get_buffer(f"used_codes_{scale}")
 
     @torch.no_grad()
     def set_spread(self, errors: list[Tensor]) -> None:
-        """Start the prior's spread at the root mean square of its errors on training spots.
+        """Initialise the spread of the prior with the root mean square of its errors on training spots.
 
         Parameters
         ----------
@@ -197,12 +197,12 @@ class TokenHead(nn.Module):
     @staticmethod
     @torch.no_grad()
     def best_gate(values: Tensor, prior: Tensor, expected: Tensor) -> Tensor:
-        r"""How far a scale's mean should move from the prior's, in [0, 1], judged on spots not trained on.
+        r"""Estimate how far a scale's mean should move from the prior's, 0 to 1, on spots not trained on.
 
-        With the error :math:`e` of the prior's mean and the shift :math:`d` that the token model proposes, least
-        squares give :math:`\sum e d / \sum d^2`. The gate is that, less two of its standard errors as a ratio of sums
-        over spots. The token model improves the shape of the distributions long after it has begun to spoil their
-        means, so the two are decided apart.
+        With the error :math:`e` of the prior's mean and the shift :math:`d` that the token model proposes, the
+        least-squares estimate is :math:`\sum e d / \sum d^2`. The gate is this estimate minus two standard errors (of
+        a ratio of sums over spots). It is chosen after training, as the token model still improves the shape of the
+        distributions long after it has begun to make their means worse.
 
         Parameters
         ----------
@@ -221,13 +221,13 @@ class TokenHead(nn.Module):
     def embed(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """Embeddings of tokens: (...) to (..., width)."""
         if not self.tied:
-            free: Tensor = self.embedding(tokens)
-            return free
+            untied: Tensor = self.embedding(tokens)
+            return untied
         embedded: Tensor = self.embedding(F.embedding(tokens, codebook.to(self.output.weight.dtype)))
         return embedded
 
     def _embeddings(self, scale: int) -> Tensor:
-        """Those of the codes that a scale uses, (n_codes, width)."""
+        """Token embeddings of the codes that a scale uses, (n_codes, width)."""
         weight = self.embedding.get_parameter("weight")
         if not self.tied:
             return weight
@@ -235,7 +235,7 @@ class TokenHead(nn.Module):
         return embeddings
 
     def values(self, tokens: Tensor, scale: int) -> Tensor:
-        """Values that tokens of a scale decode to: (...) to (..., components)."""
+        """Decode tokens of a scale to group values: (...) to (..., components)."""
         dim, c = self.config.codebook_dim, self.config.components[scale]
         return F.embedding(tokens, self.get_buffer(f"codes_{scale}")[:, dim : dim + c])
 
@@ -257,8 +257,8 @@ class TokenHead(nn.Module):
         The output layer is applied to hidden states or, where these are narrower than the codebook's vectors, to the
         vectors, of which there are fewer.
 
-        In lower precision, all but the first term, where large numbers cancel, is written as products of sums of two
-        numbers each, taken relative to the prior's mean and the largest log-weight.
+        In half precision, large numbers would cancel in all terms but that of the codebook vectors. So these are taken
+        relative to the prior's mean and the largest log-weight, and each factor is split into a high and a low part.
         """
         if not self.tied:
             codes = torch.cat([self.output.weight, self.output.bias[:, None]], 1)
@@ -279,14 +279,14 @@ class TokenHead(nn.Module):
             terms = torch.cat([terms, offset], -1)
             others.append(torch.ones_like(log_weight))
         half = hidden.dtype
-        high, low = two_parts(terms, half)
-        high_codes, low_codes = two_parts(torch.cat(others, 1), half)
+        high, low = split_high_low(terms, half)
+        high_codes, low_codes = split_high_low(torch.cat(others, 1), half)
         query = torch.cat([states, high, low, high], -1)
         return query, torch.cat([vectors.to(half), high_codes, high_codes, low_codes], 1)
 
     @_not_autocast
     def logits(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> Tensor:
-        """Logits of some tokens of one scale.
+        """Logits of tokens of one scale over all codes.
 
         Parameters
         ----------
@@ -295,7 +295,7 @@ class TokenHead(nn.Module):
         scale
             Index of the scale.
         groups
-            Which n of the scale's groups.
+            Which groups of the scale the n tokens belong to.
         prior
             (n_spots, n, components): the prior's mean of these groups; None without a prior.
 
@@ -305,8 +305,8 @@ class TokenHead(nn.Module):
             (n_spots, n, codebook_size).
         """
         if not self.tied:
-            free: Tensor = self.output(hidden)
-            return free
+            untied: Tensor = self.output(hidden)
+            return untied
         codes = torch.cat([getattr(self, f"codes_{scale}"), getattr(self, f"log_weight_{scale}")[:, None]], 1)
         return F.linear(self._query(hidden, scale, groups, prior), codes)
 
@@ -315,14 +315,14 @@ class TokenHead(nn.Module):
     def expected(
         self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, *, embed: bool = True
     ) -> Expectation:
-        """What the distribution over the codes expects; arguments as in :meth:`logits`.
+        """Expected embedding and value, and most probable code, of tokens of one scale.
 
         Parameters
         ----------
         hidden, scale, groups, prior
             As in :meth:`logits`.
         embed
-            Whether the expected embedding is needed, too.
+            Whether to compute the expected embedding.
 
         Returns
         -------
@@ -330,14 +330,14 @@ class TokenHead(nn.Module):
         """
         dim, c = self.config.codebook_dim, self.config.components[scale]
         used, features = self._used(scale)
-        moments_of = features[:, dim : dim + 2 * c].T.contiguous()
-        embeddings_of = self._embeddings(scale).T.contiguous() if embed else None
+        code_values = features[:, dim : dim + 2 * c].T.contiguous()
+        code_embeddings = self._embeddings(scale).T.contiguous() if embed else None
         moments, embeddings, likeliest = [], [], []
         for logits, shares in softmax_in_pieces(*self._operands(hidden, scale, groups, prior)):
             likeliest.append(logits.max(1).indices)  # on CPUs several times as fast as argmax
-            moments.append(F.linear(shares, moments_of))
-            if embeddings_of is not None:
-                embeddings.append(F.linear(shares.to(hidden.dtype), embeddings_of))
+            moments.append(F.linear(shares, code_values))
+            if code_embeddings is not None:
+                embeddings.append(F.linear(shares.to(hidden.dtype), code_embeddings))
         shape = hidden.shape[:2]
         value, square = torch.cat(moments).view(*shape, -1).split(c, -1)
         variance = (square - value.square()).clamp(min=0)
@@ -362,16 +362,16 @@ class TokenHead(nn.Module):
         prior: Tensor | None,
         pick: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Choose tokens from their logits, tilted so that their mean is the gated mean of :meth:`expected`.
+        """Choose tokens from logits that are tilted to have the same gated mean as :meth:`expected`.
 
-        The tilt, linear in a code's value, is one Newton step: the wanted shift over the variance.
+        The tilt is linear in the codes' values, and takes one Newton step: the shift of the mean over the variance.
 
         Parameters
         ----------
         hidden, scale, groups, prior
             As in :meth:`logits`.
         pick
-            From logits (n, codebook_size) to codes (n,).
+            Function that chooses codes (n,) given logits (n, codebook_size).
 
         Returns
         -------
@@ -382,7 +382,7 @@ class TokenHead(nn.Module):
         dim, c = self.config.codebook_dim, self.config.components[scale]
         used, features = self._used(scale)
         values = features[:, dim : dim + 2 * c]
-        moments_of, values_of = values.T.contiguous(), values[:, :c].T.contiguous()
+        code_moments, code_values = values.T.contiguous(), values[:, :c].T.contiguous()
         query, codes = self._operands(hidden, scale, groups, prior)
         query = query.flatten(0, 1)
         n = tokens_at_once(codes)
@@ -390,26 +390,26 @@ class TokenHead(nn.Module):
         for chunk, mean in zip(query.split(n), means, strict=False):
             logits = (chunk @ codes.T).float()
             if mean is not None:
-                moments = F.linear(logits.softmax(1), moments_of)
+                moments = F.linear(logits.softmax(1), code_moments)
                 value = moments[:, :c]
                 variance = (moments[:, c:] - value.square()).clamp(min=1e-6)
                 tilt = (1 - self.gate[scale]) * (mean - value) / variance
-                logits.addmm_(tilt, values_of)
+                logits.addmm_(tilt, code_values)
             chosen.append(pick(logits))
         return used[torch.cat(chosen)].view(hidden.shape[:2])
 
     @_not_autocast
     def loss(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
-        """Cross-entropy.
+        """Cross-entropy of true tokens.
 
-        As logits are linear in a code's features, the target's needs no others; those are needed for the normaliser.
+        Logits are linear in a code's features, so the target's is computed by itself, apart from the normaliser.
 
         Parameters
         ----------
         hidden, scale, groups, prior
             As in :meth:`logits`.
         tokens
-            (n_spots, n).
+            (n_spots, n): the true tokens.
 
         Returns
         -------
@@ -427,27 +427,27 @@ class TokenHead(nn.Module):
     @torch.no_grad()
     @_not_autocast
     def rank(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None, tokens: Tensor) -> Tensor:
-        """How many codes are more probable than the true one; arguments and shape as in :meth:`loss`."""
+        """Rank of the true token: the number of more probable codes; arguments and shape as in :meth:`loss`."""
         ranks = []
         codes = self._used(scale)[1] if self.tied else self.get_buffer(f"codes_{scale}")
         n_spots = max(1, tokens_at_once(codes) // tokens.shape[1])
         for start in range(0, len(tokens), n_spots):
-            some = slice(start, start + n_spots)
-            ids, state = tokens[some], hidden[some]
+            spots = slice(start, start + n_spots)
+            ids, state = tokens[spots], hidden[spots]
             if not self.tied:
                 logits = self.output(state)
                 own = logits.gather(2, ids[..., None])
             else:
-                query = self._query(state, scale, groups, None if prior is None else prior[some])
+                query = self._query(state, scale, groups, None if prior is None else prior[spots])
                 logits = query @ codes.T
                 true_codes = F.embedding(ids, self.get_buffer(f"codes_{scale}"))
                 true_weight = self.get_buffer(f"log_weight_{scale}")[ids]
-                # A little more than rounding, for the true code not to outdo itself.
+                # More than rounding errors, so that the true code does not outrank itself.
                 own = ((query[..., :-1] * true_codes).sum(-1) + true_weight + 1e-4)[..., None]
             ranks.append(torch.count_nonzero(logits > own, -1))
         return torch.cat(ranks)
 
 
 def _select_codes(head: TokenHead, _: object) -> None:
-    """Hook after a state is loaded: select the codes that it says are in use."""
+    """Rebuild the index of used codes after loading a state dict."""
     head._select_codes()

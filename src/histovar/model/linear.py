@@ -1,4 +1,4 @@
-"""Linear regression beside the perceptrons: what few spots can be better told by."""
+"""Ridge regression as a part of the prior, for training data of few spots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LinearPart(nn.Module):
-    """A linear prediction for each cross-fitted member, one for the others, and how much of it to take.
+    """Linear regressions, one for each cross-fitted member and one for all others, and their weight in the prediction.
 
     Parameters
     ----------
@@ -28,29 +28,35 @@ class LinearPart(nn.Module):
     share: Tensor
 
     def predict(self, features: Tensor, *, cross_fitted: bool) -> Tensor:
-        """(n_spots, n_in) to (n_members, n_spots, n_out), or to (1, n_spots, n_out) of what saw all training spots."""
-        which = slice(-1) if cross_fitted else slice(-1, None)
-        return self.bias[which] + features @ self.weight[which]
+        """Predict from (n_spots, n_in) by all cross-fitted regressions, or by the one fitted to all training spots.
+
+        Returns
+        -------
+        Tensor
+            (n_members, n_spots, n_out), or (1, n_spots, n_out).
+        """
+        regressions = slice(-1) if cross_fitted else slice(-1, None)
+        return self.bias[regressions] + features @ self.weight[regressions]
 
     def forward(self, outputs: Tensor, features: Tensor, *, cross_fitted: bool) -> Tensor:
-        """Outputs of members, (n_members, n_spots, n_out), with the linear prediction's share."""
+        """Mix the members' outputs, (n_members, n_spots, n_out), with the linear prediction."""
         return torch.lerp(outputs, self.predict(features, cross_fitted=cross_fitted), self.share)
 
     @torch.no_grad()
     def set_share(self, truth: Tensor, members: Tensor, linear: Tensor, weights: Tensor) -> None:
-        r"""Take as much as the linear prediction is better, on spots that neither has seen.
+        r"""Set the weight of the linear prediction by its out-of-fold gain over the perceptrons.
 
-        With :math:`m` the members' prediction, :math:`l` the linear one and :math:`y` the truth, the share is
-        :math:`\sum [(y - m)^2 - (y - l)^2] / \sum (m - l)^2` in [0, 1]: nothing unless the linear prediction is
-        the better one, all of it where the members only add noise to it.
+        With :math:`m` the members' prediction, :math:`l` the linear one and :math:`y` the truth, the weight is
+        :math:`\sum [(y - m)^2 - (y - l)^2] / \sum (m - l)^2`, clipped to [0, 1]: 0 unless the linear prediction is
+        the better one, 1 where the members only add noise to it.
 
         Parameters
         ----------
         truth, members, linear
-            (n_spots, n_out).
+            (n_spots, n_out): predictions are out of fold.
         weights
             (n_spots,) weight of each spot.
         """
         gain = ((truth - members).square() - (truth - linear).square()).sum(1) @ weights
-        apart = (members - linear).square().sum(1) @ weights
-        self.share.copy_((gain / apart.clamp(min=1e-12)).clamp(0, 1))
+        distance = (members - linear).square().sum(1) @ weights
+        self.share.copy_((gain / distance.clamp(min=1e-12)).clamp(0, 1))

@@ -1,4 +1,4 @@
-"""Both stages together: losses of tokens, and expression generated from histology."""
+"""Both stages as one PyTorch module: token losses, prior, and expression generated from histology."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class TwoStageNetwork(nn.Module):
-    """Stage 1, stage 2, and what they were trained on: :class:`histovar.model.TwoStageVARST`, but for its files.
+    """The two-stage model as a PyTorch module; :class:`histovar.model.TwoStageVARST` adds saving and loading.
 
     Parameters
     ----------
@@ -43,17 +43,17 @@ class TwoStageNetwork(nn.Module):
         self.history: dict[str, pd.DataFrame] = {}
 
     def add_stage2(self, config: ModelConfig) -> None:
-        """Give a model with a trained stage 1 a new stage 2.
+        """Add an untrained stage 2 to a model with a trained stage 1.
 
         Parameters
         ----------
         config
-            The configuration with ``embedding_dims``; what concerns stage 1 must be as it is in ``self.config``.
+            Configuration with ``embedding_dims``; its stage 1 must have the shape of that of ``self.config``.
 
         Raises
         ------
         ValueError
-            If it is not, or has no ``embedding_dims``.
+            If the shapes differ, or there are no ``embedding_dims``.
         """
         self.check_stage1(config)
         if not config.embedding_dims:
@@ -63,7 +63,7 @@ class TwoStageNetwork(nn.Module):
         self.stage2.transformer.parents.copy_(self.stage1.scales.parents())
 
     def check_stage1(self, config: ModelConfig) -> None:
-        """Refuse a configuration whose stage 1 is not of this model's shape.
+        """Refuse a configuration whose stage 1 has another shape than this model's.
 
         Parameters
         ----------
@@ -78,34 +78,36 @@ class TwoStageNetwork(nn.Module):
         fixed = ("n_genes", "scales", "components", "residual", "codebook_size", "codebook_dim", "encoder_hidden")
         differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if differing:
-            raise ValueError(f"config: {differing} differ from the trained stage 1; train stage 1 again, or leave them")
+            raise ValueError(
+                f"config: {differing} differ from the trained stage 1; train stage 1 again, or leave them as they are"
+            )
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device that the model is on."""
         return self.stage1.scales.mean.device
 
     @property
     def var_stage(self) -> VARStage:
-        """Stage 2.
+        """Stage 2, which must exist.
 
         Raises
         ------
         ValueError
-            If there is none yet.
+            If the model has no stage 2 yet.
         """
         if self.stage2 is None:
             raise ValueError("model has no stage 2 yet; train it with histovar.tl.train_stage2")
         return self.stage2
 
     def in_precision(self, precision: Precision) -> Self:
-        """The model with its transformer and the products with its codes in another precision, for generation.
+        """The model with its transformer and token head in another precision, for generation.
 
         Parameters
         ----------
         precision
-            ``"fp32"``: the model itself. ``"bf16"``: a copy of stage 2; all else is shared, and stays as it is, as are
-            sums over codes.
+            ``"fp32"`` returns the model itself; ``"bf16"`` a model with a copy of stage 2 and everything else shared.
+            Sums over codes stay in fp32.
 
         Returns
         -------
@@ -121,7 +123,7 @@ class TwoStageNetwork(nn.Module):
         return other
 
     def set_training_stage(self, stage: Literal[1, 2]) -> None:
-        """Make one stage trainable and freeze the other: no gradients, evaluation mode.
+        """Make one stage trainable, and freeze the other (no gradients, evaluation mode).
 
         Parameters
         ----------
@@ -143,19 +145,19 @@ class TwoStageNetwork(nn.Module):
                 module.train(active)
 
     def tokenize(self, expression: Tensor) -> Tensor:
-        """Tokens of measured expression, (n_spots, n_genes) in layer units to (n_spots, n_tokens)."""
+        """Turn measured expression, (n_spots, n_genes) in layer units, into tokens, (n_spots, n_tokens)."""
         return self.stage1.tokenize(expression)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Expression of tokens, (..., n_tokens) to (..., n_genes) in layer units."""
+        """Turn tokens, (..., n_tokens), into expression, (..., n_genes) in layer units."""
         return self.stage1.decode(tokens)
 
     def reconstruct(self, expression: Tensor) -> Tensor:
-        """Expression after tokenising and decoding, (n_spots, n_genes) in layer units."""
+        """Tokenise expression and decode it again, (n_spots, n_genes) in layer units."""
         return self.decode(self.tokenize(expression))
 
     def prior_mean(self, genes: Tensor) -> list[Tensor]:
-        """The prior's standardised expression (n_spots, n_genes) as means of every scale's group values."""
+        """Split the prior's standardised expression, (n_spots, n_genes), into group values of every scale."""
         scales = self.stage1.scales
         with full_precision(genes.device):
             return scales.split(genes.to(scales.mean.dtype))
@@ -168,7 +170,7 @@ class TwoStageNetwork(nn.Module):
         teacher: Tensor | None = None,
         genes: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of true tokens, each predicted from the tokens before it.
+        """Cross-entropy of true tokens, each predicted from the tokens before it (teacher forcing).
 
         Parameters
         ----------
@@ -177,29 +179,29 @@ class TwoStageNetwork(nn.Module):
         tokens
             (n_spots, n_tokens): the targets.
         prior
-            (n_spots, n_genes): standardised conditional means; by default the mean over :meth:`prior_members`.
+            (n_spots, n_genes): standardised conditional means; by default :meth:`conditional_mean`.
         teacher
             (n_spots, :attr:`ModelConfig.n_feeding`, width): embeddings to feed in place of those of `tokens`.
         genes
-            Of a wide finest scale, the tokens to predict, increasing; all by default.
+            Genes whose tokens to predict at a wide finest scale, increasing; all by default.
 
         Returns
         -------
         Tensor
             (n_spots, number of tokens predicted).
         """
-        (loss,) = self._scored((self.var_stage.head.loss,), histology, tokens, prior, teacher, genes)
+        (loss,) = self._score_tokens((self.var_stage.head.loss,), histology, tokens, prior, teacher, genes)
         return loss
 
     def token_loss_and_rank(
         self, histology: Histology, tokens: Tensor, prior: Tensor | None = None, genes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and how many codes are more probable than the true one, each as :meth:`token_loss`."""
+        """Cross-entropy and rank of true tokens in one pass; arguments and shapes as :meth:`token_loss`."""
         head = self.var_stage.head
-        loss, rank = self._scored((head.loss, head.rank), histology, tokens, prior, None, genes)
+        loss, rank = self._score_tokens((head.loss, head.rank), histology, tokens, prior, None, genes)
         return loss, rank
 
-    def _scored(
+    def _score_tokens(
         self,
         scores: Sequence[Callable[[Tensor, int, slice | Tensor, Tensor | None, Tensor], Tensor]],
         histology: Histology,
@@ -208,38 +210,38 @@ class TwoStageNetwork(nn.Module):
         teacher: Tensor | None,
         genes: Tensor | None,
     ) -> list[Tensor]:
-        """Scores of the head for the true tokens, of one pass through the transformer."""
+        """Apply scores of the head (loss, rank) to the true tokens, in one pass through the transformer."""
         scales = self.config.scales
         n_coarse = sum(scales[:-1])
         positions = None
         if genes is not None:
             positions = torch.cat([torch.arange(n_coarse, device=genes.device), genes + n_coarse])
         shifts = self._shifts(histology, prior)
-        found = []
+        chunks = []
         for spots in pieces_of_spots(len(tokens), self.var_stage.transformer):
-            fed = None if teacher is None else teacher[spots]
-            hidden = self._hidden(histology.map(itemgetter(spots)), tokens[spots], fed, positions)
-            parts = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
-            rows = []
-            for k, (part, ids) in enumerate(zip(parts, tokens[spots].split(scales, 1), strict=True)):
-                some = slice(None) if genes is None or k < len(scales) - 1 else genes
-                shift = None if shifts is None else shifts[k][spots][:, some]
-                rows.append([score(part, k, some, shift, ids[:, some]) for score in scores])
-            found.append([torch.cat(columns, 1) for columns in zip(*rows, strict=True)])
-        return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+            chunk_teacher = None if teacher is None else teacher[spots]
+            hidden = self._hidden(histology.map(itemgetter(spots)), tokens[spots], chunk_teacher, positions)
+            hidden_by_scale = hidden.split((*scales[:-1], hidden.shape[1] - n_coarse), 1)
+            by_scale = []
+            for k, (states, ids) in enumerate(zip(hidden_by_scale, tokens[spots].split(scales, 1), strict=True)):
+                groups = slice(None) if genes is None or k < len(scales) - 1 else genes
+                shift = None if shifts is None else shifts[k][spots][:, groups]
+                by_scale.append([score(states, k, groups, shift, ids[:, groups]) for score in scores])
+            chunks.append([torch.cat(columns, 1) for columns in zip(*by_scale, strict=True)])
+        return [torch.cat(values) for values in zip(*chunks, strict=True)]
 
     def token_logits(self, histology: Histology, tokens: Tensor) -> Tensor:
-        """Logits of all tokens given the tokens before each, (n_spots, n_tokens, codebook_size)."""
+        """Logits of all tokens, each given the tokens before it: (n_spots, n_tokens, codebook_size)."""
         hidden = self._hidden(histology, tokens)
         shifts = self._shifts(histology, None)
-        rows = [
-            self.var_stage.head.logits(part, k, slice(None), None if shifts is None else shifts[k])
-            for k, part in enumerate(hidden.split(self.config.scales, 1))
+        logits = [
+            self.var_stage.head.logits(states, k, slice(None), None if shifts is None else shifts[k])
+            for k, states in enumerate(hidden.split(self.config.scales, 1))
         ]
-        return torch.cat(rows, 1)
+        return torch.cat(logits, 1)
 
     def token_embeddings(self, tokens: Tensor) -> Tensor:
-        """Embeddings of those tokens that others take in: (n_spots, :attr:`ModelConfig.n_feeding`, width)."""
+        """Embeddings of the tokens that are inputs of others: (n_spots, :attr:`ModelConfig.n_feeding`, width)."""
         return self.var_stage.head.embed(tokens[:, : self.config.n_feeding], self.stage1.quantizer.codebook)
 
     def _hidden(
@@ -253,22 +255,22 @@ class TwoStageNetwork(nn.Module):
 
     @torch.no_grad()
     def expected_teacher(self, histology: Histology, prior: Tensor | None) -> Tensor:
-        """Embeddings that the head would expect without a transformer, shaped as :meth:`token_embeddings`.
+        """Expected token embeddings given the prior alone, shaped as :meth:`token_embeddings`.
 
-        Fed in place of true tokens during training, they show the model what it meets in expected decoding.
+        Fed in place of the true tokens during training, they prepare the model for the inputs of expected decoding.
         """
         codebook = self.stage1.quantizer.codebook
         shifts = self._shifts(histology, prior)
         n_spots, n_feeding = len(histology.sources[0]), self.config.n_feeding
-        rows = []
+        embeddings = []
         for k, n in enumerate(self.config.scales):
             if sum(self.config.scales[:k]) < n_feeding:
                 hidden = codebook.new_zeros(n_spots, n, self.config.width)
                 shift = None if shifts is None else shifts[k]
                 embedding = self.var_stage.head.expected(hidden, k, slice(None), shift).embedding
                 assert embedding is not None
-                rows.append(embedding)
-        return torch.cat(rows, 1)[:, :n_feeding]
+                embeddings.append(embedding)
+        return torch.cat(embeddings, 1)[:, :n_feeding]
 
     def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
         if self.var_stage.prior is None:
@@ -276,7 +278,7 @@ class TwoStageNetwork(nn.Module):
         return self.prior_mean(self.conditional_mean(histology) if prior is None else prior)
 
     def prior_members(self, histology: Histology, *, cross_fitted: bool = False) -> Tensor:
-        """What members of the prior expect: (n_members, n_spots, n_genes).
+        """Prediction of each member of the prior: (n_members, n_spots, n_genes).
 
         Relative rates where the model learnt from counts (:attr:`VARStage.of_counts`), else standardised expression.
 
@@ -285,7 +287,8 @@ class TwoStageNetwork(nn.Module):
         histology
             Inputs of the spots, aligned.
         cross_fitted
-            Of the members that have each left out some of the training spots, in place of those that have not.
+            Whether to predict with the cross-fitted members, each trained without some of the training spots, instead
+            of those trained on all.
 
         Raises
         ------
@@ -302,11 +305,11 @@ class TwoStageNetwork(nn.Module):
         return self.var_stage.prior
 
     def lognorm(self, counts: Tensor, totals: Tensor) -> Tensor:
-        """Counts (n_spots, n_genes), of total counts (n_spots, 1), in the units of training."""
+        """Log-normalise counts (n_spots, n_genes), given total counts (n_spots, 1), as the training data were."""
         return (counts * (self.var_stage.observation.target_sum / totals)).log1p()
 
     def standardized_means(self, expected: Tensor, log_depth: Tensor) -> Tensor:
-        """What the prior expects, (..., n_spots, n_genes), as standardised expression at the expected depth."""
+        """Turn the prior's prediction, (..., n_spots, n_genes), into standardised expression at the expected depth."""
         observation = self.var_stage.observation
         if not self.var_stage.of_counts:
             return expected
@@ -315,7 +318,7 @@ class TwoStageNetwork(nn.Module):
         return self.stage1.scales.standardize(observation.mean(rates, log_depth)).view_as(expected)
 
     def conditional_mean(self, histology: Histology) -> Tensor:
-        """Standardised expression that the prior expects, (n_spots, n_genes)."""
+        """Standardised expression predicted by the prior, the mean over its members: (n_spots, n_genes)."""
         features = self.var_stage.condition.features(histology)
         return self.standardized_means(
             self._prior(features).mean(0), self._prior.log_depth(features, histology.novelty).mean(0)
@@ -323,25 +326,25 @@ class TwoStageNetwork(nn.Module):
 
     @torch.no_grad()
     def composition(self, histology: Histology, members: Tensor, unseen: Tensor | None = None) -> Composition:
-        """What the prior says of rates and depth, of a model that learnt from counts.
+        """Predicted rates and depth with their uncertainty, for a model that learnt from counts.
 
         Parameters
         ----------
         histology
             Inputs of the spots, aligned.
         members
-            (n, n_spots, n_genes): of :meth:`prior_members`.
+            (n, n_spots, n_genes) from :meth:`prior_members`.
         unseen
-            (n_members,) which cross-fitted members these are; None for those that saw all training spots.
+            (n_members,) True for the cross-fitted members that `members` are; None if they were trained on all spots.
         """
         observation = self.var_stage.observation
         features, novelty = self.var_stage.condition.features(histology), histology.novelty
-        each = self._prior.log_depth(features, novelty, cross_fitted=unseen is not None)
-        log_depth = (each if unseen is None else each[unseen]).mean(0)
+        log_depths = self._prior.log_depth(features, novelty, cross_fitted=unseen is not None)
+        log_depth = (log_depths if unseen is None else log_depths[unseen]).mean(0)
         rates = observation.base * members.mean(0)
-        if unseen is not None or len(members) < 2:  # spots of training are as certain as those of training
+        if unseen is not None or len(members) < 2:  # no more uncertain than training spots
             return Composition(rates, log_depth, torch.zeros_like(log_depth), torch.ones_like(log_depth))
-        # How far an adapted model's section is away was measured.
+        # An adapted model has measured how far its section is from those of training.
         novelty = histology.novelty if self.var_stage.adaptation is None else torch.zeros_like(histology.novelty)
         return observation.composed(rates, log_depth, disagreement(members), novelty)
 
@@ -361,8 +364,8 @@ class TwoStageNetwork(nn.Module):
     ) -> Generation:
         """Generate expression from histology, in the units of training.
 
-        Expected decoding takes the mean of the prior's members, and adds the variance between them to that of the token
-        distributions. Each draw takes one member at random.
+        Expected decoding uses the mean of the prior's members, and adds the variance between them to that of the token
+        distributions. Sampling uses one member, at random, for each draw.
 
         Parameters
         ----------
@@ -371,11 +374,11 @@ class TwoStageNetwork(nn.Module):
         decoding
             How tokens are chosen; expected decoding by default.
         n_samples
-            Draws for each spot; the rows of the result are the draws of the first spot, then of the second.
+            Draws for each spot; the result has all draws of the first spot, then those of the second, and so on.
         members
-            (n, n_spots, n_genes) in place of :meth:`prior_members`.
+            (n, n_spots, n_genes): predictions of the prior's members; by default :meth:`prior_members`.
         means
-            (n_spots, n_genes): standardised conditional means in place of those of `members`.
+            (n_spots, n_genes): standardised conditional means; by default those of `members`.
         tokens, std
             Whether to return them. Expected decoding without either skips the transformer where the gates are shut.
         generator
@@ -400,16 +403,16 @@ class TwoStageNetwork(nn.Module):
                 assert members is not None
                 log_depth = stage2.prior.log_depth(stage2.condition.features(histology), histology.novelty).mean(0)
                 if decoding.mode == "sample":
-                    each = self.standardized_means(members, log_depth)
-                    n_spots = each.shape[1]
-                    drawn = torch.randint(len(each), (n_spots, n_samples), generator=generator, device=each.device)
-                    spots = torch.arange(n_spots, device=each.device)
-                    shifts = self.prior_mean(each[drawn, spots[:, None]].flatten(0, 1))
+                    member_means = self.standardized_means(members, log_depth)
+                    n_spots, device = member_means.shape[1], member_means.device
+                    drawn = torch.randint(len(member_means), (n_spots, n_samples), generator=generator, device=device)
+                    spots = torch.arange(n_spots, device=device)
+                    shifts = self.prior_mean(member_means[drawn, spots[:, None]].flatten(0, 1))
                 else:
                     means = self.standardized_means(members.mean(0), log_depth)
             if means is not None:
                 shifts = self.prior_mean(means.repeat_interleave(n_samples, 0))
-        made = generate(
+        generation = generate(
             self.stage1,
             stage2.transformer,
             stage2.head,
@@ -422,14 +425,14 @@ class TwoStageNetwork(nn.Module):
             keep_logits=keep_logits,
         )
         adds_disagreement = decoding.mode == "expected" and not stage2.of_counts
-        if made.std is not None and adds_disagreement and members is not None and len(members) > 1:
-            # Many times faster than var, which goes through members spot by spot.
+        if generation.std is not None and adds_disagreement and members is not None and len(members) > 1:
+            # Many times as fast as var, which goes through members spot by spot.
             variance = (members - members.mean(0)).square().sum(0) / (len(members) - 1)
             disagreement = (variance * self.stage1.scales.std.square()).repeat_interleave(n_samples, 0)
-            made = made._replace(std=(made.std.square() + disagreement).sqrt())
-        return made
+            generation = generation._replace(std=(generation.std.square() + disagreement).sqrt())
+        return generation
 
 
 def count_parameters(modules: Sequence[nn.Module]) -> int:
-    """Number of trainable and frozen parameters, buffers left out."""
+    """Count the parameters of modules, trainable and frozen, without buffers."""
     return sum(p.numel() for module in modules for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Full precision where large numbers cancel, in trainings of mixed precision."""
+"""Full precision inside mixed-precision training, for sums in which large numbers cancel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Compute in the precision of the tensors, whatever autocast would choose on the device."""
+    """Switch autocast off on a device, so that products keep the precision of their tensors."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

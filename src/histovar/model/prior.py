@@ -1,4 +1,4 @@
-"""The conditional mean: a small, heavily regularised ensemble of rates, or of values where there are no counts."""
+"""The conditional-mean prior: a small, heavily regularised ensemble that predicts rates, or values without counts."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
-from .distributed import mean_of_processes
+from .distributed import average_over_processes
 from .dropout import dropout
 from .linear import LinearPart
 from .precision import full_precision
 
-# Logarithm of a gene's relative rate for an output of 1: rates vary about so much from spot to spot.
+# Log relative rate for an output of 1: about the standard deviation of log rates over spots.
 LOG_RATE = 0.5
-# Least rate, relative to that of all training spots, which linear regression could take below zero.
+# Least rate, relative to that of all training spots: linear regression could predict negative ones.
 LEAST_RATE = 0.01
-# Hidden width of the perceptrons of depth. How much of its prediction is ridge regression's: of sections that are like
-# those of training, and how much more of sections that are like none.
+# Hidden width of the perceptrons for depth. Weight of ridge regression in the predicted depth of sections like those of
+# training, and how much is added to it for sections unlike any.
 DEPTH_HIDDEN, LINEAR_DEPTH, MORE_LINEAR = 64, 0.25, 0.5
-# Spots for which what every cross-fitted member predicts is held at once.
+# Spots for which the predictions of all cross-fitted members are in memory at once.
 UNSEEN_AT_ONCE = 512
 
 
 class EnsembleLinear(nn.Module):
-    """A linear layer for each member: (n_members, n, n_in) to (n_members, n, n_out)."""
+    """Linear layers side by side, one for each member: (n_members, n, n_in) to (n_members, n, n_out)."""
 
     def __init__(self, n_members: int, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, members: slice) -> Tensor:
-        """Of some members."""
+        """Apply the layers of some members."""
         return torch.baddbmm(self.bias[members], x, self.weight[members])
 
 
 class _EnsembleNorm(nn.Module):
-    """A layer normalisation for each member."""
+    """Layer normalisation side by side, one for each member."""
 
     def __init__(self, n_members: int, width: int) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class _EnsembleNorm(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Multilayer perceptrons side by side: two hidden layers, layer norm, GELU, strong dropout.
+    """Ensemble of multilayer perceptrons: two hidden layers, layer norm, GELU, strong dropout.
 
     Parameters
     ----------
     n
         Number of members.
     n_in, hidden, n_out
-        Widths.
+        Widths of input, hidden layers and output.
     input_dropout, dropout
         Dropout rates of the input and of hidden layers.
     """
@@ -74,7 +74,7 @@ class Ensemble(nn.Module):
         self.input_dropout, self.dropout = input_dropout, dropout
 
     def forward(self, x: Tensor, members: slice) -> Tensor:
-        """Of some members: (number of them, n_spots, n_in) to (number of them, n_spots, n_out)."""
+        """Apply n of the members: (n, n_spots, n_in) to (n, n_spots, n_out)."""
         x = dropout(x, self.input_dropout, self.training)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = dropout(F.gelu(norm(layer(x, members), members)), self.dropout, self.training)
@@ -83,25 +83,25 @@ class Ensemble(nn.Module):
 
 
 class ConditionalMeanPrior(nn.Module):
-    """Expected expression given the condition's features, by an ensemble of perceptrons.
+    """Predicts expected expression from the condition's features, by an ensemble of perceptrons.
 
-    Where the model learns from counts, that is every gene's rate, its share of a spot's total count, relative to that
-    of all training spots; else standardised expression. Depth, the log total count, has perceptrons of its own, which
-    would otherwise learn little else. Some of its prediction is ridge regression's, the more the less a section is like
-    those of training: a line goes on where perceptrons level off.
+    If the model learns from counts, the members predict each gene's rate, its share of the spot's total count, relative
+    to that of all training spots; otherwise they predict standardised expression. Depth, the log total count, has
+    perceptrons of its own, as it would dominate a shared network. Part of its prediction is ridge regression, the more
+    the less a section is like those of training, since a linear model extrapolates where perceptrons level off.
 
-    Each member sees one of the condition's views. The first ``config.n_members`` are cross-fitted: each never sees one
-    fold of the training spots. So a training spot can be given the prediction of members that did not see it, which is
-    as wrong as the prediction of a new spot, and the token model and the calibration that build on it learn from honest
-    errors. As many again see every training spot; a new spot gets their mean. Where ridge regression predicts training
-    spots better than perceptrons do, as of few spots it may, each has some of it (``LinearPart``).
+    Each member sees one of the condition's views. The first ``config.n_members`` members are cross-fitted: each is
+    trained without one fold of the training spots. So a training spot can be predicted by members that did not see it,
+    with errors like those on new spots, from which the token model and the calibration learn. As many members again are
+    trained on all training spots; new spots are predicted by their mean. Where ridge regression predicts training spots
+    better than the perceptrons, as it may with few spots, it is mixed into each member (``LinearPart``).
 
     Parameters
     ----------
     config
         The model's configuration.
     views
-        Columns of the features that members see in turn, equally many each.
+        Columns of the features that the members see, in turn; equally many in each view.
     n_features
         Width of the condition's features.
     """
@@ -115,7 +115,8 @@ class ConditionalMeanPrior(nn.Module):
         self.linear = LinearPart(n, n_features, config.n_genes)
         self.depths = Ensemble(2 * n, n_in, DEPTH_HIDDEN, 1, *rates)
         self.linear_depth = LinearPart(n, n_features, 1)
-        # Whether rates are predicted, and the number of folds; as numbers, too, which no device needs to be asked for.
+        # Whether rates are predicted, and the number of folds. Kept as Python values, too: reading a buffer waits for
+        # the device.
         self.register_buffer("trained", torch.tensor([0, 1]))
         self.of_rates, self.n_folds = False, 1
         self.register_buffer("depth_mean", torch.zeros(()))
@@ -123,12 +124,12 @@ class ConditionalMeanPrior(nn.Module):
         self.register_load_state_dict_post_hook(_read_trained)
 
     def set_trained(self, *, of_rates: bool, n_folds: int) -> None:
-        """Say what the members are trained on.
+        """Set what the members predict, and the number of folds they are cross-fitted on.
 
         Parameters
         ----------
         of_rates
-            Whether they predict relative rates, not standardised expression.
+            Whether they predict relative rates or, if not, standardised expression.
         n_folds
             Number of folds; cross-fitted member ``m`` leaves out fold ``m % n_folds``.
         """
@@ -140,29 +141,34 @@ class ConditionalMeanPrior(nn.Module):
     depth_std: Tensor
 
     def _members(self, cross_fitted: bool) -> slice:
+        """Slice of the cross-fitted members, or of those trained on all spots."""
         n = self.config.n_members
         return slice(0, n) if cross_fitted else slice(n, 2 * n)
 
     def _seen(self, features: Tensor, members: slice) -> Tensor:
-        """What each member sees of the features; cross-fitted ones so that each fold is left out by several views."""
+        """Features that each member sees, (n_members, n_spots, n_in).
+
+        Cross-fitted members take the views in such an order that members of several views leave out each fold.
+        """
         n, n_views = self.config.n_members, len(self.views)
         cross_fitted = [(m // self.n_folds + m % self.n_folds) % n_views for m in range(n)]
         views = cross_fitted + [m % n_views for m in range(n)]
-        seen = [torch.cat([features[:, part.start : part.stop] for part in view], 1) for view in self.views]
+        seen = [torch.cat([features[:, block.start : block.stop] for block in view], 1) for view in self.views]
         return torch.stack([seen[view] for view in views[members]])
 
     def _relative(self, outputs: Tensor) -> Tensor:
+        """Turn outputs of the perceptrons into relative rates, or leave them as standardised expression."""
         return (LOG_RATE * outputs).exp() if self.of_rates else outputs
 
     def forward(self, features: Tensor, *, cross_fitted: bool = False) -> Tensor:
-        """Prediction of every member that saw all training spots, or of every cross-fitted one.
+        """Predict with all members that were trained on all spots, or with all cross-fitted ones.
 
         Parameters
         ----------
         features
             (n_spots, n_features).
         cross_fitted
-            Which of them.
+            Whether to use the cross-fitted members.
 
         Returns
         -------
@@ -176,14 +182,14 @@ class ConditionalMeanPrior(nn.Module):
         return outputs.clamp(min=LEAST_RATE) if self.of_rates else outputs
 
     def log_depth(self, features: Tensor, novelty: Tensor, *, cross_fitted: bool = False) -> Tensor:
-        """Log total count that every member expects: (n_members, n_spots).
+        """Predict the log total count with each member: (n_members, n_spots).
 
         Parameters
         ----------
         features, cross_fitted
             As in ``forward``.
         novelty
-            (n_spots,) how unlike those of training each spot's section is, 0 to 1.
+            (n_spots,) how unlike the training sections each spot's section is, 0 to 1.
         """
         members = self._members(cross_fitted)
         with full_precision(features.device):
@@ -194,55 +200,77 @@ class ConditionalMeanPrior(nn.Module):
     def loss(
         self, features: Tensor, score: Callable[[Tensor], Tensor], folds: Tensor, log_totals: Tensor | None = None
     ) -> Tensor:
-        """Sum over all members of the mean loss on the spots that the member may see.
+        """Sum of the members' losses, each averaged over the spots that the member may see.
 
         Parameters
         ----------
         features
             (n_spots, n_features).
         score
-            Loss of predictions, (n_members, n_spots, n_genes) to (n_members, n_spots).
+            Function that scores predictions: (n_members, n_spots, n_genes) to (n_members, n_spots).
         folds
             (n_spots,) fold of each spot.
         log_totals
-            (n_spots, 1) log total counts, where depth is to be learnt, too.
+            (n_spots, 1) log total counts, to learn depth, too.
         """
-        every = slice(None)
-        x = self._seen(features, every)
-        errors = score(self._relative(self.genes(x, every)))
+        all_members = slice(None)
+        x = self._seen(features, all_members)
+        errors = score(self._relative(self.genes(x, all_members)))
         if log_totals is not None:
             depth = (log_totals - self.depth_mean) / self.depth_std
-            errors = errors + (self.depths(x, every) - depth).square()[..., 0]
+            errors = errors + (self.depths(x, all_members) - depth).square()[..., 0]
         seen = (~self._unseen(folds)).to(errors.dtype)
         seen = torch.cat([seen, torch.ones_like(seen)])
-        return ((errors * seen).sum(1) / mean_of_processes(seen.sum(1)).clamp(min=1)).sum()
+        return ((errors * seen).sum(1) / average_over_processes(seen.sum(1)).clamp(min=1)).sum()
 
     @torch.no_grad()
     def out_of_fold(self, features: Tensor, folds: Tensor) -> OutOfFold:
-        """What members that did not see each training spot predict of it."""
-        found = []
-        for some, fold in zip(features.split(UNSEEN_AT_ONCE), folds.split(UNSEEN_AT_ONCE), strict=True):
+        """Predict each training spot by the members that did not see it.
+
+        Parameters
+        ----------
+        features
+            (n_spots, n_features) of training spots.
+        folds
+            (n_spots,) fold of each spot.
+        """
+        predictions = []
+        for x, fold in zip(features.split(UNSEEN_AT_ONCE), folds.split(UNSEEN_AT_ONCE), strict=True):
             unseen = self._unseen(fold).to(features.dtype)
-            members, n = self(some, cross_fitted=True), unseen.sum(0)[:, None]
+            members, n = self(x, cross_fitted=True), unseen.sum(0)[:, None]
             mean = torch.einsum("mng,mn->ng", members, unseen) / n
-            log_depth = (self.log_depth(some, some.new_zeros(len(some)), cross_fitted=True) * unseen).sum(0) / n[:, 0]
-            apart = disagreement(members, unseen) if self.of_rates else torch.zeros_like(log_depth)
-            found.append(OutOfFold(mean, log_depth, apart, n[:, 0]))
-        return OutOfFold(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            log_depth = (self.log_depth(x, x.new_zeros(len(x)), cross_fitted=True) * unseen).sum(0) / n[:, 0]
+            variance = disagreement(members, unseen) if self.of_rates else torch.zeros_like(log_depth)
+            predictions.append(OutOfFold(mean, log_depth, variance, n[:, 0]))
+        return OutOfFold(*(torch.cat(values) for values in zip(*predictions, strict=True)))
 
     def _unseen(self, folds: Tensor) -> Tensor:
+        """Which cross-fitted members have not seen each spot: (n_members, n_spots)."""
         left_out = torch.arange(self.config.n_members, device=folds.device) % self.n_folds
         return left_out[:, None] == folds
 
 
 def _read_trained(prior: ConditionalMeanPrior, _: object) -> None:
+    """Update the Python values of ``trained`` after loading a state dict."""
     if not prior.trained.is_meta:
         of_rates, n_folds = prior.trained.tolist()
         prior.of_rates, prior.n_folds = bool(of_rates), n_folds
 
 
 class OutOfFold(NamedTuple):
-    """Mean prediction of members, (n_spots, n_genes), log depth, disagreement and number of them, (n_spots,)."""
+    """Prediction of training spots by the members that did not see them.
+
+    Parameters
+    ----------
+    mean
+        (n_spots, n_genes) mean over these members.
+    log_depth
+        (n_spots,) mean log total count.
+    disagreement
+        (n_spots,) see :func:`disagreement`.
+    n_members
+        (n_spots,) number of these members.
+    """
 
     mean: Tensor
     log_depth: Tensor
@@ -256,9 +284,9 @@ def disagreement(members: Tensor, weights: Tensor | None = None) -> Tensor:
     Parameters
     ----------
     members
-        Rates of members.
+        Rates predicted by each member.
     weights
-        (n_members, n_spots): 1 for those that count, 0 for others; all by default.
+        (n_members, n_spots): 1 for members to include, 0 for others; by default all are included.
     """
     weights = members.new_ones(members.shape[:2]) if weights is None else weights
     n = weights.sum(0)[:, None]

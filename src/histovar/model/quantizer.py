@@ -1,4 +1,4 @@
-"""One codebook for the tokens of all scales."""
+"""Vector quantisation with one codebook shared by the tokens of all scales."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
-from .at_once import at_once
+from .chunk_size import chunk_size
 from .config import ModelConfig
-from .distributed import gathered
+from .distributed import gather_rows
 
-# Latents a scale that place the codes (k-means) and that update the moving averages in one step. The same
-# number from every scale: the finest has most tokens, and would leave the coarser ones no codes of their own.
+# Latents of each scale that initialise the codebook (k-means), and that update the moving averages in one step. The
+# same number from every scale: the finest has most tokens, and would leave the coarser ones no codes of their own.
 LATENTS_PER_START = 2048
 LATENTS_PER_UPDATE = 1024
-# Latents whose distances to all codes are held at once on a CPU.
+# Latents whose distances to all codes are in memory at once on a CPU.
 LATENTS_PER_LOOKUP = 1024
 
 
@@ -26,8 +26,8 @@ class SharedVectorQuantizer(nn.Module):
     """Nearest-code quantisation with one codebook for all scales, over ``vector-quantize-pytorch``.
 
     With ``codebook_update="ema"`` the library owns the codebook: k-means start, moving averages, revival of
-    dead codes. With ``"gradient"`` it is a parameter trained by the codebook loss. Never both: a codebook
-    under moving averages that also follows a gradient explodes.
+    dead codes. With ``"gradient"`` it is a parameter trained by the codebook loss. The two are never combined: a
+    codebook that follows both moving averages and a gradient diverges.
 
     Parameters
     ----------
@@ -51,22 +51,22 @@ class SharedVectorQuantizer(nn.Module):
         if not ema:
             bound = 1 / config.codebook_size
             nn.init.uniform_(self.vq.codebook, -bound, bound)
-        # Whether the codebook still waits for its k-means start; known here, as to ask a device has it waited for.
+        # Whether k-means has yet to initialise the codebook; a Python bool, as reading a buffer waits for the device.
         self.needs_start = ema
         self.register_load_state_dict_post_hook(_is_started)
 
     @property
     def codebook(self) -> Tensor:
-        """The codes, (codebook_size, codebook_dim)."""
+        """The codebook vectors, (codebook_size, codebook_dim)."""
         return self.vq.codebook
 
     @torch.no_grad()
     def start(self, latents: Sequence[Tensor]) -> None:
-        """Place the codes by k-means over latents of every scale, each (n, codebook_dim)."""
+        """Initialise the codebook by k-means over latents of every scale, each (n, codebook_dim)."""
         sample = torch.cat(list(latents))
         training = self.vq.training
         self.vq.train()
-        # Fewer latents than codes are no cause for alarm: codes start double and are revived elsewhere.
+        # The library warns of fewer latents than codes, but duplicate codes are revived elsewhere in training.
         loguru.logger.disable("vector_quantize_pytorch")
         self.vq(sample[None])
         loguru.logger.enable("vector_quantize_pytorch")
@@ -84,7 +84,7 @@ class SharedVectorQuantizer(nn.Module):
         """
         if self.config.codebook_update == "ema":
             pairs = [
-                some(gathered(torch.cat([x, ids[..., None]], -1)).flatten(0, 1), LATENTS_PER_UPDATE)
+                sample_rows(gather_rows(torch.cat([x, ids[..., None]], -1)).flatten(0, 1), LATENTS_PER_UPDATE)
                 for x, ids in zip(latents, tokens, strict=True)
             ]
             sample = torch.cat(pairs)
@@ -108,16 +108,16 @@ class SharedVectorQuantizer(nn.Module):
         offset = -codes.square().sum(1)
         flat = latents.reshape(-1, codes.shape[1])
         # On CPUs max is several times as fast as argmax.
-        parts = flat.split(at_once(LATENTS_PER_LOOKUP, flat.device))
-        chunks = [torch.addmm(offset, part, codes.T, alpha=2).max(1).indices for part in parts]
-        return torch.cat(chunks).reshape(latents.shape[:-1])
+        chunks = flat.split(chunk_size(LATENTS_PER_LOOKUP, flat.device))
+        nearest = [torch.addmm(offset, chunk, codes.T, alpha=2).max(1).indices for chunk in chunks]
+        return torch.cat(nearest).reshape(latents.shape[:-1])
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The codes of tokens, (...) to (..., codebook_dim)."""
+        """Look up the codebook vectors of tokens, (...) to (..., codebook_dim)."""
         return F.embedding(tokens, self.codebook)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise.
+        """Replace each latent by the nearest code, with a straight-through gradient.
 
         Parameters
         ----------
@@ -142,17 +142,17 @@ class SharedVectorQuantizer(nn.Module):
 
 
 def _is_started(quantizer: SharedVectorQuantizer, _: object) -> None:
-    """Hook after a state is loaded: a codebook that it says is initialised needs no k-means start."""
+    """Skip the k-means start after loading a state dict whose codebook is initialised."""
     quantizer.needs_start = not bool(quantizer.vq._codebook.initted)
 
 
-def some(rows: Tensor, n: int) -> Tensor:
-    """At most so many of the rows, at random."""
+def sample_rows(rows: Tensor, n: int) -> Tensor:
+    """Draw at most `n` rows at random, without replacement."""
     return rows if len(rows) <= n else rows[torch.randperm(len(rows), device=rows.device)[:n]]
 
 
 def usage(tokens: Tensor, codebook_size: int) -> Tensor:
-    """How often each code occurs.
+    """Count how often each code occurs.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def usage(tokens: Tensor, codebook_size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Exponential of the entropy of code frequencies, over the last dimension: 1 when one code does it all.
+    """Perplexity of code frequencies, the exponential of their entropy: 1 where only one code is used.
 
     Parameters
     ----------

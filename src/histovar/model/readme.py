@@ -1,6 +1,6 @@
-"""The model card that people read, ``README.md`` with the metadata of the Hugging Face Hub.
+"""Write the README.md of a saved model: a model card with metadata for the Hugging Face Hub.
 
-histovar rewrites the part between two marks; all else belongs to the people who edit the file, and is kept.
+histovar rewrites the section between two marks; all other text belongs to the people who edit the file, and is kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ END = "<!-- histovar: the end of what is written anew -->"
 OURS = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
 TAGS = ("histology", "spatial-transcriptomics", "gene-expression")
-# What was said of tissue, species and licence when the part was written.
-SAID = re.compile(r"^\| (Tissue|Species|Licence) \| (.*) \|$", re.MULTILINE)
-# By these the hub knows licences (https://huggingface.co/docs/hub/repositories-licenses); others it takes by name.
+# Tissue, species and licence as an earlier README.md states them.
+DESCRIBED = re.compile(r"^\| (Tissue|Species|Licence) \| (.*) \|$", re.MULTILINE)
+# The hub's identifiers of licences (https://huggingface.co/docs/hub/repositories-licenses); others are given by name.
 LICENCES = frozenset(
     """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
@@ -37,7 +37,7 @@ LICENCES = frozenset(
     osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
     """.split()
 )
-# Genes that are named one by one.
+# Most genes to list by name.
 GENES_NAMED = 2000
 
 
@@ -47,65 +47,76 @@ def readme(
     history: Mapping[str, pd.DataFrame],
     earlier: str | None = None,
 ) -> str | None:
-    """Describe a model in Markdown.
+    """Write a model card in Markdown.
 
     Parameters
     ----------
     registry, config, history
-        Of the model.
+        Registry, configuration and training history of the model.
     earlier
-        The README.md that there is, of which all but histovar's part is kept, and of its metadata what the model says
-        nothing of.
+        The existing README.md. Text outside histovar's section is kept, and metadata that the model does not set.
 
     Returns
     -------
     str or None
-        What it predicts, from what, what it was trained and calibrated on, what was watched in training, how to use
-        it, its limits. What is not known is left out. None if `earlier` has no part of histovar's.
+        What the model predicts and from what, what it was trained and calibrated on, its score in training, how to use
+        it, and its limits; unknown facts are left out. None if `earlier` has no section by histovar.
     """
-    part = f"{BEGIN}\n{_part(registry, config, history)}\n{END}"
+    section = f"{BEGIN}\n{_section(registry, config, history)}\n{END}"
     if earlier is None:
-        return f"---\n{_metadata(registry, {}, {})}---\n\n# Gene expression from H&E histology\n\n{part}\n"
+        return f"---\n{_metadata(registry, {}, {})}---\n\n# Gene expression from H&E histology\n\n{section}\n"
     ours = OURS.search(earlier)
     if ours is None:
         return None
-    said = dict(SAID.findall(ours[0]))
-    text = OURS.sub(lambda _: part, earlier, count=1)
+    before = dict(DESCRIBED.findall(ours[0]))
+    text = OURS.sub(lambda _: section, earlier, count=1)
     front = FRONT_MATTER.match(text)
     if front is None:
-        return f"---\n{_metadata(registry, {}, said)}---\n\n{text}"
+        return f"---\n{_metadata(registry, {}, before)}---\n\n{text}"
     try:
-        there = yaml.safe_load(front[1]) or {}
+        metadata = yaml.safe_load(front[1]) or {}
     except yaml.YAMLError:
-        there = None
-    if not isinstance(there, dict):
-        logger.warning("%s: its metadata, between the lines ---, are not YAML and stay as they are", FILE)
+        metadata = None
+    if not isinstance(metadata, dict):
+        logger.warning("%s: the metadata between the lines --- are not valid YAML, and stay as they are", FILE)
         return text
-    return f"---\n{_metadata(registry, there, said)}---\n{text[front.end() :]}"
+    return f"---\n{_metadata(registry, metadata, before)}---\n{text[front.end() :]}"
 
 
-def _metadata(registry: Mapping[str, Any], there: Mapping[str, Any], said: Mapping[str, str]) -> str:
-    """Metadata of the hub: what is there, but for what was `said` of the model before, and what it says now."""
-    described, tags = registry.get("description") or {}, there.get("tags")
-    own = [_tag(described[name]) for name in ("tissue", "species") if described.get(name)]
-    before = {_tag(said[name]) for name in ("Tissue", "Species") if name in said}
-    kept = [tag for tag in tags if isinstance(tag, str) and tag not in before] if isinstance(tags, list) else []
-    fields = {"library_name": "histovar", **there, "tags": list(dict.fromkeys([*kept, *TAGS, *own]))}
-    licence = described.get("licence")
-    if licence or "Licence" in said:
+def _metadata(registry: Mapping[str, Any], earlier: Mapping[str, Any], before: Mapping[str, str]) -> str:
+    """Metadata for the hub as YAML, updated from those of an earlier README.md.
+
+    Parameters
+    ----------
+    registry
+        Registry of the model.
+    earlier
+        Metadata of the earlier README.md; what the model does not set is kept.
+    before
+        Tissue, species and licence that the earlier README.md states, whose tags and licence are replaced.
+    """
+    description, tags = registry.get("description") or {}, earlier.get("tags")
+    own = [_tag(description[name]) for name in ("tissue", "species") if description.get(name)]
+    outdated = {_tag(before[name]) for name in ("Tissue", "Species") if name in before}
+    kept = [tag for tag in tags if isinstance(tag, str) and tag not in outdated] if isinstance(tags, list) else []
+    fields = {"library_name": "histovar", **earlier, "tags": list(dict.fromkeys([*kept, *TAGS, *own]))}
+    licence = description.get("licence")
+    if licence or "Licence" in before:
         for field in ("license", "license_name"):
             fields.pop(field, None)
     if licence:
-        known = licence.lower() in LICENCES
-        fields |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
+        is_known = licence.lower() in LICENCES
+        fields |= {"license": licence.lower()} if is_known else {"license": "other", "license_name": licence}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
 def _tag(text: str) -> str:
+    """Turn text into a tag of the hub: lower case, words joined by hyphens."""
     return "-".join(text.replace("\\|", "|").lower().split())
 
 
-def _part(registry: Mapping[str, Any], config: ModelConfig, history: Mapping[str, pd.DataFrame]) -> str:
+def _section(registry: Mapping[str, Any], config: ModelConfig, history: Mapping[str, pd.DataFrame]) -> str:
+    """Section of the README.md that histovar writes."""
     genes = list(map(str, registry.get("genes", [])))
     facts = summarize(registry, config) | _scores(history)
     named = ", ".join(map(_code, genes[:GENES_NAMED])) + (
@@ -141,7 +152,7 @@ hv.tl.predict(adata, model)  # adata: the embeddings named above in obsm, coordi
 
 
 def _scores(history: Mapping[str, pd.DataFrame]) -> dict[str, str]:
-    """The best correlation that was watched in training."""
+    """Best correlation on the held-out spots that were watched in training."""
     table = history.get("stage2")
     if table is None or "val_pcc" not in table or table["val_pcc"].isna().all():
         return {}
@@ -149,8 +160,10 @@ def _scores(history: Mapping[str, pd.DataFrame]) -> dict[str, str]:
 
 
 def _cell(text: str) -> str:
+    """Escape text for a cell of a Markdown table."""
     return text.replace("\n", " ").replace("|", "\\|")
 
 
 def _code(name: str) -> str:
+    """Format a name as inline code."""
     return f"`{name.replace('`', '')}`"

@@ -1,4 +1,4 @@
-"""Nested groups of genes, and how a group's genes are summarised and given back."""
+"""Nested groups of co-expressed genes, and the linear maps between genes and group values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 
-# Principal components of the spots in which genes are clustered; 16 to 32 carry what histology can tell.
+# Principal components of expression in which genes are clustered; 16 to 32 capture what histology can predict.
 N_PROFILE_COMPONENTS = 24
-# Genes whose windows are made at once.
+# Genes whose pooling windows are computed at once.
 GENES_AT_ONCE = 64
 
 
@@ -26,11 +26,11 @@ def group_genes(
     groups: NDArray[np.integer] | None = None,
     random_state: int = 0,
 ) -> NDArray[np.int64]:
-    """Nested groups of co-expressed genes.
+    """Cluster genes into nested groups by co-expression.
 
     Each scale splits the groups of the coarser one by k-means on the genes' co-expression profiles (their
-    loadings on the principal components of standardised expression), every group getting new groups in
-    proportion to its size.
+    loadings on the principal components of standardised expression), into numbers of subgroups in
+    proportion to their sizes.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ def group_genes(
     scales
         Number of groups at each scale, increasing; the last is ``n_genes``.
     groups
-        (n_genes,) groups numbered from 0 that the user gives, such as gene sets. They must be as many as one
-        of the scales, and that scale is made of them.
+        (n_genes,) group of each gene, numbered from 0, to use for one of the scales, such as gene sets. Their
+        number must be that of one of `scales`.
     random_state
         Seed of k-means and of the principal components.
 
@@ -56,7 +56,7 @@ def group_genes(
     pca = PCA(n_components, svd_solver="randomized", random_state=random_state).fit(standardised)
     profiles = pca.components_.T * pca.singular_values_
 
-    def clusters(members: NDArray[np.integer], n: int) -> NDArray[np.integer]:
+    def split_group(members: NDArray[np.integer], n: int) -> NDArray[np.integer]:
         if n == len(members):
             return np.arange(n)
         labels = KMeans(n, n_init=4, random_state=random_state).fit_predict(profiles[members])
@@ -78,7 +78,7 @@ def group_genes(
             start = 0
             for group, share in enumerate(_shares(sizes, n_groups)):
                 members = np.flatnonzero(parent == group)
-                level[members] = start + clusters(members, share)
+                level[members] = start + split_group(members, share)
                 start += share
         levels.append(level)
         parent = level
@@ -86,7 +86,7 @@ def group_genes(
 
 
 def _merge(profiles: NDArray, groups: NDArray[np.integer], n: int, random_state: int) -> NDArray[np.int64]:
-    """Groups that are unions of the given ones."""
+    """Merge the given groups into `n` larger ones."""
     centres = np.stack([profiles[groups == g].mean(0) for g in range(groups.max() + 1)])
     labels = (
         np.zeros(len(centres), int) if n == 1 else KMeans(n, n_init=4, random_state=random_state).fit_predict(centres)
@@ -95,36 +95,38 @@ def _merge(profiles: NDArray, groups: NDArray[np.integer], n: int, random_state:
 
 
 def _shares(sizes: NDArray[np.integer], total: int) -> NDArray[np.int64]:
-    """Split `total` in proportion to `sizes`, at least 1 and at most the size each."""
+    """Split `total` in proportion to `sizes`; each share is at least 1 and at most the size."""
     shares = np.ones(len(sizes), dtype=np.int64)
     for _ in range(total - len(sizes)):
-        room = np.where(shares < sizes, sizes / shares, 0)
-        shares[room.argmax()] += 1
+        priority = np.where(shares < sizes, sizes / shares, 0)
+        shares[priority.argmax()] += 1
     return shares
 
 
 def check_groups(groups: NDArray[np.integer], scales: Sequence[int]) -> None:
-    """Refuse groups that are not nested, or not those of `scales`.
+    """Refuse groups that are not nested, or whose numbers are not those of `scales`.
 
     Raises
     ------
     ValueError
-        Naming the scale at fault.
+        Naming the scale that is wrong.
     """
     if groups.shape[0] != len(scales):
-        raise ValueError(f"groups: {groups.shape[0]} scales given, the configuration has {len(scales)}")
+        raise ValueError(f"groups: expected {len(scales)} scales, as in the configuration, got {groups.shape[0]}")
     for k, (level, n) in enumerate(zip(groups, scales, strict=True)):
         if not np.array_equal(np.unique(level), np.arange(n)):
             raise ValueError(f"groups: scale {k} must use each of the groups 0 to {n - 1} at least once")
         if k and len(np.unique(np.stack([groups[k - 1], level]), axis=1).T) != n:
-            raise ValueError(f"groups: scale {k} is not nested in scale {k - 1}: a group has two parents")
+            raise ValueError(
+                f"groups: scale {k} is not nested in scale {k - 1}: one of its groups is split over two groups there"
+            )
 
 
 class GeneScales(nn.Module):
-    """The linear part of tokenisation: pools standardised genes to group values, and gives them back.
+    """Linear maps of tokenisation: pool standardised genes to group values, and spread these to genes again.
 
     A group is summarised by the leading principal components of its genes over the training spots (by their
-    mean in the reference), so pooling and giving back are one pair of matrices a scale. The finest scale is
+    mean in the reference), so pooling and spreading are a pair of matrices for each scale. The finest scale is
     the genes themselves.
 
     Parameters
@@ -151,7 +153,7 @@ class GeneScales(nn.Module):
     std: Tensor
 
     def _set_windows(self) -> None:
-        """Windows of the gene order: adaptive average pooling, and linear interpolation back to the genes."""
+        """Set groups that are windows of the gene order: adaptive average pooling, and interpolation to the genes."""
         n_genes = self.config.n_genes
         for k, n in enumerate(self.config.scales):
             self.groups[k] = torch.arange(n_genes) * n // n_genes
@@ -159,16 +161,16 @@ class GeneScales(nn.Module):
                 pool = getattr(self, f"pool_{k}")
                 for start in range(0, n_genes, GENES_AT_ONCE):
                     genes = pool[start : start + GENES_AT_ONCE]
-                    each = torch.eye(len(genes), n_genes).roll(start, 1)
-                    genes.copy_(nn.functional.adaptive_avg_pool1d(each[:, None], n)[:, 0])
+                    one_hot = torch.eye(len(genes), n_genes).roll(start, 1)
+                    genes.copy_(nn.functional.adaptive_avg_pool1d(one_hot[:, None], n)[:, 0])
                 even = n_genes % n == 0
-                how = {"mode": "nearest"} if even else {"mode": "linear", "align_corners": False}
-                spread = nn.functional.interpolate(torch.eye(n)[:, None], n_genes, **how)[:, 0]
+                mode = {"mode": "nearest"} if even else {"mode": "linear", "align_corners": False}
+                spread = nn.functional.interpolate(torch.eye(n)[:, None], n_genes, **mode)[:, 0]
                 getattr(self, f"spread_{k}").copy_(spread)
 
     @torch.no_grad()
     def fit(self, expression: Tensor, groups: NDArray[np.integer], random_state: int = 0) -> None:
-        """Take the genes' means and standard deviations, the groups and their components from training spots.
+        """Learn the genes' means and standard deviations, and the groups' principal components, from training spots.
 
         Parameters
         ----------
@@ -186,29 +188,29 @@ class GeneScales(nn.Module):
         self.mean.copy_(expression.mean(0))
         std = expression.std(0, correction=0)
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
-        rest = self.standardize(expression).cpu().numpy()
+        residual = self.standardize(expression).cpu().numpy()
         for k, c in enumerate(self.config.components[:-1]):
             pool = np.zeros(getattr(self, f"pool_{k}").shape, dtype=np.float32)
             for group in range(self.config.scales[k]):
                 genes = np.flatnonzero(groups[k] == group)
-                n = min(c, len(genes), len(rest))
+                n = min(c, len(genes), len(residual))
                 solver = "full" if len(genes) <= 500 else "randomized"
-                axes = PCA(n, svd_solver=solver, random_state=random_state).fit(rest[:, genes]).components_
+                axes = PCA(n, svd_solver=solver, random_state=random_state).fit(residual[:, genes]).components_
                 pool[np.ix_(genes, group * c + np.arange(n))] = axes.T
             getattr(self, f"pool_{k}").copy_(torch.from_numpy(pool))
             getattr(self, f"spread_{k}").copy_(torch.from_numpy(pool.T))
-            rest = rest - rest @ pool @ pool.T
+            residual = residual - residual @ pool @ pool.T
 
     def standardize(self, expression: Tensor) -> Tensor:
-        """Layer units to zero mean and unit variance over the training spots, gene by gene."""
+        """Standardise expression in layer units, gene by gene, by mean and standard deviation of the training spots."""
         return (expression - self.mean) / self.std
 
     def restore(self, standardized: Tensor) -> Tensor:
-        """Standardised genes back to layer units."""
+        """Turn standardised genes into layer units again."""
         return standardized * self.std + self.mean
 
     def pool(self, genes: Tensor, scale: int) -> Tensor:
-        """Values of the groups of one scale.
+        """Pool genes to the group values of one scale.
 
         Parameters
         ----------
@@ -228,43 +230,43 @@ class GeneScales(nn.Module):
         return pooled.unflatten(-1, (self.config.scales[scale], self.config.components[scale]))
 
     def spread(self, values: Tensor, scale: int) -> Tensor:
-        """Group values of one scale given back to the genes: (..., n_groups, components) to (..., n_genes)."""
+        """Spread group values of one scale to the genes: (..., n_groups, components) to (..., n_genes)."""
         if scale == len(self.config.scales) - 1:
             return values[..., 0]
         return values.flatten(-2) @ getattr(self, f"spread_{scale}")
 
     def spread_variance(self, variances: Tensor, scale: int) -> Tensor:
-        """Variances of independent group values, given back to the genes; shapes as :meth:`spread`."""
+        """Spread variances of independent group values to the genes; shapes as :meth:`spread`."""
         if scale == len(self.config.scales) - 1:
             return variances[..., 0]
         return variances.flatten(-2) @ getattr(self, f"spread_{scale}").square()
 
     def split(self, genes: Tensor) -> list[Tensor]:
-        """Standardised genes as the sum of their scales' parts, without quantisation.
+        """Split standardised genes into group values of every scale, without quantisation.
 
         Returns
         -------
         list of Tensor
-            For each scale (..., n_groups, components); with residual scales, spreading and adding all of
-            them gives `genes` back.
+            For each scale (..., n_groups, components); with residual scales, their spread values add up to
+            `genes`.
         """
-        parts, rest = [], genes
+        values, residual = [], genes
         for k in range(len(self.config.scales)):
-            parts.append(self.pool(rest, k))
+            values.append(self.pool(residual, k))
             if self.config.residual:
-                rest = rest - self.spread(parts[-1], k)
-        return parts
+                residual = residual - self.spread(values[-1], k)
+        return values
 
     def parents(self) -> Tensor:
-        """Index, in the coarser scale, of the group that holds each token's group; -1 at the coarsest scale.
+        """Parent of each token: index of its group's group in the next coarser scale, -1 at the coarsest.
 
         Returns
         -------
         Tensor
             (n_tokens,), int64.
         """
-        rows = [torch.full((self.config.scales[0],), -1, device=self.groups.device)]
+        parents = [torch.full((self.config.scales[0],), -1, device=self.groups.device)]
         for coarse, fine, n in zip(self.groups[:-1], self.groups[1:], self.config.scales[1:], strict=True):
             parent = torch.zeros(n, dtype=torch.long, device=fine.device)
-            rows.append(parent.scatter_(0, fine, coarse))
-        return torch.cat(rows)
+            parents.append(parent.scatter_(0, fine, coarse))
+        return torch.cat(parents)

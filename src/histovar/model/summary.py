@@ -1,4 +1,4 @@
-"""What a model was trained on, in words for whoever uses it."""
+"""Summarise in words what a model was trained on and what it predicts."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 
 from .config import ModelConfig
 
-# Genes that are named, where all are not listed.
+# Number of genes to name in a summary.
 GENES_NAMED = 6
 
 
 def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
-    """Facts of a trained model, by their names.
+    """Summarise a trained model as a table of facts: genes, embeddings, training data, calibration.
 
     Parameters
     ----------
     registry, config
-        Of the model.
+        Registry and configuration of the model.
 
     Returns
     -------
     dict
-        Only what is known.
+        Names and values of the known facts, as text.
     """
-    genes, described = list(map(str, registry.get("genes", []))), registry.get("description") or {}
+    genes, description = list(map(str, registry.get("genes", []))), registry.get("description") or {}
     embeddings = zip(registry.get("use_rep", []), registry.get("embedding_dims", []), strict=True)
     calibration, adapted = registry.get("calibration") or {}, registry.get("adapted") or {}
     facts = {
-        "Tissue": described.get("tissue"),
-        "Species": described.get("species"),
-        "Licence": described.get("licence"),
+        "Tissue": description.get("tissue"),
+        "Species": description.get("species"),
+        "Licence": description.get("licence"),
         "Genes": f"{len(genes):,}: {_names(genes[:GENES_NAMED])}{', ...' * (len(genes) > GENES_NAMED)}"
         if genes
         else "",
@@ -54,20 +54,21 @@ def summarize(registry: Mapping[str, Any], config: ModelConfig) -> dict[str, str
 
 
 def embedded_by(registry: Mapping[str, Any]) -> str:
-    """Encoder, layers and field of each embedding, as far as they are recorded."""
-    made = [record for record in registry.get("embeddings", []) if record]
+    """Describe encoder, layers and field of each embedding, as far as they are recorded."""
+    records = [record for record in registry.get("embeddings", []) if record]
     return "; ".join(
         f"{r['encoder']}, {r['pooling']}{' of blocks ' + r['layers'] if r['layers'] else ''}, {r['field_um']:g} um"
-        for r in made
+        for r in records
     )
 
 
 def _names(names: Iterable[object]) -> str:
+    """Join names by commas."""
     return ", ".join(map(str, names))
 
 
 def _spots(registry: Mapping[str, Any], stage: str) -> str:
-    """Spots and sections of a stage."""
+    """Describe the spots and sections that a stage was trained on."""
     if f"n_spots_{stage}" not in registry:
         return ""
     sections = list(registry.get(f"sections_{stage}", []))

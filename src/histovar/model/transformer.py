@@ -18,10 +18,10 @@ from .feedforward import FeedForward
 # Tokens of a wide scale that are generated at once.
 TOKENS_AT_ONCE = 512
 
-# Up to how many keys attention on CPUs is computed by plain products.
+# Most keys with which attention on CPUs is computed by plain matrix products.
 FEW_KEYS = 64
 
-# What FewKeysAttention makes of the condition.
+# Weights, offsets and results of FewKeysAttention.fold.
 Folded = tuple[Tensor, Tensor, Tensor]
 
 
@@ -33,7 +33,7 @@ class KeyValueCache:
     shape
         (n_spots, n_heads, n_tokens, head_width).
     like
-        Tensor that gives device and data type.
+        Tensor with the device and data type to use.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
@@ -41,7 +41,7 @@ class KeyValueCache:
         self.values = like.new_empty(shape)
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
-        """Keep (n_spots, n_heads, n, head_width) of the tokens from `start`."""
+        """Store keys and values, (n_spots, n_heads, n, head_width), of the tokens from `start` on."""
         stop = start + keys.shape[2]
         self.keys[:, :, start:stop] = keys
         self.values[:, :, start:stop] = values
@@ -52,16 +52,16 @@ class KeyValueCache:
 
 
 class Block(NamedTuple):
-    """Tokens that are generated at once.
+    """A block of tokens that are generated together.
 
     Parameters
     ----------
     scale
-        Their scale.
+        Index of their scale.
     start, stop
         Range of the tokens.
     n_seen
-        They attend to the first `n_seen` tokens.
+        Number of leading tokens to which they attend.
     """
 
     scale: int
@@ -73,7 +73,7 @@ class Block(NamedTuple):
 class Attention(nn.Module):
     """Multi-head attention.
 
-    By ``scaled_dot_product_attention``, which on CPUs takes longer for few keys than the plain products do.
+    It uses ``scaled_dot_product_attention``, but for few keys on CPUs, where plain matrix products are faster.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of (n_spots, n, width): two of (n_spots, n_heads, n, head_width)."""
+        """Project (n_spots, n, width) to keys and values, each (n_spots, n_heads, n, head_width)."""
         keys, values = self.key_value(x).chunk(2, -1)
         return self._heads(keys), self._heads(values)
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         dropped = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and keys.shape[2] <= FEW_KEYS:
             scores = _scores(queries.flatten(0, 1), keys.flatten(0, 1), mask)
-            # In fp32, as softmax of lower precision is slower on CPUs.
+            # In fp32, as softmax in half precision is slower on CPUs.
             shares = dropout(scores.softmax(2, dtype=torch.float32).to(values.dtype), dropped, self.training)
             out = torch.bmm(shares, values.flatten(0, 1)).view(queries.shape)
         else:
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
 
 def _scores(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled scores of each query (n, n_queries, head_width) for each key (n, n_keys, head_width), masked."""
+    """Masked and scaled attention scores of queries (n, n_queries, head_width) for keys (n, n_keys, head_width)."""
     scale = keys.shape[-1] ** -0.5
     if mask is None:
         return torch.bmm(queries, (keys * scale).transpose(1, 2))
@@ -123,12 +123,12 @@ def _scores(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
 class FewKeysAttention(Attention):
     """Attention to a handful of keys, the condition, with the weights of :class:`Attention`.
 
-    Queries and outputs of many tokens are never formed: for every spot, keys are taken through the query's weights and
-    values through the output's, so that a token's scores and result are one product each.
+    For every spot, the query projection is folded into the keys and the output projection into the values. So a token's
+    scores and its result take one product each, and the queries of many tokens are never computed.
     """
 
     def fold(self, memory: Tensor) -> Folded:
-        """What tokens are multiplied with: weights and offsets of the scores, and the results.
+        """Fold the query projection into the keys and the output projection into the values.
 
         Parameters
         ----------
@@ -138,7 +138,8 @@ class FewKeysAttention(Attention):
         Returns
         -------
         tuple of Tensor
-            (n_spots, n_memory x n_heads, width), (n_spots, n_memory x n_heads, 1) and as the first.
+            Weights of the scores, (n_spots, n_memory x n_heads, width), offsets of the scores,
+            (n_spots, n_memory x n_heads, 1), and results, shaped as the weights.
         """
         keys, values = self.project(memory)
         keys = keys * keys.shape[-1] ** -0.5
@@ -147,7 +148,7 @@ class FewKeysAttention(Attention):
             return weight.unflatten(0, (self.n_heads, -1))
 
         def memory_first(folded: Tensor) -> Tensor:
-            # The softmax over the condition then runs along whole rows of tokens, which vectorises.
+            # So that the softmax over the memory runs along whole rows of tokens, which vectorises.
             return folded.transpose(1, 2).flatten(1, 2)
 
         weights = keys @ by_head(self.query.weight)
@@ -156,7 +157,7 @@ class FewKeysAttention(Attention):
         return memory_first(weights), memory_first(offsets), memory_first(results)
 
     def attend(self, x: Tensor, folded: Folded) -> Tensor:
-        """Attend from (n_spots, n, width) to what :meth:`fold` made of the condition."""
+        """Attend from (n_spots, n, width) to the folded condition, see :meth:`fold`."""
         weights, offsets, results = folded
         scores = torch.baddbmm(offsets, weights, x.transpose(1, 2)).unflatten(1, (-1, self.n_heads))
         shares = dropout(scores.softmax(1), self.dropout, self.training)
@@ -164,7 +165,7 @@ class FewKeysAttention(Attention):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention to the condition, feed-forward.
+    """Transformer layer: self-attention, cross-attention to the condition, feed-forward.
 
     Parameters
     ----------
@@ -175,7 +176,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_norm = config.style == "modern"
-        # Dropout inside the sublayers costs more than they do; behind each of them it is enough.
+        # Dropout inside the sublayers takes longer than the sublayers; after each of them is enough.
         inside = 0.0 if self.pre_norm else config.dropout
         self.self_attention = Attention(config.width, config.n_heads, inside)
         self.cross_attention = FewKeysAttention(config.width, config.n_heads, inside)
@@ -185,7 +186,7 @@ class DecoderLayer(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Folded, attend: Callable[[Attention, Tensor], Tensor]) -> Tensor:
-        """One layer.
+        """Update the hidden states of tokens.
 
         Parameters
         ----------
@@ -194,7 +195,7 @@ class DecoderLayer(nn.Module):
         memory
             The condition, from ``cross_attention.fold``.
         attend
-            How the positions attend to tokens, given the layer's self-attention.
+            Function that attends from hidden states to tokens, given the layer's self-attention.
         """
         steps: tuple[Callable[[Tensor], Tensor], ...] = (
             lambda x: attend(self.self_attention, x),
@@ -207,17 +208,18 @@ class DecoderLayer(nn.Module):
 
 
 class GeneVARTransformer(nn.Module):
-    """Hidden states of gene tokens, each from the tokens before it and the condition.
+    """Compute hidden states of gene tokens, each from the tokens before it and the condition.
 
     Tokens are generated in blocks: one token a block with ``order="token"``, one scale a block with
-    ``order="scale"``. A position's input is the embedding of a token of an earlier block (the token before;
-    the token of the parent group) and its own position; the first block's input is the condition. A position
-    attends to its own and to earlier blocks, so it never sees a token of its own block or of a later one.
+    ``order="scale"``. The input at a position is the embedding of a token of an earlier block (with
+    ``order="token"`` the previous token, with ``order="scale"`` the token of the parent group) plus the position's
+    own embedding; the first block's input is the condition. A position attends to its own and to earlier blocks;
+    as their inputs come from earlier tokens, it never sees a token of its own block or of a later one.
     The two orders have the same weights.
 
-    A wide scale, of more than ``config.attention_limit`` groups, attends to earlier blocks alone. Given the coarser
-    scales its tokens are independent of each other, so that they are generated some at a time, trained on some at a
-    time, and cost and memory grow linearly with genes.
+    A wide scale, of more than ``config.attention_limit`` groups, attends to earlier blocks only. Given the coarser
+    scales its tokens are independent of each other, so they can be generated, and trained on, in chunks: time and
+    memory grow linearly with the number of genes.
 
     Parameters
     ----------
@@ -237,7 +239,7 @@ class GeneVARTransformer(nn.Module):
             table = sine_cosine(torch.arange(config.n_tokens).float(), config.width)
             self.register_buffer("positions", table, persistent=False)
         self.register_buffer("parents", torch.full((config.n_tokens,), -1, dtype=torch.long))
-        # Of every token: how many it attends to, and where the scale of its parent starts.
+        # For every token, the number of tokens it attends to, and where its parent's scale starts.
         seen = torch.tensor([block.n_seen for block in self.blocks for _ in range(block.start, block.stop)])
         starts = torch.tensor([0, 0, *config.scales]).cumsum(0)[:-2]
         offsets = starts.repeat_interleave(torch.tensor(config.scales), output_size=config.n_tokens)
@@ -252,47 +254,48 @@ class GeneVARTransformer(nn.Module):
     def blocks(self) -> list[Block]:
         """Blocks of tokens in the order in which they are generated; wide scales are cut into several."""
         starts = [sum(self.config.scales[:k]) for k in range(len(self.config.scales) + 1)]
-        found = []
+        blocks = []
         for k, (start, stop) in enumerate(pairwise(starts)):
             if self.config.order == "token":
-                found += [Block(k, t, t + 1, t + 1) for t in range(start, stop)]
+                blocks += [Block(k, t, t + 1, t + 1) for t in range(start, stop)]
             elif self.config.is_wide(k):
                 cuts = [*range(start, stop, TOKENS_AT_ONCE), stop]
-                found += [Block(k, low, high, start) for low, high in pairwise(cuts)]
+                blocks += [Block(k, low, high, start) for low, high in pairwise(cuts)]
             else:
-                found.append(Block(k, start, stop, stop))
-        return found
+                blocks.append(Block(k, start, stop, stop))
+        return blocks
 
     @property
     def n_keys(self) -> int:
-        """How many tokens, from the first, others attend to."""
+        """Number of leading tokens to which others attend."""
         return max(block.n_seen for block in self.blocks)
 
     def sources(self) -> Tensor:
-        """Index of the token whose embedding each position takes in; -1 for the condition: (n_tokens,)."""
+        """Index of the token whose embedding is each position's input, -1 for the condition: (n_tokens,)."""
         if self.config.order == "token":
             return torch.arange(-1, self.config.n_tokens - 1, device=self.parents.device)
         return torch.where(self.parents < 0, -1, self.parents + self.offsets)
 
     def mask(self) -> Tensor:
-        """(n_tokens, n_keys), True where a position (row) may attend to another (column)."""
+        """Attention mask, (n_tokens, n_keys): True where a position (row) may attend to another (column)."""
         return torch.arange(self.n_keys, device=self.n_seen.device) < self.n_seen[:, None]
 
     def project_memory(self, memory: Tensor) -> list[Folded]:
-        """What every layer attends to in the condition, computed once a spot."""
+        """Fold the condition for the cross-attention of every layer, once for all tokens of a spot."""
         return [layer.cross_attention.fold(memory) for layer in self.layers]  # type: ignore[union-attr,operator]
 
     def forward(self, embeddings: Tensor, memory: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Hidden states of given tokens at once, as in training.
+        """Hidden states of many tokens at once given the true ones (teacher forcing), as in training.
 
         Parameters
         ----------
         embeddings
-            (n_spots, at least :attr:`ModelConfig.n_feeding`, width): embeddings of the true tokens.
+            (n_spots, :attr:`ModelConfig.n_feeding` or more, width): embeddings of the true tokens.
         memory
             (n_spots, n_memory, width): the condition.
         positions
-            Which tokens, increasing: the first :attr:`n_keys` and any others, or fewer and no others; all by default.
+            Indices of the tokens, increasing; all by default. Either all of the first :attr:`n_keys` tokens and any
+            later ones, or only a leading part of the first :attr:`n_keys`.
 
         Returns
         -------
@@ -313,7 +316,7 @@ class GeneVARTransformer(nn.Module):
         return out
 
     def caches(self, memory: Tensor) -> list[KeyValueCache]:
-        """Empty caches, one a layer, for generating as many spots as `memory` has."""
+        """Empty key-value caches, one for each layer, for as many spots as `memory` has."""
         heads = self.config.n_heads
         shape = (len(memory), heads, self.n_keys, self.config.width // heads)
         return [KeyValueCache(shape, memory) for _ in self.layers]

@@ -1,4 +1,4 @@
-"""The model that users train, save, load and share."""
+"""The two-stage model as users train, save, load and share it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TwoStageVARST(TwoStageNetwork):
     """Two-stage generative model of spatial gene expression given histology.
 
     Stage 1 (:class:`MultiScaleGeneVQVAE`) turns expression into tokens at nested scales; stage 2
-    (:class:`VARStage`) generates the tokens from histology embeddings. Most users get one from
-    :func:`histovar.tl.train` and never call its methods, :meth:`save` and :meth:`load` apart.
+    (:class:`VARStage`) generates the tokens from histology embeddings. Most users get a model from
+    :func:`histovar.tl.train`, and call none of its methods but :meth:`save` and :meth:`load`.
 
     Parameters
     ----------
@@ -32,65 +32,65 @@ class TwoStageVARST(TwoStageNetwork):
         What the model was trained on: genes, layer and units, embedding keys and widths, covariates and so
         on. Plain types only.
     history : dict of :class:`pandas.DataFrame`
-        ``"stage1"`` and ``"stage2"``: what training watched, one row an epoch.
+        ``"stage1"`` and ``"stage2"``: metrics of training, one row for each epoch.
     """
 
     @check_arguments
     def describe(self, *, tissue: str | None = None, species: str | None = None, licence: str | None = None) -> None:
-        """Say of the model what its data do not, for its README.md and the Hugging Face Hub.
+        """Describe the model's tissue, species and licence, for its README.md and the Hugging Face Hub.
 
         Kept in :attr:`registry` as ``"description"``, saved and loaded with the model, and shown by ``histovar info``.
 
         Parameters
         ----------
         tissue, species
-            What it was trained on, such as ``"breast cancer"`` and ``"human"``; also tags on the hub. None leaves what
-            was said before, ``""`` takes it back; so with `licence`.
+            What it was trained on, such as ``"breast cancer"`` and ``"human"``; also tags on the hub. None keeps the
+            earlier description, ``""`` removes it; the same holds for `licence`.
         licence
-            Licence of the model, by the `hub's identifier
-            <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or by its name.
+            Licence of the model: the `hub's identifier
+            <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or any name.
         """
         given = {"tissue": tissue, "species": species, "licence": licence}
-        said = {name: text.strip() for name, text in given.items() if text is not None}
-        described = {**(self.registry.get("description") or {}), **said}
-        self.registry["description"] = {name: text for name, text in described.items() if text}
+        changes = {name: text.strip() for name, text in given.items() if text is not None}
+        description = {**(self.registry.get("description") or {}), **changes}
+        self.registry["description"] = {name: text for name, text in description.items() if text}
 
     @check_arguments
     def save(self, path: PathLike) -> None:
-        """Write the model to a directory: weights as safetensors, all else as JSON, and a README.md that describes it.
+        """Save the model to a directory: weights as safetensors, the rest as JSON, and a README.md that describes it.
 
-        In a distributed run, the first process does. A model that is there is replaced in one step: killed at any
-        moment, a save leaves the old one or the new one. Other files in the directory stay. Of a README.md, the part
-        between histovar's marks is written anew, and what you write around it stays, metadata for the hub included, but
-        not comments in that; one without the marks stays as it is, which is warned of.
+        In a distributed run, only the first process writes. A model in the directory is replaced atomically: an
+        interrupted save leaves either the old model or the new one. Other files in the directory stay. In an existing
+        README.md, only the section between histovar's marks is rewritten; text around it and metadata for the hub are
+        kept, comments in the metadata are not. A README.md without the marks is not changed, with a warning.
 
         Parameters
         ----------
         path
-            Directory, made if absent.
+            Directory, created if absent.
 
         Raises
         ------
         NotADirectoryError
-            If there is a file of that name.
+            If `path` is a file.
         ValueError
-            If a weight is not finite, if :attr:`registry` is not plain, or if there is a ``model.json`` of something
-            else.
+            If a weight is not finite, if :attr:`registry` holds other than plain types, or if the directory has a
+            ``model.json`` of another program.
         OSError
-            If the disk is full or writing is refused; the earlier model is as it was.
+            If the disk is full or the directory is not writable; an earlier model in it is unchanged.
         """
         save_model(self, Path(path))
 
     @classmethod
     @check_arguments
     def load(cls, path: PathLike) -> Self:
-        """Read a model that :meth:`save` or :meth:`push` wrote.
+        """Load a model that :meth:`save` or :meth:`push` wrote.
 
         Parameters
         ----------
         path
-            Its directory; or ``"hf://owner/name"``, with ``"@revision"`` if not the newest, of the Hugging Face Hub,
-            whose cache is enough without a network.
+            Directory of the model, or ``"hf://owner/name"`` for a model on the Hugging Face Hub, with ``"@revision"``
+            if not the newest. Without a network, the hub's cache is used.
 
         Returns
         -------
@@ -101,71 +101,71 @@ class TwoStageVARST(TwoStageNetwork):
         ------
         FileNotFoundError
             If there is no such directory, or a file is missing from it; if the hub has no such model, or cannot be
-            reached and its cache has none.
+            reached and the model is not in its cache.
         ImportError
-            If the hub is asked and huggingface-hub is not installed: ``pip install 'histovar[hub]'``.
+            If `path` is on the hub and huggingface-hub is not installed: ``pip install 'histovar[hub]'``.
         ValueError
-            If it is not a model, or was written in a newer format; if its card or its weights are truncated, damaged or
-            edited, do not belong together, or hold values that are not finite.
+            If the directory is not a model, or has a newer format; if card or weights are truncated, damaged or edited,
+            do not belong together, or hold values that are not finite.
         """
         return load_model(cls, Path(path))
 
     @check_arguments
     def push(self, repository: Key, *, private: bool = False) -> str:
-        """Save the model to the Hugging Face Hub, from where :meth:`load` reads ``"hf://owner/name"``.
+        """Upload the model to the Hugging Face Hub, from where :meth:`load` reads ``"hf://owner/name"``.
 
-        A README.md that is there is kept as :meth:`save` keeps it: edit it on the hub, or before with :meth:`describe`.
+        A README.md on the hub is updated as in :meth:`save`: edit it there, or use :meth:`describe` before.
 
         Parameters
         ----------
         repository
-            ``"owner/name"``, made if absent.
+            ``"owner/name"``, created if absent.
         private
-            Whether a repository that is made is private.
+            Whether a new repository is private.
 
         Returns
         -------
         str
-            Its new revision.
+            The new revision.
 
         Raises
         ------
         ImportError
             If huggingface-hub is not installed: ``pip install 'histovar[hub]'``.
         ValueError
-            If `repository` is not of that form, and where :meth:`save` raises it.
+            If `repository` has another form, and as in :meth:`save`.
         ConnectionError
-            If the hub cannot be reached or refuses, as without ``hf auth login``.
+            If the hub cannot be reached or denies access, for instance before ``hf auth login``.
         """
         return push_model(self.save, repository, private=private)
 
     @check_arguments
     def save_stage(self, path: PathLike, stage: Stage) -> None:
-        """Write one stage to a directory, in the format of :meth:`save`.
+        """Save one stage to a directory, in the format of :meth:`save`.
 
-        Where the directory holds the other stage, of a model with the same stage 1, that stage is kept, and the two
-        make a whole model. The same stage is replaced.
+        The same stage in the directory is replaced. The other stage is kept if its model has the same stage 1; the two
+        then make a complete model.
 
         Parameters
         ----------
         path
-            Directory, made if absent.
+            Directory, created if absent.
         stage
             1 or 2.
 
         Raises
         ------
         ValueError
-            If the directory holds the other stage of a model with another stage 1; if the model has no such stage; and
-            where :meth:`save` raises it.
+            If the directory has the other stage of a model with a different stage 1; if the model has no such stage;
+            and as in :meth:`save`.
         OSError
-            As :meth:`save`.
+            As in :meth:`save`.
         """
         save_model(self, Path(path), stages=(stage,))
 
     @check_arguments
     def load_stage(self, path: PathLike, stage: Stage) -> None:
-        """Take one stage from a directory into this model.
+        """Load one stage from a directory into this model.
 
         Parameters
         ----------
@@ -177,7 +177,7 @@ class TwoStageVARST(TwoStageNetwork):
         Raises
         ------
         ValueError
-            If the directory holds no such stage, or one of another shape or gene panel; or if stage 1 and stage 2 would
-            not be those that were trained together.
+            If the directory has no such stage, or one of another shape or gene panel, or if stage 1 and stage 2 were
+            not trained together.
         """
         load_stage(self, Path(path), stage)

@@ -1,4 +1,4 @@
-"""Stage 2: all that predicts tokens and expression from histology."""
+"""Stage 2: the modules that predict tokens and expression from histology."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .transformer import GeneVARTransformer
 
 
 class VARStage(nn.Module):
-    """Stage 2: condition, transformer, token head, prior, observation model, calibration and, maybe, adaptation.
+    """Stage 2: condition, transformer, token head, prior, observation model, calibration, optionally adaptation.
 
     Parameters
     ----------
@@ -36,22 +36,22 @@ class VARStage(nn.Module):
         self.adaptation: Adaptation | None = None
 
     def add_adaptation(self, n_spots: int) -> Adaptation:
-        """Room for what measured spots of a section change.
+        """Add an untrained :class:`Adaptation` to measured spots of a section.
 
         Parameters
         ----------
         n_spots
-            Number of measured spots that their neighbours are told of.
+            Number of measured spots in its Gaussian process.
         """
         self.adaptation = Adaptation(n_spots, len(self.observation.base)).to(self.observation.base.device)
         return self.adaptation
 
     @property
     def of_counts(self) -> bool:
-        """Whether it learnt from counts, so that depth and units can be chosen."""
+        """Whether the model learnt from counts, so that depth and units can be chosen."""
         return self.prior is not None and self.prior.of_rates
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether its uncertainty was compared with spots that the prediction had not seen."""
+        """Whether uncertainty was calibrated on spots that the prediction had not seen."""
         return bool(self.observation.calibrated) if self.of_counts else self.calibration.fitted

@@ -1,4 +1,4 @@
-"""Stage 1: expression to tokens at nested scales, and back."""
+"""Stage 1: a multi-scale VQ-VAE that turns expression into tokens and back."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .at_once import at_once
+from .chunk_size import chunk_size
 from .config import ModelConfig
 from .precision import full_precision
-from .quantizer import LATENTS_PER_START, SharedVectorQuantizer, some, usage
+from .quantizer import LATENTS_PER_START, SharedVectorQuantizer, sample_rows, usage
 from .scales import GeneScales
 
-# Tokens that are made at once on a CPU; an encoder's hidden layer takes a kilobyte for each.
+# Tokens that are encoded at once on a CPU; each takes a kilobyte in an encoder's hidden layer.
 TOKENS_AT_ONCE = 2**15
 
 
 class Stage1Losses(NamedTuple):
-    """Losses of one batch (scalars), its tokens and its standardised expression rebuilt from them.
+    """Losses of one batch (scalars), its tokens, and its standardised expression rebuilt from them.
 
-    Both of the genes that were asked for: (n_spots, number of coarser tokens + n) and (n_spots, n).
+    `tokens` and `rebuilt` are those of n genes, all or the chosen ones: (n_spots, number of coarser tokens + n) and
+    (n_spots, n).
     """
 
     total: Tensor
@@ -34,7 +35,7 @@ class Stage1Losses(NamedTuple):
 
 
 class MultiScaleEncoder(nn.Module):
-    """One network a scale: a group's values to a latent.
+    """Encoders of group values to latents, one network for each scale.
 
     Parameters
     ----------
@@ -50,13 +51,13 @@ class MultiScaleEncoder(nn.Module):
         )
 
     def forward(self, values: Tensor, scale: int) -> Tensor:
-        """(..., n_groups, components) to (..., n_groups, codebook_dim)."""
+        """Encode group values of a scale: (..., n_groups, components) to (..., n_groups, codebook_dim)."""
         latents: Tensor = self.scales[scale](values)
         return latents
 
 
 class MultiScaleDecoder(nn.Module):
-    """One network a scale: a code to a group's values.
+    """Decoders of codes to group values, one network for each scale.
 
     Parameters
     ----------
@@ -72,16 +73,16 @@ class MultiScaleDecoder(nn.Module):
         )
 
     def forward(self, codes: Tensor, scale: int) -> Tensor:
-        """(..., codebook_dim) to (..., components)."""
+        """Decode codes at a scale: (..., codebook_dim) to (..., components)."""
         values: Tensor = self.scales[scale](codes)
         return values
 
 
 class MultiScaleGeneVQVAE(nn.Module):
-    """Multi-scale vector-quantised autoencoder of a spot's expression.
+    """Multi-scale vector-quantised autoencoder (VQ-VAE) of a spot's expression.
 
-    Scale by scale, coarse to fine: pool what is left of the genes to group values, encode them, take the
-    nearest code, decode it, subtract what it explains. The reconstruction is the sum over the scales.
+    Scale by scale, coarse to fine: pool the genes' residuals to group values, encode them, take the
+    nearest code, decode it, and subtract it from the residuals. The reconstruction is the sum over the scales.
 
     Parameters
     ----------
@@ -103,28 +104,28 @@ class MultiScaleGeneVQVAE(nn.Module):
 
     @torch.no_grad()
     def start_codebook(self, expression: Tensor) -> None:
-        """Place the codes by k-means over the latents of training spots, (n_spots, n_genes); once only."""
+        """Initialise the codebook by k-means over latents of training spots, (n_spots, n_genes), if not yet done."""
         if self.quantizer.needs_start:
             genes = self.scales.standardize(expression)
             latents = []
             for k in range(len(self.config.scales)):
                 values = self.scales.pool(genes, k)
-                latents.append(self.encoder(some(values.flatten(0, 1), LATENTS_PER_START), k))
+                latents.append(self.encoder(sample_rows(values.flatten(0, 1), LATENTS_PER_START), k))
                 if k < len(self.config.scales) - 1:
-                    parts = values.split(max(1, TOKENS_AT_ONCE // values.shape[1]))
-                    decoded = torch.cat([self.decoder(self.encoder(part, k), k) for part in parts])
+                    chunks = values.split(max(1, TOKENS_AT_ONCE // values.shape[1]))
+                    decoded = torch.cat([self.decoder(self.encoder(chunk, k), k) for chunk in chunks])
                     genes = genes - self.scales.spread(decoded, k)
             self.quantizer.start(latents)
 
     def forward(self, expression: Tensor, genes_made: Tensor | None = None) -> Stage1Losses:
-        """Losses of a batch, in full precision; in training mode the codebook moves too.
+        """Losses of a batch, in full precision; in training mode the codebook is updated, too.
 
         Parameters
         ----------
         expression
             (n_spots, n_genes) in layer units.
         genes_made
-            Genes whose tokens are made at the finest scale; all by default.
+            Indices of the genes to encode at the finest scale; all by default.
 
         Returns
         -------
@@ -143,15 +144,15 @@ class MultiScaleGeneVQVAE(nn.Module):
                 genes, total = genes[:, genes_made], total[:, genes_made]
             target = self.scales.pool(genes - total.detach() if self.config.residual else genes, k)
             latent = self.encoder(target, k)
-            if self.quantizer.needs_start:  # the encoders settle first; see Stage1Trainer
+            if self.quantizer.needs_start:  # encoders warm up before the codebook is placed; see Stage1Trainer
                 quantized, ids, vq_loss = latent, torch.zeros_like(latent[..., 0], dtype=torch.long), vq
             else:
                 quantized, ids, vq_loss = self.quantizer(latent)
             values = self.decoder(quantized, k)
             total = total + self.scales.spread(values, k)
-            # A residual scale is scored on all that is reconstructed so far, a plain one on its own average.
-            fit = F.mse_loss(total, genes) if self.config.residual else F.mse_loss(values, target)
-            hierarchical, vq = hierarchical + fit, vq + vq_loss
+            # A residual scale is scored on the reconstruction so far, a plain one on its own average.
+            scale_loss = F.mse_loss(total, genes) if self.config.residual else F.mse_loss(values, target)
+            hierarchical, vq = hierarchical + scale_loss, vq + vq_loss
             latents.append(latent.detach())
             tokens.append(ids)
         if self.training and not self.quantizer.needs_start:
@@ -162,7 +163,7 @@ class MultiScaleGeneVQVAE(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, expression: Tensor) -> Tensor:
-        """Tokens of spots.
+        """Turn expression into tokens.
 
         Parameters
         ----------
@@ -174,8 +175,8 @@ class MultiScaleGeneVQVAE(nn.Module):
         Tensor
             (n_spots, n_tokens), int64, coarse to fine.
         """
-        most = max(1, at_once(TOKENS_AT_ONCE, expression.device) // self.config.n_tokens)
-        return torch.cat([self._tokenize(part) for part in expression.split(most)])
+        n_spots = max(1, chunk_size(TOKENS_AT_ONCE, expression.device) // self.config.n_tokens)
+        return torch.cat([self._tokenize(chunk) for chunk in expression.split(n_spots)])
 
     def _tokenize(self, expression: Tensor) -> Tensor:
         genes = self.scales.standardize(expression)
@@ -189,13 +190,13 @@ class MultiScaleGeneVQVAE(nn.Module):
         return torch.cat(tokens, 1)
 
     def assemble(self, values: Sequence[Tensor]) -> Tensor:
-        """Expression in layer units from every scale's group values, each (..., n_groups, components)."""
-        parts = [self.scales.spread(v, k) for k, v in enumerate(values)]
-        return self.scales.restore(torch.stack(parts).sum(0))
+        """Add up the group values of every scale, (..., n_groups, components), to expression in layer units."""
+        genes = [self.scales.spread(v, k) for k, v in enumerate(values)]
+        return self.scales.restore(torch.stack(genes).sum(0))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Expression of tokens.
+        """Turn tokens into expression.
 
         Parameters
         ----------
@@ -207,16 +208,16 @@ class MultiScaleGeneVQVAE(nn.Module):
         Tensor
             (..., n_genes) in layer units.
         """
-        parts = tokens.split(self.config.scales, -1)
-        return self.assemble([self.decoder(self.quantizer.decode(ids), k) for k, ids in enumerate(parts)])
+        by_scale = tokens.split(self.config.scales, -1)
+        return self.assemble([self.decoder(self.quantizer.decode(ids), k) for k, ids in enumerate(by_scale)])
 
     @torch.no_grad()
     def code_values(self, scale: int) -> Tensor:
-        """What every code means at a scale: (codebook_size, components)."""
+        """Values that all codes decode to at a scale: (codebook_size, components)."""
         return self.decoder(self.quantizer.codebook, scale)
 
     @torch.no_grad()
     def count_codes(self, tokens: Tensor) -> None:
-        """Keep how often each code occurs at each scale in tokens of training spots, (n_spots, n_tokens)."""
-        parts = tokens.split(self.config.scales, 1)
-        self.code_counts.copy_(torch.stack([usage(ids, self.config.codebook_size) for ids in parts]))
+        """Store how often each code occurs at each scale, in tokens of training spots, (n_spots, n_tokens)."""
+        by_scale = tokens.split(self.config.scales, 1)
+        self.code_counts.copy_(torch.stack([usage(ids, self.config.codebook_size) for ids in by_scale]))

@@ -1,8 +1,8 @@
-"""The weights of a saved model: safetensors, checked before any module is built. Nothing is ever unpickled.
+"""Read the weights of a saved model from safetensors, validated before any module is built; nothing is unpickled.
 
-A file is compared with the card first by its SHA-256, then by its header: names, shapes and types of all tensors
-against those that the configuration implies. These are counted on PyTorch's meta device, which holds no values, so that
-a card that asks for a huge model is refused at the cost of reading it.
+A file is compared with the card first by its SHA-256, then by its header: names, shapes and types of all tensors must
+be those that the configuration implies. The latter come from a module on PyTorch's meta device, which allocates no
+memory, so that a card that asks for a huge model is refused without building it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from .config import ModelConfig
 from .var_stage import VARStage
 from .vqvae import MultiScaleGeneVQVAE
 
-# safetensors' names of the types that models have.
+# Data types of tensors in models, by their names in safetensors.
 DTYPES = {"F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
-# A module with its buffers, over its file: tables that are not saved, and tensors that earlier formats lacked.
+# A module may take so many times the bytes of its file, and so many more: for buffers that are not saved, and for
+# tensors that earlier formats lacked.
 MOST_MEMORY, SPARE_BYTES = 4, 2**26
+# Bytes that are hashed at once.
 HASHED_AT_ONCE = 2**20
-# In models of formats up to 6: whether sections are standardised by their own statistics.
+# In models of formats up to 6, a buffer that says whether sections are standardised by their own statistics.
 OWN_STATISTICS = "condition.own_statistics"
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Fingerprint of a module's weights and buffers, given its state dict."""
+    """Hash a state dict, names and values, to a fingerprint of the module."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
@@ -40,7 +42,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, read a megabyte at a time."""
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(HASHED_AT_ONCE):
@@ -49,14 +51,14 @@ def file_digest(file: Path) -> str:
 
 
 def check_digest(file: Path, digest: str) -> None:
-    """Refuse a file of weights that is not the one that the card names.
+    """Refuse a weights file whose SHA-256 is not the one in the card.
 
     Raises
     ------
     FileNotFoundError
         If it is missing.
     ValueError
-        If its SHA-256 is another.
+        If its SHA-256 differs.
     """
     if not file.is_file():
         raise FileNotFoundError(f"path: {str(file.parent)!r} lacks {file.name}; save the model again")
@@ -81,7 +83,7 @@ def check_finite(state: Mapping[str, Tensor], what: str) -> None:
 
 
 def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> dict[str, Tensor]:
-    """Read a stage's weights, once it is known that they are those of a configuration.
+    """Read the weights of a stage, validated against the model's configuration.
 
     Parameters
     ----------
@@ -92,7 +94,7 @@ def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> d
     config
         The model's configuration.
     version
-        Format of the model, for what earlier ones named otherwise.
+        Format version of the saved model.
 
     Returns
     -------
@@ -113,17 +115,17 @@ def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> d
         header = _read_header(file)
         _check_counts(header, stage, config, where)
         n_measured = _n_measured(header)
-        implied, n_bytes = _implied(stage, config, n_measured)
+        implied, n_bytes = _implied_tensors(stage, config, n_measured)
         if n_bytes > MOST_MEMORY * file.stat().st_size + SPARE_BYTES:
-            raise ValueError(f"{where} does not fit the configuration: it is far smaller than the model would be")
-        _compare(_from_older(header, implied, stage, version), implied, where)
+            raise ValueError(f"{where} does not fit the configuration: it is far smaller than that model would be")
+        _compare(_upgrade(header, implied, stage, version), implied, where)
         state = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{where} is truncated or damaged ({error}); save the model again") from None
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{where} does not fit the configuration ({str(error).splitlines()[0]})") from None
-    # What an earlier format did not have starts as in a new module.
-    state = _from_older(state, implied, stage, version)
+    # Tensors that an earlier format did not have are initialised as in a new module.
+    state = _upgrade(state, implied, stage, version)
     missing = [name for name, tensor in state.items() if tensor.is_meta]
     if missing:
         fresh = _module(stage, config, n_measured).state_dict()
@@ -134,7 +136,7 @@ def read_weights(file: Path, stage: int, config: ModelConfig, version: int) -> d
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    """Give a module the weights that :func:`read_weights` read.
+    """Load weights from :func:`read_weights` into a module.
 
     Raises
     ------
@@ -154,6 +156,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> No
 
 
 def _module(stage: int, config: ModelConfig, n_measured: int | None) -> nn.Module:
+    """Build the module of a stage; `n_measured` spots are those of an adapted stage 2."""
     if stage == 1:
         return MultiScaleGeneVQVAE(config)
     module = VARStage(config)
@@ -163,67 +166,69 @@ def _module(stage: int, config: ModelConfig, n_measured: int | None) -> nn.Modul
 
 
 def _n_measured(state: Mapping[str, Tensor]) -> int | None:
-    """Of an adapted stage 2, the measured spots that it holds; None of others."""
+    """Number of measured spots of an adapted stage 2; None for other modules."""
     place = state.get("adaptation.place")
     return None if place is None or place.ndim != 2 else len(place)
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without values."""
+    """Read names, shapes and types of the tensors in a file, as tensors without values."""
     header: dict[str, Tensor] = {}
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():
-            part = tensors.get_slice(name)
-            dtype = DTYPES.get(part.get_dtype())
+            entry = tensors.get_slice(name)
+            dtype = DTYPES.get(entry.get_dtype())
             if dtype is None:
-                raise ValueError(f"path: {str(file)!r} does not fit the configuration: {name} is {part.get_dtype()}")
-            header[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+                raise ValueError(f"path: {str(file)!r} does not fit the configuration: {name} is {entry.get_dtype()}")
+            header[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
     return header
 
 
 def _check_counts(header: Mapping[str, Tensor], stage: int, config: ModelConfig, where: str) -> None:
-    """Refuse a configuration of more parts than the file has tensors, or of more genes, before any is built."""
-    parts = {"scales": len(config.scales), "embedding_dims": len(config.source_dims) if stage == 2 else 0}
+    """Refuse a configuration that asks for more modules, genes or tokens than the file holds, before building any."""
+    n_modules = {"scales": len(config.scales), "embedding_dims": len(config.source_dims) if stage == 2 else 0}
     if stage == 2:
-        parts["n_layers"] = config.n_layers
-    for name, number in parts.items():
+        n_modules["n_layers"] = config.n_layers
+    for name, number in n_modules.items():
         if number > len(header):
-            raise ValueError(f"{where} does not fit the configuration: {name} asks for {number} parts")
+            raise ValueError(f"{where} does not fit the configuration: {name} asks for {number} modules")
     per_token = "scales.mean" if stage == 1 else "transformer.parents"
     rows = config.n_genes if stage == 1 else config.n_tokens
     if per_token not in header or header[per_token].shape != (rows,):
-        found = tuple(header[per_token].shape) if per_token in header else "absent"
-        raise ValueError(f"{where} does not fit the configuration: {per_token} is {found}, not ({rows},)")
+        shape = tuple(header[per_token].shape) if per_token in header else "absent"
+        raise ValueError(f"{where} does not fit the configuration: {per_token} is {shape}, not ({rows},)")
 
 
-def _implied(stage: int, config: ModelConfig, n_measured: int | None) -> tuple[dict[str, Tensor], int]:
-    """Tensors of a stage's module, without values, and how many bytes it takes with those that are not saved."""
+def _implied_tensors(stage: int, config: ModelConfig, n_measured: int | None) -> tuple[dict[str, Tensor], int]:
+    """State dict that a configuration implies, without values, and the bytes of the module with unsaved buffers."""
     with torch.device("meta"):
         module = _module(stage, config, n_measured)
     tensors = [*module.parameters(), *module.buffers()]
     return module.state_dict(), sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _compare(found: Mapping[str, Tensor], implied: Mapping[str, Tensor], where: str) -> None:
-    names = sorted(set(found) ^ set(implied))
+def _compare(header: Mapping[str, Tensor], implied: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors whose names, shapes or types differ from those that the configuration implies."""
+    names = sorted(set(header) ^ set(implied))
     if names:
-        state = "lacks" if names[0] in implied else "has an unknown tensor"
-        raise ValueError(f"{where} does not fit the configuration: it {state} {names[0][:80]!r}")
+        problem = "lacks" if names[0] in implied else "has an unknown tensor"
+        raise ValueError(f"{where} does not fit the configuration: it {problem} {names[0][:80]!r}")
     for name, tensor in implied.items():
-        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+        stored = header[name]
+        if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
             raise ValueError(
-                f"{where} does not fit the configuration: {name} is {tuple(found[name].shape)} of {found[name].dtype}, "
+                f"{where} does not fit the configuration: {name} is {tuple(stored.shape)} of {stored.dtype}, "
                 f"not {tuple(tensor.shape)} of {tensor.dtype}"
             )
 
 
-def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: int, version: int) -> dict[str, Tensor]:
-    """Weights of stage 2 as the present format has them; without values where an earlier one had none.
+def _upgrade(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: int, version: int) -> dict[str, Tensor]:
+    """Convert the weights of an earlier format to the present one; tensors that it did not have get no values.
 
-    In format 1 there was no spread, no depth among the prior's outputs and no calibration. The first models of format 2
-    always standardised sections by their own statistics, if the configuration says so. Up to format 3 the cross-fitted
-    members of the prior predicted new spots, too, and had no linear part. Up to format 4 targets were
-    softened. Up to format 6 sources were standardised by one of two statistics, and depth was an output of the members.
+    Format 1 had no spread, no depth among the prior's outputs and no calibration. The first models of format 2
+    always standardised sections by their own statistics, if the configuration says so. Up to format 3, the prior's
+    cross-fitted members predicted new spots, too, and had no linear part. Up to format 4, targets were softened. Up to
+    format 6, sources were standardised by one of two statistics only, and depth was an output of the members.
     """
     if stage == 1:
         return state
@@ -253,8 +258,8 @@ def _from_older(state: dict[str, Tensor], implied: Mapping[str, Tensor], stage: 
     return state
 
 
-def with_statistics(config: ModelConfig, file: Path, version: int) -> ModelConfig:
-    """The configuration of a stage 2 that, up to format 6, chose by which statistics to standardise when trained."""
+def complete_standardize(config: ModelConfig, file: Path, version: int) -> ModelConfig:
+    """Set `standardize` in the configuration of a stage 2 that, up to format 6, chose it in training."""
     if version > 6 or config.standardize != "auto" or config.condition != "pca" or not file.is_file():
         return config
     try:
@@ -266,7 +271,7 @@ def with_statistics(config: ModelConfig, file: Path, version: int) -> ModelConfi
 
 
 def _check_indices(state: Mapping[str, Tensor], stage: int, config: ModelConfig, where: str) -> None:
-    """Refuse numbers of groups and tokens that there are not."""
+    """Refuse indices of groups and tokens that are out of range."""
     if stage == 1:
         name, tensor, low = "scales.groups", state["scales.groups"], 0
         high = tensor.new_tensor(config.scales)[:, None]
@@ -275,6 +280,6 @@ def _check_indices(state: Mapping[str, Tensor], stage: int, config: ModelConfig,
         coarser = tensor.new_tensor([0, *config.scales[:-1]])
         high = coarser.repeat_interleave(tensor.new_tensor(config.scales))
         if "prior.trained" in state and int(state["prior.trained"][1]) < 1:
-            raise ValueError(f"{where}: prior.trained holds numbers out of range; save the model again")
+            raise ValueError(f"{where}: prior.trained holds values out of range; save the model again")
     if bool(((tensor < low) | (tensor >= high)).any()):
-        raise ValueError(f"{where}: {name} holds numbers out of range; save the model again")
+        raise ValueError(f"{where}: {name} holds values out of range; save the model again")

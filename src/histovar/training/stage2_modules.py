@@ -11,7 +11,7 @@ from torch import Tensor
 
 from histovar.metrics import mean_pearson
 from histovar.model import Histology, TwoStageVARST
-from histovar.model.distributed import own_share, rank_and_world
+from histovar.model.distributed import rank_and_world, take_own_rows
 from histovar.model.negative_binomial import negative_log_likelihood
 
 from .callbacks import diverged
@@ -120,7 +120,7 @@ class Stage2Module(_Stage2Module):
         if model.config.style == "modern":
             expected = model.expected_teacher(histology, prior)
             _, world = rank_and_world()
-            swap = own_share(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
+            swap = take_own_rows(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
             teacher = torch.where(swap[:, None, None], expected, teacher)
         genes = self._some_genes(random=True)
         loss = self._mean(model.token_loss(histology, tokens, prior, teacher, genes))

@@ -19,7 +19,8 @@ k attends to :math:`s_k` tokens and M memory vectors:
 
 each counted twice (a product and a sum). A training step of stage 2 costs three times the transformer, output layer
 (:math:`w D` a token) and condition (forward, and backward with respect to inputs and weights), and for the loss
-:math:`\sum_k 2 n_k K_k (D + 2 c_k)`, and what prior and expected teacher cost.
+:math:`\sum_k 2 n_k K_k (D + 2 c_k)`, and what prior and expected teacher cost. Of a wide finest scale it learns a third
+of the tokens, which alone are counted.
 
 Of the reference configuration, token order and training are measured in batches of 64 at most; larger take minutes.
 """
@@ -43,7 +44,7 @@ import histovar as hv
 from histovar._memory import keep_freed_memory
 from histovar.model import Decoding, Histology, ModelConfig, TwoStageVARST
 from histovar.training.stage1 import Stage1Module
-from histovar.training.stage2_modules import Stage2Module
+from histovar.training.stage2_modules import Stage2Module, genes_per_step
 from histovar.training.trainer import TrainingOptions
 
 MOST_OF_REFERENCE = 64
@@ -102,17 +103,20 @@ def flops(model: TwoStageVARST, training: bool = False) -> float:
     hidden, members = config.prior_hidden, config.n_members
     prior = members * (features * hidden + hidden**2 + hidden * (config.n_genes + 1))
     blocks = model.var_stage.transformer.blocks
-    seen = sum((b.stop - b.start) * b.n_seen for b in blocks)
+    n_finest = genes_per_step(config) if training else config.n_genes
+    left_out = config.n_genes - n_finest
+    n_tokens, scales = config.n_tokens - left_out, (*config.scales[:-1], n_finest)
+    seen = sum((b.stop - b.start) * b.n_seen for b in blocks) - left_out * blocks[-1].n_seen
     if training and config.order == "token":
         seen = config.n_tokens**2  # masked, not skipped
     per_token = 2 * w**2 + 2 * w * config.feedforward + 2 * w * config.n_heads * n_memory
     n_keys = model.var_stage.transformer.n_keys
-    transformer = n_layers * (config.n_tokens * per_token + 2 * w**2 * (n_keys + 2 * n_memory) + 2 * w * seen)
+    transformer = n_layers * (n_tokens * per_token + 2 * w**2 * (n_keys + 2 * n_memory) + 2 * w * seen)
     narrow = head.tied and w < dim
-    query = config.n_tokens * w * (dim if head.tied and (training or not narrow) else 0)
+    query = n_tokens * w * (dim if head.tied and (training or not narrow) else 0)
     assign = teacher = 0
     n_before = 0
-    for k, (n, c) in enumerate(zip(config.scales, config.components, strict=True)):
+    for k, (n, c) in enumerate(zip(scales, config.components, strict=True)):
         n_codes = len(head._used(k)[0]) if head.tied else config.codebook_size
         code_width = dim + 2 * c if head.tied else w
         logit_width = w + 2 * c if narrow else code_width

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from histovar.metrics import mean_pearson
-from histovar.model import Histology, TwoStageVARST
+from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.distributed import rank_and_world, take_own_rows
 from histovar.model.negative_binomial import negative_log_likelihood
 
@@ -26,10 +26,18 @@ PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
 # The genes' dispersions are learnt so much faster than weights, and do not decay.
 DISPERSION_SPEED = 5.0
-# Of a wide finest scale, tokens that are learnt in one step; the next step draws others.
-GENES_AT_ONCE = 1024
+# Of a wide finest scale, each step learns another random third of the tokens, within these numbers: held-out sections
+# have the same loss as with all genes in every step (benchmarks/token_training.py).
+LEAST_GENES, MOST_GENES = 64, 1024
 # Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
 EXPECTED_TEACHER = 0.5
+
+
+def genes_per_step(config: ModelConfig) -> int:
+    """Number of tokens of the finest scale that one training step learns; those of a narrow scale, all."""
+    if not config.is_wide(len(config.scales) - 1):
+        return config.n_genes
+    return min(max(config.n_genes // 3, LEAST_GENES), MOST_GENES, config.n_genes)
 
 
 class _Stage2Module(StageModule):
@@ -130,8 +138,7 @@ class Stage2Module(_Stage2Module):
     def _some_genes(self, random: bool) -> Tensor | None:
         """The tokens of a wide finest scale to learn, or to watch, in one step; None for all."""
         config = self.model.config
-        wide = config.is_wide(len(config.scales) - 1)
-        return self.some_genes(config.n_genes, GENES_AT_ONCE, random=random) if wide else None
+        return self.some_genes(config.n_genes, genes_per_step(config), random=random)
 
     def _mean(self, losses: Tensor) -> Tensor:
         """Mean over spots and all tokens, (n_spots, tokens predicted), those of the finest scale for all of it."""

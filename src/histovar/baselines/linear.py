@@ -44,7 +44,7 @@ class TunedRidge(RegressorMixin, BaseEstimator):
     """
 
     def fit(self, features: NDArray[Any], expression: NDArray[Any], groups: NDArray[Any] | None = None) -> Self:
-        """Fit to features (n_spots, n_features) and expression (n_spots, n_genes); groups are used to choose the penalty."""
+        """Fit to features (n_spots, n_features) and expression (n_spots, n_genes), tuned across `groups`."""
         n_groups = 1 if groups is None else len(np.unique(groups))
         folds = GroupKFold(min(n_groups, 5)) if n_groups > 1 else KFold(5, shuffle=True, random_state=0)
         search = GridSearchCV(

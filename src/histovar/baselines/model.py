@@ -57,6 +57,7 @@ METHODS: dict[str, Method] = {
 
 
 def _method(value: str) -> str:
+    """Check the name of a method."""
     return value if value in METHODS else refuse_value(f"one of {', '.join(map(repr, METHODS))}")
 
 

@@ -67,6 +67,7 @@ class _Block(nn.Module):
         self.feedforward = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+        """Update tokens (n, n_tokens, WIDTH), given the condition (n, WIDTH)."""
         a, b, c, d, e, f = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
         h = F.layer_norm(x, (WIDTH,)) * (1 + a) + b
         x = x + (1 + c) * self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]

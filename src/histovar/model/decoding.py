@@ -177,6 +177,7 @@ def _generate(
     generator: torch.Generator | None,
     keep_logits: bool,
 ) -> Generation:
+    """Generate one chunk of spots."""
     config = transformer.config
     memory = memory.to(transformer.positions.dtype)
     codebook = stage1.quantizer.codebook

@@ -50,6 +50,7 @@ class _EnsembleNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_members, 1, width))
 
     def forward(self, x: Tensor, members: slice) -> Tensor:
+        """Normalise rows by the layers of some members."""
         return torch.addcmul(self.bias[members], F.layer_norm(x, x.shape[-1:]), self.weight[members])
 
 

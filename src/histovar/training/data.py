@@ -203,6 +203,7 @@ class _EpochBatches(BatchSampler):
     """Batches reshuffled by seed and epoch, so that a resumed run draws the same as an uninterrupted one."""
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; Lightning calls this."""
         self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
@@ -230,6 +231,7 @@ def validation_loader(dataset: Spots, batch_size: int) -> DataLoader[Any]:
 
 
 def _loader(dataset: Spots, batches: BatchSampler) -> DataLoader[Any]:
+    """Make a loader of given batches."""
     # With a generator of its own: otherwise every new iterator draws from the global one, at times that differ
     # between a resumed and an uninterrupted run.
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())

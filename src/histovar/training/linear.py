@@ -58,7 +58,12 @@ def fit_depth(prior: ConditionalMeanPrior, features: Tensor, log_totals: Tensor,
 
 
 def _fit_ridge(
-    prior: ConditionalMeanPrior, part: LinearPart, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor
+    prior: ConditionalMeanPrior,
+    linear_part: LinearPart,
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    folds: Tensor,
 ) -> Tensor | None:
     """Fit the ridge regressions of a linear part; return their out-of-fold predictions, or None with only one fold.
 
@@ -74,8 +79,8 @@ def _fit_ridge(
     seen = [fold != k for k in range(n_folds)] + [np.ones(len(fold), bool)]
     fitted = [Ridge(penalty).fit(x[rows], y[rows], sample_weight=w[rows]) for rows in seen]
     by_member = [fitted[m % n_folds] for m in range(prior.config.n_members)] + fitted[-1:]
-    part.weight.copy_(torch.from_numpy(np.stack([np.atleast_2d(ridge.coef_).T for ridge in by_member])))
-    part.bias.copy_(torch.from_numpy(np.stack([np.atleast_1d(ridge.intercept_)[None] for ridge in by_member])))
+    linear_part.weight.copy_(torch.from_numpy(np.stack([np.atleast_2d(ridge.coef_).T for ridge in by_member])))
+    linear_part.bias.copy_(torch.from_numpy(np.stack([np.atleast_1d(ridge.intercept_)[None] for ridge in by_member])))
     unseen = np.empty_like(y)
     for k in np.unique(fold):
         unseen[fold == k] = fitted[k].predict(x[fold == k]).reshape(-1, y.shape[1])

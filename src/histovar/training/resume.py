@@ -38,7 +38,7 @@ from .options import TrainingOptions
 logger = logging.getLogger(__name__)
 
 # Options that must be the same when training is resumed; `max_epochs` and hardware may differ.
-OPTIONS_THAT_MATTER = (
+COMPARED_OPTIONS = (
     "limit_train_batches",
     "batch_size",
     "learning_rate",
@@ -93,7 +93,7 @@ def identity(stage: int, options: TrainingOptions, config: ModelConfig, data: Ma
     data
         Fingerprints of the training data, by name.
     """
-    settings = {name: getattr(options, name) for name in OPTIONS_THAT_MATTER}
+    settings = {name: getattr(options, name) for name in COMPARED_OPTIONS}
     settings = {"stage": stage, **asdict(config), **settings}
     return {**data, **{name: repr(value) for name, value in settings.items()}}
 

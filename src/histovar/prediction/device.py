@@ -52,7 +52,7 @@ def moved(module: torch.nn.Module, device: str, home: torch.device) -> Iterator[
         If the device does not exist.
     """
     try:
-        if device == "auto":  # never MPS: it has given NaN where others do not
+        if device == "auto":  # never MPS: it has given NaN where other devices do not
             device = "cuda" if torch.cuda.is_available() else "cpu"
         target = torch.device(device)
         module.to(target)

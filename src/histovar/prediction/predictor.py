@@ -18,7 +18,7 @@ from histovar.model.precision import full_precision
 
 from .device import on_device
 
-# Standardised inputs larger than this cannot be normal: training has seen some tens.
+# Standardised inputs larger than this are errors: a few tens are usual.
 FAR = 1e4
 
 

@@ -125,7 +125,7 @@ class Stage2Trainer:
         stage2.head.gate.copy_(torch.tensor(result.gate))
         model.history["stage2"] = history
         logger.info(
-            "stage 2: %d epochs on %s, inner held-out PCC %.3f (prior alone: %.3f, %.0f %% of it linear), gates %s",
+            "stage 2: %d epochs on %s, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s",
             len(history),
             "counts" if stage2.of_counts else "values",
             result.pcc,

@@ -165,7 +165,7 @@ def test_checkpoints_may_move(prepared, whole, interrupted, tmp_path):
         ({"learning_rate": 2e-4}, r"learning_rate \(was 0.0001, now 0.0002\)"),
         ({"random_state": 1}, r"random_state \(was 0, now 1\)"),
         ({"config": small_config(codebook_decay=0.9)}, r"codebook_decay \(was 0.95, now 0.9\)"),
-        ({"max_epochs": 1}, "max_epochs: 1 asked for, .* has had 2"),
+        ({"max_epochs": 1}, "max_epochs: got 1, but .* already has 2"),
     ],
 )
 def test_other_options_are_refused(prepared, interrupted, changes, message):

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 
 import histovar as hv
 from histovar.training import TrainingOptions
-from histovar.training.checkpoint_files import LOCK, locked, write_whole
+from histovar.training.checkpoint_files import LOCK, locked, write_atomically
 from histovar.training.stage2_modules import PriorModule
 
 from .conftest import QUICK, few_steps, small_config
@@ -165,7 +165,7 @@ def test_checkpoints_may_move(prepared, whole, interrupted, tmp_path):
         ({"learning_rate": 2e-4}, r"learning_rate \(was 0.0001, now 0.0002\)"),
         ({"random_state": 1}, r"random_state \(was 0, now 1\)"),
         ({"config": small_config(codebook_decay=0.9)}, r"codebook_decay \(was 0.95, now 0.9\)"),
-        ({"max_epochs": 1}, "max_epochs: 1 asked for, .* has had 2"),
+        ({"max_epochs": 1}, "max_epochs: got 1, but .* already has 2"),
     ],
 )
 def test_other_options_are_refused(prepared, interrupted, changes, message):
@@ -179,7 +179,7 @@ def test_other_data_are_refused(prepared, model, interrupted, tmp_path):
     other.X = other.X.copy()
     other.X[0, np.flatnonzero(other.var["histovar_panel"])[0]] += 1
     other.layers.pop("lognorm", None)
-    with pytest.raises(ValueError, match="of another training, which differs in expression"):
+    with pytest.raises(ValueError, match="a different training run, which differs in expression"):
         stage1(other, resume_from=interrupted)
     renamed = prepared.copy()
     renamed.var_names = [f"{name}x" for name in renamed.var_names]
@@ -227,7 +227,7 @@ def test_files_are_whole_or_not_there(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write_whole(file, fail)
+        write_atomically(file, fail)
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["last.ckpt"]
 
 
@@ -261,13 +261,13 @@ def test_a_directory_belongs_to_one_training(prepared, interrupted, tmp_path):
     lock = tmp_path / LOCK
     with locked(tmp_path):
         owner = json.loads(lock.read_text())
-        with pytest.raises(ValueError, match=f"another training .process {os.getpid()}"):
+        with pytest.raises(ValueError, match=f"another training run .process {os.getpid()}"):
             stage1(prepared, checkpoint_dir=tmp_path)
     stat = f"/proc/{running.pid}/stat"
     if os.path.exists(stat):
         owner["started"] = open(stat).read().rpartition(")")[2].split()[19]
     lock.write_text(json.dumps({**owner, "pid": running.pid}))
-    with pytest.raises(ValueError, match=f"another training .process {running.pid}"):
+    with pytest.raises(ValueError, match=f"another training run .process {running.pid}"):
         train(prepared, checkpoint_dir=tmp_path)
     running.kill()
     running.wait()

@@ -1,4 +1,4 @@
-"""Methods to compare with, behind one interface; see :func:`histovar.tl.baseline`."""
+"""Baselines: other methods for the same task, behind one interface; see :func:`histovar.tl.baseline`."""
 
 from .linear import HestRidge, TunedRidge, pls
 from .mfbp import MFBP

@@ -1,4 +1,4 @@
-"""What the baselines in torch share: standardised targets, seeded and one-cycle training."""
+"""Base class and training loop of the baselines in torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from histovar.training import seeded
 
 
 def tensor(values: NDArray[Any]) -> Tensor:
-    """Single-precision copy."""
+    """Copy an array to a tensor of single precision."""
     return torch.as_tensor(values).float().clone()
 
 
 class TorchRegressor(RegressorMixin, BaseEstimator):
-    """Standardised features and genes in, genes in their own units out.
+    """Base class of regressors in torch, with standardised features and targets.
 
     Parameters
     ----------
@@ -31,22 +31,22 @@ class TorchRegressor(RegressorMixin, BaseEstimator):
         self.random_state = random_state
 
     def _fit_inputs(self, features: NDArray[Any]) -> Self:
-        """Learn how features, (n_spots, n_features), are standardised."""
+        """Fit the standardisation of features, (n_spots, n_features)."""
         self.centre_, self.scale_ = features.mean(0), features.std(0) + 1e-6
         return self
 
     def _inputs(self, features: NDArray[Any]) -> Tensor:
-        """What the network takes: (n_spots, n_inputs)."""
+        """Turn features into inputs of the network, (n_spots, n_inputs)."""
         return tensor((features - self.centre_) / self.scale_)
 
     def _fit_targets(self, expression: NDArray[Any]) -> Tensor:
-        """Learn how genes are standardised, and standardise them: (n_spots, n_genes)."""
+        """Fit the standardisation of genes, and apply it: (n_spots, n_genes)."""
         y = tensor(expression)
         self.mean_, self.std_ = y.mean(0), y.std(0).clamp(min=1e-6)
         return (y - self.mean_) / self.std_
 
-    def _restored(self, genes: Tensor) -> NDArray[Any]:
-        """Standardised genes in the units of the expression."""
+    def _restore(self, genes: Tensor) -> NDArray[Any]:
+        """Turn standardised genes into the units of the expression again."""
         restored: NDArray[Any] = (genes * self.std_ + self.mean_).numpy()
         return restored
 
@@ -61,18 +61,18 @@ def train(
     weight_decay: float,
     random_state: int,
 ) -> Any:
-    """Make a network and train it by AdamW with a one-cycle schedule, in evaluation mode at the end.
+    """Make a network, train it by AdamW with a one-cycle schedule, and return it in evaluation mode.
 
     Parameters
     ----------
     make
-        Makes the network.
+        Function that makes the network.
     loss
-        Of network and batch.
+        Loss function, given the network and a batch.
     batches
-        Gives the batches of an epoch; called once an epoch.
+        Function that yields the batches of an epoch; called once for each epoch, and once more to count them.
     epochs, learning_rate, weight_decay, random_state
-        How to train.
+        Number of epochs, options of AdamW, and seed.
     """
     with seeded(random_state):
         network = make()
@@ -88,6 +88,6 @@ def train(
     return network.eval().requires_grad_(False)
 
 
-def shuffled(n: int, batch_size: int = 64) -> tuple[Tensor, ...]:
-    """Rows of the batches of one epoch."""
+def shuffle_batches(n: int, batch_size: int = 64) -> tuple[Tensor, ...]:
+    """Shuffle `n` rows, and split them into the batches of an epoch."""
     return torch.randperm(n).split(batch_size)

@@ -1,4 +1,4 @@
-"""Linear methods: ridge by two recipes, partial least squares."""
+"""Linear baselines: ridge regression by two recipes, and partial least squares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HestRidge(RegressorMixin, BaseEstimator):
     """
 
     def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
-        """Fit to (n_spots, n_features) and (n_spots, n_genes)."""
+        """Fit to features (n_spots, n_features) and expression (n_spots, n_genes)."""
         n_components = min(256, *features.shape)
         penalty = 100 / (n_components * expression.shape[1])
         self.model_ = make_pipeline(StandardScaler(), PCA(n_components, random_state=0), Ridge(penalty))
@@ -32,7 +32,7 @@ class HestRidge(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:
-        """(n_spots, n_genes)."""
+        """Predict expression, (n_spots, n_genes)."""
         predicted: NDArray[Any] = self.model_.predict(features)
         return predicted
 
@@ -40,11 +40,11 @@ class HestRidge(RegressorMixin, BaseEstimator):
 class TunedRidge(RegressorMixin, BaseEstimator):
     """Ridge regression on standardised features, the penalty chosen by leaving training groups out.
 
-    The penalty is one of eleven from 10 to 1,000,000; where there is but one group, five folds of spots choose it.
+    The penalty is one of eleven from 10 to 1,000,000; with only one group, it is chosen on five folds of spots.
     """
 
     def fit(self, features: NDArray[Any], expression: NDArray[Any], groups: NDArray[Any] | None = None) -> Self:
-        """Fit to (n_spots, n_features) and (n_spots, n_genes), with the individual or section of each spot."""
+        """Fit to features (n_spots, n_features) and expression (n_spots, n_genes), tuned across `groups`."""
         n_groups = 1 if groups is None else len(np.unique(groups))
         folds = GroupKFold(min(n_groups, 5)) if n_groups > 1 else KFold(5, shuffle=True, random_state=0)
         search = GridSearchCV(
@@ -57,7 +57,7 @@ class TunedRidge(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:
-        """(n_spots, n_genes)."""
+        """Predict expression, (n_spots, n_genes)."""
         predicted: NDArray[Any] = self.model_.predict(features)
         return predicted
 

@@ -1,4 +1,4 @@
-"""MFBP: each spot attends to a pooled context of its section."""
+"""MFBP baseline: each spot attends to a pooled context of its section."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ._torch import TorchRegressor, shuffled, train
+from ._torch import TorchRegressor, shuffle_batches, train
 
-# Vectors that a section is pooled to.
+# Number of context vectors to which a section is pooled.
 N_CONTEXT = 8
 
 
 class _Network(nn.Module):
+    """Attention pooling of a section, cross-attention of its spots, multilayer perceptron."""
+
     def __init__(self, width: int, n_genes: int) -> None:
         super().__init__()
         heads = next(h for h in (8, 4, 2, 1) if width % h == 0)
@@ -30,18 +32,19 @@ class _Network(nn.Module):
         self.head = nn.Sequential(*layer(2 * width, 1024), *layer(1024, 512), nn.Linear(512, n_genes))
 
     def forward(self, spots: Tensor, section: Tensor) -> Tensor:
-        """Expression of some spots, (n, width), of a section, (n_section, width): (n, n_genes)."""
+        """Predict expression, (n, n_genes), of spots (n, width) of a section (n_section, width)."""
         context, _ = self.pool(self.queries, section[None], section[None], need_weights=False)
-        seen, _ = self.attend(spots[None], context, context, need_weights=False)
-        out: Tensor = self.head(torch.cat([spots, seen[0]], 1))
+        attended, _ = self.attend(spots[None], context, context, need_weights=False)
+        out: Tensor = self.head(torch.cat([spots, attended[0]], 1))
         return out
 
 
 class MFBP(TorchRegressor):
-    """Attention-pooled context of the section, cross-attention to it from each spot, concatenated; MLP; squared error.
+    """Regressor on each spot and its cross-attention to the attention-pooled context of its section.
 
-    Hidden layers of 1,024 and 512 as described; not described and chosen here: 8 context vectors, dropout 0.1, AdamW at
-    3e-4, 30 epochs, batches of 64 spots of one section.
+    An MLP takes both, side by side, and is trained by squared error. Its hidden layers of 1,024 and 512 are as
+    published; chosen here, as not published: 8 context vectors, dropout 0.1, AdamW at 3e-4, 30 epochs, batches of 64
+    spots of one section.
 
     Parameters
     ----------
@@ -50,13 +53,13 @@ class MFBP(TorchRegressor):
     """
 
     def fit(self, features: NDArray[Any], expression: NDArray[Any], sections: NDArray[Any]) -> Self:
-        """Fit to (n_spots, n_features) and (n_spots, n_genes), with the section of each spot."""
+        """Fit to features (n_spots, n_features) and expression (n_spots, n_genes), with the section of each spot."""
         x = self._fit_inputs(features)._inputs(features)
         y = self._fit_targets(expression)
         groups = [torch.from_numpy(np.flatnonzero(sections == s)) for s in np.unique(sections)]
 
         def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            pairs = [(group, group[rows]) for group in groups for rows in shuffled(len(group))]
+            pairs = [(group, group[rows]) for group in groups for rows in shuffle_batches(len(group))]
             return ((x[pairs[i][1]], x[pairs[i][0]], y[pairs[i][1]]) for i in torch.randperm(len(pairs)).tolist())
 
         def loss(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -74,10 +77,10 @@ class MFBP(TorchRegressor):
         return self
 
     def predict(self, features: NDArray[Any], sections: NDArray[Any]) -> NDArray[Any]:
-        """(n_spots, n_genes)."""
+        """Predict expression, (n_spots, n_genes)."""
         x = self._inputs(features)
         predicted = torch.empty(len(x), len(self.mean_))
         for section in np.unique(sections):
             rows = torch.from_numpy(np.flatnonzero(sections == section))
             predicted[rows] = self.network_(x[rows], x[rows])
-        return self._restored(predicted)
+        return self._restore(predicted)

@@ -1,4 +1,4 @@
-"""A multilayer perceptron with strong dropout, the mean of four."""
+"""MLP baseline: the mean of four multilayer perceptrons with strong dropout."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ._torch import TorchRegressor, shuffled, tensor, train
+from ._torch import TorchRegressor, shuffle_batches, tensor, train
 from .neighbors import UnitPCA
 
 
 class MLP(TorchRegressor):
-    """Mean of four perceptrons: 128 components, two hidden layers of 256 (layer norm, GELU, dropout 0.5), 30 epochs.
+    """Mean of four multilayer perceptrons on 128 principal components.
 
-    Input dropout 0.2, AdamW at 2e-3 with weight decay 0.1 and a one-cycle schedule, batches of 64, squared error on
-    standardised genes.
+    Two hidden layers of 256 (layer norm, GELU, dropout 0.5), input dropout 0.2, AdamW at 2e-3 with weight decay 0.1 and
+    a one-cycle schedule, 30 epochs, batches of 64, squared error on standardised genes.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class MLP(TorchRegressor):
     """
 
     def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
-        """Fit to (n_spots, n_features) and (n_spots, n_genes)."""
+        """Fit to features (n_spots, n_features) and expression (n_spots, n_genes)."""
         x = self._fit_inputs(features)._inputs(features)
         y = self._fit_targets(expression)
 
@@ -38,28 +38,29 @@ class MLP(TorchRegressor):
             return nn.Sequential(nn.Dropout(0.2), *block(x.shape[1]), *block(256), nn.Linear(256, y.shape[1]))
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            return ((x[rows], y[rows]) for rows in shuffled(len(x)))
+            return ((x[rows], y[rows]) for rows in shuffle_batches(len(x)))
 
         def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             return nn.functional.mse_loss(network(batch[0]), batch[1])
 
-        how: dict[str, Any] = {"epochs": 30, "learning_rate": 2e-3, "weight_decay": 0.1}
+        options: dict[str, Any] = {"epochs": 30, "learning_rate": 2e-3, "weight_decay": 0.1}
         self.networks_ = [
-            train(make, loss, batches, **how, random_state=4 * self.random_state + seed) for seed in range(4)
+            train(make, loss, batches, **options, random_state=4 * self.random_state + seed) for seed in range(4)
         ]
         return self
 
     def _fit_inputs(self, features: NDArray[Any]) -> Self:
+        """Fit the principal components."""
         self.components_ = UnitPCA().fit(features)
         return self
 
     def _inputs(self, features: NDArray[Any]) -> Tensor:
-        """Components of unit mean square, not unit norm: what a network expects."""
+        """Principal components with a mean square of one each, as suits a network, not with a norm of one."""
         components = self.components_.transform(features)
         return tensor(components * np.sqrt(components.shape[1]))
 
     def predict(self, features: NDArray[Any]) -> NDArray[Any]:
-        """(n_spots, n_genes)."""
+        """Predict expression, (n_spots, n_genes)."""
         x = self._inputs(features)
         predicted: Tensor = torch.stack([network(x) for network in self.networks_]).mean(0)
-        return self._restored(predicted)
+        return self._restore(predicted)

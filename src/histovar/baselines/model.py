@@ -1,4 +1,4 @@
-"""A fitted baseline, which predicts into AnnData as the model does."""
+"""Fit a baseline to AnnData, and predict with it into the same slots as the model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Standardize = Literal["section", "training"]
 
 
 class Method(NamedTuple):
-    """How a baseline is made, whether it draws at random, and what it sees of a spot."""
+    """A baseline method: function that makes its estimator given a seed, whether it is random, and its inputs."""
 
     make: Callable[[int], Any]
     is_random: bool
     niche: tuple[tuple[int, ...], tuple[int, ...]] | None
-    """Neighbourhoods of the first embedding and of each further one; None: the first embedding alone."""
+    """Sizes of neighbourhoods for the first embedding and for each further one; None: only the first embedding."""
 
 
 METHODS: dict[str, Method] = {
@@ -57,6 +57,7 @@ METHODS: dict[str, Method] = {
 
 
 def _method(value: str) -> str:
+    """Check the name of a method."""
     return value if value in METHODS else refuse_value(f"one of {', '.join(map(repr, METHODS))}")
 
 
@@ -65,29 +66,29 @@ MethodName = Annotated[str, AfterValidator(_method)]
 
 @dataclass
 class Baseline:
-    """A baseline and what it was trained on. :func:`histovar.tl.baseline` makes one.
+    """A fitted baseline that predicts expression into AnnData; made by :func:`histovar.tl.baseline`.
 
     Parameters
     ----------
     method
-        Its name.
+        Name of the method.
     genes, layer, normalization
-        What it predicts.
+        Genes to predict, and layer and normalisation of their expression.
     use_rep, library_key, spatial_key
-        What it predicts from.
+        Where embeddings, sections and coordinates are in the object.
     standardize
-        Whether features are standardised within sections first.
+        ``"section"`` standardises features within each section first; ``"training"`` leaves it to the method.
     random_state
         Seed.
     group_key
-        Column of ``obs`` with the individual, by which folds are made.
+        Column of ``obs`` with the individual, for cross-validation.
 
     Attributes
     ----------
     widths : list of int or None
         Widths of the embeddings trained on.
     std : :class:`numpy.ndarray`
-        (n_genes,) standard deviation of the errors on training spots left out.
+        (n_genes,) standard deviation of the errors on held-out training spots.
     """
 
     method: str
@@ -103,16 +104,16 @@ class Baseline:
     widths: list[int] | None = field(default=None, init=False)
 
     def fit(self, adata: AnnData, expression: NDArray[np.floating]) -> Self:
-        """Fit, once without a third of the training spots, whose errors give `std`, and once on all.
+        """Fit to all training spots, and estimate `std` by another fit without a third of them.
 
-        The third is of whole individuals where there are several, else of whole sections.
+        The third consists of whole individuals if there are several, else of whole sections if there are several.
 
         Parameters
         ----------
         adata
             Training sections.
         expression
-            (n_spots, n_genes).
+            (n_spots, n_genes) measured expression.
         """
         labels = self._labels(adata)
         self.sections = [] if self.library_key is None else np.unique(labels).tolist()
@@ -124,26 +125,26 @@ class Baseline:
         estimator = METHODS[self.method].make(self.random_state)
         n_groups = len(np.unique(groups))
         splits: Any = GroupKFold(min(3, n_groups)) if n_groups > 1 else KFold(3, shuffle=True, random_state=0)
-        seen, left = next(splits.split(features, groups=groups))
+        seen, held_out = next(splits.split(features, groups=groups))
         fitted = _fit(clone(estimator), features[seen], expression[seen], labels[seen], groups[seen])
-        errors = expression[left] - _predict(fitted, features[left], labels[left])
+        errors = expression[held_out] - _predict(fitted, features[held_out], labels[held_out])
         self.std = np.sqrt((errors**2).mean(0))
         self.estimator = _fit(estimator, features, expression, labels, groups)
         return self
 
     def _labels(self, adata: AnnData) -> NDArray[np.str_]:
-        """Section of each spot; without `library_key` all are one."""
+        """Section of each spot; the same for all without `library_key`."""
         names = gate.sections(adata, self.library_key)
         return np.full(adata.n_obs, "all") if names is None else names
 
     def features(self, adata: AnnData) -> NDArray[np.float32]:
-        """What the method sees, (n_spots, n_features): embeddings and means over neighbours, side by side."""
+        """Features of the method: embeddings and their means over neighbours, side by side, (n_spots, n_features)."""
         niche = METHODS[self.method].niche
         widths = [None] * len(self.use_rep) if self.widths is None else self.widths
         embeddings = [gate.embedding(adata, key, width) for key, width in zip(self.use_rep, widths, strict=True)]
         names = gate.sections(adata, self.library_key, self.spatial_key)
         if niche is None:
-            parts = embeddings[:1]
+            columns = embeddings[:1]
         else:
             sizes = sorted({n for own in niche for n in own})
             gate.check_neighbors(names, adata.n_obs, sizes)
@@ -154,10 +155,10 @@ class Baseline:
                     strict=True,
                 )
             )
-            parts = list(embeddings)
+            columns = list(embeddings)
             for i, embedding in enumerate(embeddings):
-                parts += [graphs[n] @ embedding for n in niche[min(i, 1)]]
-        features = np.concatenate(parts, 1).astype(np.float32)
+                columns += [graphs[n] @ embedding for n in niche[min(i, 1)]]
+        features = np.concatenate(columns, 1).astype(np.float32)
         if self.standardize == "section":
             labels = self._labels(adata)
             for label in np.unique(labels):
@@ -170,7 +171,7 @@ class Baseline:
     def predict(
         self, data: Data, *, key_added: Prefix | None = None, table_name: Key | None = None, copy: bool = False
     ) -> AnnData | None:
-        """Predict expression into the slots of :func:`histovar.tl.predict`.
+        """Predict expression, and write it to the slots of :func:`histovar.tl.predict`.
 
         Parameters
         ----------
@@ -186,7 +187,8 @@ class Baseline:
         Returns
         -------
         AnnData or None
-            Writes expected expression and its standard deviation, the same for every spot, and ``uns[key_added]``.
+            Writes predicted expression, its standard deviation, which is the same for every spot, and
+            ``uns[key_added]``. Returns the copy with `copy`, otherwise None.
         """
         adata = gate.table(data, table_name, writes=not copy)
         keys = Keys(self.method if key_added is None else key_added)
@@ -218,16 +220,18 @@ class Baseline:
         return adata if copy else None
 
 
-def _taken(function: Any, **arguments: Any) -> dict[str, Any]:
-    """Those arguments that a function takes."""
+def _select_arguments(function: Any, **arguments: Any) -> dict[str, Any]:
+    """Select the arguments that a function accepts."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _fit(estimator: Any, features: Any, expression: Any, sections: Any, groups: Any) -> Any:
-    return estimator.fit(features, expression, **_taken(estimator.fit, sections=sections, groups=groups))
+    """Fit an estimator, with sections and groups if it uses them."""
+    return estimator.fit(features, expression, **_select_arguments(estimator.fit, sections=sections, groups=groups))
 
 
 def _predict(estimator: Any, features: Any, sections: Any) -> NDArray[Any]:
-    predicted: NDArray[Any] = estimator.predict(features, **_taken(estimator.predict, sections=sections))
+    """Predict with an estimator, with sections if it uses them."""
+    predicted: NDArray[Any] = estimator.predict(features, **_select_arguments(estimator.predict, sections=sections))
     return predicted

@@ -1,4 +1,4 @@
-"""Methods that look up training spots: kernel ridge, and retrieval of the nearest in embedding space."""
+"""Baselines that compare with training spots: kernel ridge regression and nearest neighbours in embedding space."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class UnitPCA(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     n_components
-        Most components.
+        Maximum number of components.
     """
 
     def __init__(self, n_components: int = 128) -> None:
         self.n_components = n_components
 
     def fit(self, features: NDArray[Any], y: Any = None) -> Self:
-        """Fit to (n_spots, n_features)."""
+        """Fit to features, (n_spots, n_features)."""
         n_components = min(self.n_components, *features.shape)
         self.axes_ = make_pipeline(StandardScaler(), PCA(n_components, random_state=0))
         projected = self.axes_.fit_transform(features)
@@ -35,13 +35,13 @@ class UnitPCA(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, features: NDArray[Any]) -> NDArray[Any]:
-        """(n_spots, n_components)."""
+        """Project features: (n_spots, n_components)."""
         projected: NDArray[Any] = self.axes_.transform(features) / self.scale_
         return projected
 
 
 class _CentredKernelRidge(KernelRidge):
-    """Kernel ridge has no intercept: the mean of the training targets is taken out before and put back after."""
+    """Kernel ridge regression on standardised targets, as scikit-learn's has no intercept."""
 
     def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
         self.centre_, self.spread_ = expression.mean(0), expression.std(0) + 1e-9
@@ -54,16 +54,18 @@ class _CentredKernelRidge(KernelRidge):
 
 
 def kernel_ridge() -> Any:
-    """Kernel ridge: Gaussian kernel of gamma 0.5 on 128 components of unit mean squared norm, penalty 1."""
+    """Kernel ridge regression: Gaussian kernel of gamma 0.5 on 128 components of unit mean squared norm, penalty 1."""
     return make_pipeline(UnitPCA(), _CentredKernelRidge(kernel="rbf", gamma=0.5, alpha=1.0))
 
 
 def knn() -> Any:
-    """Retrieval: mean of the 50 nearest training spots in 128 components (fewer, a quarter, of few spots)."""
-    return make_pipeline(UnitPCA(), _FewOrFifty(50))
+    """Retrieval: mean of the 50 nearest training spots in 128 components, or of a quarter of all if that is fewer."""
+    return make_pipeline(UnitPCA(), _CappedNeighbors(50))
 
 
-class _FewOrFifty(KNeighborsRegressor):
+class _CappedNeighbors(KNeighborsRegressor):
+    """Nearest neighbours, at most 50 and at most a quarter of the training spots."""
+
     def fit(self, features: NDArray[Any], expression: NDArray[Any]) -> Self:
         self.n_neighbors = max(1, min(50, len(features) // 4))
         super().fit(features, expression)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .negative_binomial import negative_log_likelihood
 from .observation import INDIVIDUALS_APART, PATIENTS, Composition, Observation
 
-# Fewest measured spots that allow to estimate levels and their uncertainty.
+# Fewest measured spots for an estimate of levels and their uncertainty.
 LEAST_MEASURED = 9
 # Most measured spots in the Gaussian process, whose cost grows with their cube.
 MOST_NEIGHBORS = 1000
@@ -30,8 +30,8 @@ MOST_NEIGHBORS = 1000
 LENGTHS, SHARES = (2.0, 6.0, 18.0), (0.1, 0.2, 0.4, 0.6, 0.8)
 # Largest change of a log rate, or of log depth, by the Gaussian process.
 LARGEST_CHANGE = 2.0
-# Weights of prior knowledge: that from training in dispersion and depth errors, in measured spots, and that from other
-# sections in the variance of levels, in genes.
+# Weight of the training data in dispersion and depth errors, in measured spots, and weight of other sections in the
+# variance of levels, in genes.
 PRIOR_SPOTS, PRIOR_GENES = 10, 10
 # Iterations of Newton's method and of empirical Bayes.
 ROUNDS = 40

@@ -60,7 +60,7 @@ class Calibration(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether :meth:`fit` was called."""
+        """Whether it has been calibrated."""
         return bool(self.scores.any())
 
     @torch.no_grad()

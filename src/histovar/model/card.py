@@ -180,6 +180,7 @@ class TrustCard(_Fields):
 
     @model_validator(mode="after")
     def _is_table(self) -> TrustCard:
+        """Check that all fields have the same groups and genes."""
         n_genes = len(self.variance)
         if len(self.n_spots) != len(self.groups) or len(self.pearson) != len(self.groups):
             raise ValueError(f"n_spots and pearson must have one entry for each of {len(self.groups)} groups")
@@ -244,6 +245,7 @@ class HistoryCard(_Fields):
 
     @model_validator(mode="after")
     def _is_table(self) -> HistoryCard:
+        """Check that rows and columns match the data."""
         if len(self.data) != len(self.index) or any(len(row) != len(self.columns) for row in self.data):
             raise ValueError(f"data is not a table of {len(self.index)} rows and {len(self.columns)} columns")
         return self
@@ -265,7 +267,8 @@ class ModelCard(_Fields):
     sha256: Digest | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> ModelCard:
+    def _is_consistent(self) -> ModelCard:
+        """Check that the fields are those of the format version, and match each other."""
         is_checked = self.format_version >= CHECKSUMS_SINCE
         for name in ("registered", "weights", "sha256"):
             if (getattr(self, name) is None) == is_checked:
@@ -282,6 +285,7 @@ class ModelCard(_Fields):
         return self
 
     def _check_registry(self) -> None:
+        """Check the registry against the stages and the configuration."""
         registry, config = self.registry, self.config
         # Formats without checksums were always written by training.
         registered = [*self.stages] if self.registered is None else self.registered

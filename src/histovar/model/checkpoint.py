@@ -117,7 +117,7 @@ def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2
     path.mkdir(parents=True, exist_ok=True)
     with directory_lock(path, seconds=SAVING_SECONDS) as locked:
         if len(stages) == 1:
-            card = _with_other_stage(card, path, stages[0])
+            card = _merge_other_stage(card, path, stages[0])
         elif not _is_replaceable(path / CARD):
             raise ValueError(
                 f"path: {str(path / CARD)!r} was not written by histovar; save to another directory, or remove it"
@@ -126,7 +126,7 @@ def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2
             _finish_interrupted(path)
         try:
             for stage, content in contents.items():
-                with atomic_file(_hidden(path, stage, weights[stage])) as file:
+                with atomic_file(_hidden_file(path, stage, weights[stage])) as file:
                     file.write_bytes(content)
             with atomic_file(path / CARD) as file:
                 file.write_text(card_text(card))
@@ -136,8 +136,8 @@ def save_model(model: TwoStageNetwork, path: Path, stages: Sequence[int] = (1, 2
             raise
         for stage in contents:
             # Without a lock, another process may have saved meanwhile, and tidied up these files.
-            if _hidden(path, stage, weights[stage]).exists():
-                os.replace(_hidden(path, stage, weights[stage]), path / weights_name(stage))
+            if _hidden_file(path, stage, weights[stage]).exists():
+                os.replace(_hidden_file(path, stage, weights[stage]), path / weights_name(stage))
         for stage in {1, 2} - {*card["stages"]}:
             (path / weights_name(stage)).unlink(missing_ok=True)
         _write_readme(path, card)
@@ -165,7 +165,7 @@ def _write_readme(path: Path, card: Mapping[str, Any]) -> None:
             temporary.write_text(text, "utf-8")
 
 
-def _hidden(path: Path, stage: int, digest: str) -> Path:
+def _hidden_file(path: Path, stage: int, digest: str) -> Path:
     """Path of a stage's new weights until the card that names them is in place."""
     return path / f".stage{stage}-{digest[:16]}.safetensors"
 
@@ -173,7 +173,7 @@ def _hidden(path: Path, stage: int, digest: str) -> Path:
 def _weights_file(path: Path, stage: int, card: Mapping[str, Any]) -> Path:
     """Path of the weights that a card names."""
     if card["format_version"] >= CHECKSUMS_SINCE:
-        hidden = _hidden(path, stage, card["weights"][weights_name(stage)])
+        hidden = _hidden_file(path, stage, card["weights"][weights_name(stage)])
         if hidden.is_file():
             return hidden
     return path / weights_name(stage)
@@ -204,7 +204,7 @@ def _finish_interrupted(path: Path) -> None:
             (path / name).unlink(missing_ok=True)
 
 
-def _with_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str, Any]:
+def _merge_other_stage(card: dict[str, Any], path: Path, stage: int) -> dict[str, Any]:
     """Merge the card of one stage with that of the other stage, which is in the directory.
 
     Raises
@@ -268,7 +268,7 @@ def _table(values: Mapping[str, Any]) -> pd.DataFrame:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _shared_lock(path: Path) -> Iterator[None]:
     """Hold a shared lock on a model's directory, so that no process saves to it meanwhile."""
     if not path.is_dir():
         yield
@@ -313,7 +313,7 @@ def verify(path: Path) -> str:
         If the card or the weights are damaged or changed, or do not belong together.
     """
     path = local_directory(path)
-    with _reading(path):
+    with _shared_lock(path):
         card = read_card(path)
         if card["format_version"] >= CHECKSUMS_SINCE:
             for stage in card["stages"]:
@@ -330,7 +330,7 @@ def verify(path: Path) -> str:
 def load_model(cls: type[Model], path: Path) -> Model:
     """Load a model with all its stages; see :meth:`TwoStageVARST.load`."""
     path = local_directory(path)
-    with _reading(path):
+    with _shared_lock(path):
         card = read_card(path)
         if 1 not in card["stages"]:
             raise ValueError(
@@ -356,7 +356,7 @@ def load_model(cls: type[Model], path: Path) -> Model:
 def load_stage(model: TwoStageNetwork, path: Path, stage: Literal[1, 2]) -> None:
     """Load one stage into a model; see :meth:`TwoStageVARST.load_stage`."""
     path = local_directory(path)
-    with _reading(path):
+    with _shared_lock(path):
         card = read_card(path)
         if stage not in card["stages"]:
             raise ValueError(f"path: {str(path)!r} holds stages {card['stages']}, not stage {stage}")

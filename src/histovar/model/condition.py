@@ -207,7 +207,7 @@ class ConditionProcessor(nn.Module):
             getattr(self, f"centre_{i}").copy_((shares * means).sum(0))
             getattr(self, f"spread_{i}").copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
         shifts = torch.stack([self._shift(own.means[0]) for own in moments.values()])
-        # The mean of few sections lies near each of them: a new section is about twice as far, squared four times.
+        # The mean of few sections lies near each of them: the squared shift of a new one is about four times theirs.
         self.familiar.copy_((4 * shifts.mean()).clamp(min=FAMILIAR))
         for k, statistics in enumerate(self.config.statistics):
             for i, source in enumerate(self._standardized(histology, sections, moments, statistics)):

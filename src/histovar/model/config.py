@@ -211,6 +211,7 @@ class ModelConfig:
 
     @property
     def _outline_dims(self) -> tuple[int, ...]:
+        """Width of the outline, if it is a source."""
         return (N_OUTLINE * len(self.n_neighbors),) if self.has_outline else ()
 
     @classmethod

@@ -206,6 +206,7 @@ def _generate(
     blocks: list[Block],
     needs_distribution: list[bool],
 ) -> Generation:
+    """Generate one chunk of spots."""
     config = transformer.config
     memory = memory.to(transformer.positions.dtype)
     codebook = stage1.quantizer.codebook

@@ -54,6 +54,7 @@ class _ChunkedFeedForward(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, gelu: bool
     ) -> Tensor:
+        """Compute the outputs, (n, width); hidden values are not kept."""
         ctx.save_for_backward(x, up, up_bias, down)
         ctx.gelu = gelu
         activate_: Callable[[Tensor], Tensor] = torch.ops.aten.gelu_ if gelu else torch.relu_
@@ -65,6 +66,7 @@ class _ChunkedFeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of all inputs, with hidden values computed again."""
         (gradient,) = gradients
         x, up, up_bias, down = ctx.saved_tensors
         grad_x, grad_up, grad_up_bias, grad_down = (

@@ -247,6 +247,7 @@ class TwoStageNetwork(nn.Module):
     def _hidden(
         self, histology: Histology, tokens: Tensor, teacher: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
+        """Hidden states of the transformer, by default with the embeddings of `tokens` as inputs."""
         stage2 = self.var_stage
         if teacher is None:
             teacher = self.token_embeddings(tokens)
@@ -273,6 +274,7 @@ class TwoStageNetwork(nn.Module):
         return torch.cat(embeddings, 1)[:, :n_feeding]
 
     def _shifts(self, histology: Histology, prior: Tensor | None) -> list[Tensor] | None:
+        """Group values of the prior's mean for every scale, which shift the logits; None without a prior."""
         if self.var_stage.prior is None:
             return None
         return self.prior_mean(self.conditional_mean(histology) if prior is None else prior)
@@ -300,6 +302,7 @@ class TwoStageNetwork(nn.Module):
 
     @property
     def _prior(self) -> ConditionalMeanPrior:
+        """The prior, which must exist."""
         if self.var_stage.prior is None:
             raise ValueError("the model has no prior (n_members=0)")
         return self.var_stage.prior

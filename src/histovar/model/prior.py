@@ -50,6 +50,7 @@ class _EnsembleNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_members, 1, width))
 
     def forward(self, x: Tensor, members: slice) -> Tensor:
+        """Normalise rows by the layers of some members."""
         return torch.addcmul(self.bias[members], F.layer_norm(x, x.shape[-1:]), self.weight[members])
 
 
@@ -115,8 +116,8 @@ class ConditionalMeanPrior(nn.Module):
         self.linear = LinearPart(n, n_features, config.n_genes)
         self.depths = Ensemble(2 * n, n_in, DEPTH_HIDDEN, 1, *rates)
         self.linear_depth = LinearPart(n, n_features, 1)
-        # Whether rates are predicted, and the number of folds. Kept as Python values, too: reading a buffer waits for
-        # the device.
+        # Whether rates are predicted, and the number of folds. Kept as Python values, too, since reading a buffer
+        # synchronises the device.
         self.register_buffer("trained", torch.tensor([0, 1]))
         self.of_rates, self.n_folds = False, 1
         self.register_buffer("depth_mean", torch.zeros(()))

@@ -89,6 +89,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def _heads(self, x: Tensor) -> Tensor:
+        """Split (n_spots, n, width) into heads: (n_spots, n_heads, n, head_width)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,7 @@ class MultiScaleGeneVQVAE(nn.Module):
             return self._losses(expression, genes_made)
 
     def _losses(self, expression: Tensor, genes_made: Tensor | None) -> Stage1Losses:
+        """Losses of a batch, see :meth:`forward`."""
         genes = self.scales.standardize(expression)
         total = torch.zeros_like(genes)
         latents, tokens = [], []
@@ -179,6 +180,7 @@ class MultiScaleGeneVQVAE(nn.Module):
         return torch.cat([self._tokenize(chunk) for chunk in expression.split(n_spots)])
 
     def _tokenize(self, expression: Tensor) -> Tensor:
+        """Tokens of one chunk of spots."""
         genes = self.scales.standardize(expression)
         total = torch.zeros_like(genes)
         tokens = []

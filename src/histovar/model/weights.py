@@ -23,7 +23,7 @@ from .vqvae import MultiScaleGeneVQVAE
 
 # Data types of tensors in models, by their names in safetensors.
 DTYPES = {"F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
-# A module may take so many times the bytes of its file, and so many more: for buffers that are not saved, and for
+# A module may take up to MOST_MEMORY times the bytes of its file plus SPARE_BYTES, for buffers that are not saved and
 # tensors that earlier formats lacked.
 MOST_MEMORY, SPARE_BYTES = 4, 2**26
 # Bytes that are hashed at once.

@@ -1,4 +1,4 @@
-"""Prediction, at once or chunk by chunk; imports nothing that workers of a cluster do not need."""
+"""Prediction in memory or chunk by chunk with dask; imports only what workers of a cluster need."""
 
 from .chunks import predict_lazily
 from .device import Device, on_device

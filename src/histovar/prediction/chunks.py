@@ -1,4 +1,4 @@
-"""Prediction of embeddings that are dask arrays."""
+"""Predict lazily from embeddings that are dask arrays, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from histovar.model import Histology, TwoStageVARST
 
 from .predictor import Predictor
 
-# Torch uses all threads that it was given by itself; two chunks at once in one process would hinder each other.
+# One chunk at a time in each process: torch already uses all threads it was given.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -29,22 +29,22 @@ def predict_lazily(
     place: Tensor | None = None,
     **condition: Any,
 ) -> Prediction:
-    """A :class:`Prediction` of dask arrays, chunked as the embeddings are, each computed when it is asked for.
+    """Make a :class:`Prediction` of lazy dask arrays, with the chunks of the embeddings.
 
     Parameters
     ----------
     adata
-        The object.
+        Object whose embeddings are dask arrays.
     model
-        With both stages trained; one task of the graph, which every worker fetches once.
+        Model with both stages trained; a single task of the dask graph, which every worker fetches once.
     predictor
-        What to predict.
+        What to predict, and how.
     random_state
-        Seed of the draws; each chunk's own comes from it.
+        Seed of the draws, from which the seed of each chunk is derived.
     depth, place
         As in :class:`Predictor`.
     **condition
-        As :class:`ChunkedHistology` takes it.
+        Further arguments of :class:`ChunkedHistology`.
     """
     import dask.array as da
     from dask.delayed import delayed
@@ -52,7 +52,7 @@ def predict_lazily(
     inputs = ChunkedHistology(adata, model.config, **condition)
     shared = delayed(model, traverse=False)
     seeds = np.random.SeedSequence(random_state).generate_state(len(inputs.chunks))
-    made = [
+    chunk_predictions = [
         delayed(_predict)(
             predictor,
             shared,
@@ -65,20 +65,20 @@ def predict_lazily(
     ]
     empty = predictor.empty(model, 0)
 
-    def whole(field: int, like: Any) -> Any:
+    def concat_chunks(field: int, like: Any) -> Any:
         if like is None:
             return None
-        parts = [
+        arrays = [
             da.from_delayed(
-                part[field],  # type: ignore[index]
+                prediction[field],  # type: ignore[index]
                 (chunk.stop - chunk.start, *like.shape[1:]),
                 like.dtype,
             )
-            for part, chunk in zip(made, inputs.chunks, strict=True)
+            for prediction, chunk in zip(chunk_predictions, inputs.chunks, strict=True)
         ]
-        return da.concatenate(parts)
+        return da.concatenate(arrays)
 
-    return Prediction(*(whole(i, like) for i, like in enumerate(empty)))
+    return Prediction(*(concat_chunks(i, like) for i, like in enumerate(empty)))
 
 
 def _predict(
@@ -90,5 +90,6 @@ def _predict(
     place: Tensor | None,
     first_row: int,
 ) -> Prediction:
+    """Predict one chunk."""
     with _ONE_AT_A_TIME:
         return predictor(model, inputs, random_state, depth=depth, place=place, first_row=first_row)

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Check the ``device`` argument, and move a model to a device for the time of a computation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from histovar.model import TwoStageVARST
 
 
 def _device(value: Any) -> str:
+    """Check ``device``: ``"auto"`` or a device of torch."""
     if isinstance(value, torch.device):
         value = str(value)
     if not isinstance(value, str):
         refuse_type("'auto' or a device of torch, such as 'cpu'")
     try:
-        exists = value == "auto" or torch.device(value).type != "meta"  # which holds no numbers
+        exists = value == "auto" or torch.device(value).type != "meta"  # meta tensors have no values
     except RuntimeError:
         exists = False
     return value if exists else refuse_value("'auto' or a device of torch, such as 'cpu'")
@@ -29,21 +30,21 @@ Device = Annotated[str, Converted(_device)]
 
 @contextmanager
 def on_device(model: TwoStageVARST, device: str) -> Iterator[torch.device]:
-    """Move the model to a device for a while, in evaluation mode.
+    """Context manager: move a model to a device, in evaluation mode, and back at the end.
 
     Raises
     ------
     ValueError
         If the device does not exist.
     """
-    with moved(model, device, model.device) as where:
+    with moved(model, device, model.device) as target:
         model.eval()
-        yield where
+        yield target
 
 
 @contextmanager
 def moved(module: torch.nn.Module, device: str, home: torch.device) -> Iterator[torch.device]:
-    """Move a module to a device for a while, and back home.
+    """Context manager: move a module to a device, and to the device `home` at the end.
 
     Raises
     ------
@@ -51,14 +52,14 @@ def moved(module: torch.nn.Module, device: str, home: torch.device) -> Iterator[
         If the device does not exist.
     """
     try:
-        if device == "auto":  # never MPS by itself: it has given NaN where others do not
+        if device == "auto":  # never MPS: it has given NaN where other devices do not
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        where = torch.device(device)
-        module.to(where)
+        target = torch.device(device)
+        module.to(target)
     except (RuntimeError, AssertionError) as error:
         module.to(home)
         raise ValueError(f"device: {device!r} is not available ({str(error).splitlines()[0]}); use 'cpu'") from None
     try:
-        yield where
+        yield target
     finally:
         module.to(home)

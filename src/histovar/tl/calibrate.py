@@ -28,7 +28,7 @@ from histovar.anndata_io.sections import Section, Sections
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.observation import Composition
 from histovar.prediction import Device, on_device
-from histovar.training import cross_fit_folds, gathered_rows
+from histovar.training import concat_rows, cross_fit_folds
 
 from ._trained import Trained
 
@@ -155,7 +155,7 @@ def calibrate(
         read, total, own = (torch.from_numpy(part) for part in (measured, totals, section.rows[rows]))
         return inputs.map(lambda t: t[rows]), read, total, own
 
-    inputs, measured, totals, rows_read = gathered_rows(sections.map(aligned), len(chosen))
+    inputs, measured, totals, rows_read = concat_rows(sections.map(aligned), len(chosen))
     unseen, numbers = unseen[rows_read], numbers_of_groups[rows_read]
     whole = _are_whole(unseen, numbers)
     results: list[tuple[torch.Tensor, ...]] = []

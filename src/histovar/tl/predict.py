@@ -170,10 +170,10 @@ def predict(
     slots.check_free(adata, keys, prediction_slots(keys))
     registry, config = model.registry, model.config
     rule = Decoding(decoding, temperature, top_k, top_p)
-    chance = Decoding("sample", temperature, top_k, top_p)
+    sampling = Decoding("sample", temperature, top_k, top_p)
     totals = _depth(adata, model, units, depth, decoding)
     predictor = Predictor(
-        rule, chance, units or "lognorm", n_samples, tuple(quantiles), tokens, batch_size, device, precision
+        rule, sampling, units or "lognorm", n_samples, tuple(quantiles), tokens, batch_size, device, precision
     )
     calibrated = predictor.is_calibrated(model)
     if len(quantiles) and n_samples < 2 and not calibrated and not predictor.is_of_counts(model):

@@ -20,7 +20,7 @@ from histovar.anndata_io.normalization import SpotTotals, common_normalization
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.pp.gene_scales import gene_scales, genes_in_scales
-from histovar.training import Stage1Trainer, checkpoint_directory, collected, one_training_at_a_time, seeded
+from histovar.training import Stage1Trainer, checkpoint_directory, collect_spots, one_training_at_a_time, seeded
 
 from ._panel import ensure_panel
 
@@ -131,7 +131,7 @@ def train_stage1(
             return (torch.from_numpy(values),)
 
         with sections.scratch() as scratch:
-            spots = collected(sections.map(measured), adata.n_obs, scratch)
+            spots = collect_spots(sections.map(measured), adata.n_obs, scratch)
             normalization = common_normalization(totals, wanted, adata.n_vars, len(columns))
             model.registry |= {
                 "units": expression.units(wanted, normalization),

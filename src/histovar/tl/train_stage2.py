@@ -24,7 +24,7 @@ from histovar.anndata_io.normalization import Normalization
 from histovar.anndata_io.sections import Section, Sections
 from histovar.model import ModelConfig, TwoStageVARST
 from histovar.model.card import AFTER_TRAINING
-from histovar.training import Measured, Stage2Trainer, checkpoint_directory, one_training_at_a_time, seeded
+from histovar.training import MeasuredSpots, Stage2Trainer, checkpoint_directory, one_training_at_a_time, seeded
 
 from ._trained import TrainedStage1
 
@@ -125,7 +125,7 @@ def train_stage2(
         embedding_dims=widths, n_covariates=covariate_width(encoders)
     )
 
-    def measured(section: Section) -> Measured:
+    def measured(section: Section) -> MeasuredSpots:
         inputs = histology(
             section.adata,
             wanted,
@@ -143,7 +143,7 @@ def train_stage2(
         panel, totals = (None, None) if counts is None else (torch.from_numpy(counts.panel), counts.totals)
         rows = section.rows
         own = None if numbers is None else numbers[rows]
-        return Measured(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], own, panel, totals)
+        return MeasuredSpots(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], own, panel, totals)
 
     trainee = _with_own_weights(model)
     with checkpoint_directory(checked), sections.scratch() as scratch:

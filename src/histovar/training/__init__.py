@@ -1,24 +1,24 @@
-"""Training by Lightning."""
+"""Training of both stages with Lightning."""
 
-import histovar._torchvision  # noqa: F401  # which lightning imports
+import histovar._torchvision  # noqa: F401  # must come before lightning, which imports torchvision
 
-from .data import collected, cross_fit_folds, gathered_rows
+from .data import collect_spots, concat_rows, cross_fit_folds
 from .isolation import one_training_at_a_time, seeded
 from .options import TrainingOptions
 from .resume import checkpoint_directory, lock_directory, refuse_overwriting, resumable, trained_epochs
 from .stage1 import Stage1Trainer
 from .stage2 import Stage2Trainer
-from .survey import Measured
+from .statistics import MeasuredSpots
 
 __all__ = [
-    "Measured",
+    "MeasuredSpots",
     "Stage1Trainer",
     "Stage2Trainer",
     "TrainingOptions",
     "checkpoint_directory",
-    "collected",
+    "collect_spots",
+    "concat_rows",
     "cross_fit_folds",
-    "gathered_rows",
     "lock_directory",
     "one_training_at_a_time",
     "refuse_overwriting",

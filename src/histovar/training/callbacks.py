@@ -1,4 +1,4 @@
-"""Callbacks of Lightning: seeding, history of metrics, progress bar, check for divergence."""
+"""Lightning callbacks: seeding, history of metrics, weight averaging, progress bar, check for divergence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EpochSeed(Callback):
-    """Seeds torch at the start of every epoch, so that a resumed run repeats an uninterrupted one.
+    """Seeds torch at the start of every epoch, so that a resumed run gives the same model as an uninterrupted one.
 
     Parameters
     ----------
@@ -25,12 +25,12 @@ class EpochSeed(Callback):
         self.random_state = random_state
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed by run and epoch."""
+        """Seed torch with a number that depends on run and epoch."""
         torch.manual_seed(self.random_state * 1_000_003 + trainer.current_epoch)
 
 
 class History(Callback):
-    """Keeps every logged metric, one row an epoch, across interruptions."""
+    """Keeps all logged metrics, one row for each epoch; saved in checkpoints."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -41,11 +41,11 @@ class History(Callback):
         self.rows.append({"epoch": trainer.current_epoch, **row})
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, for checkpoints."""
+        """Rows to save in a checkpoint."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The rows of a checkpoint."""
+        """Restore the rows of a checkpoint."""
         self.rows = list(state_dict["rows"])
 
     def frame(self) -> pd.DataFrame:
@@ -54,30 +54,30 @@ class History(Callback):
 
 
 class WeightAverage(WeightAveraging):
-    """Moving average of the weights, on the device on which they are trained.
+    """Exponential moving average of the weights, on the device that trains them.
 
     Parameters
     ----------
     decay
-        How much of the average remains with every step.
+        Decay of the average in each step, 0 to 1.
     """
 
     def __init__(self, decay: float) -> None:
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning's hook, before which it has not yet moved the module, and would average on the CPU."""
+        """Move the module to its device first: Lightning does so later, and the average would stay on the CPU."""
         pl_module.to(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's progress bar on standard error, which names the step: ``stage 1: codebook, epoch 3/30``.
+    """Progress bar on standard error that names the step, such as ``stage 1: codebook, epoch 3/30``.
 
     Parameters
     ----------
     step
-        Name of what is trained.
+        Name of the training step.
     """
 
     def __init__(self, step: str) -> None:
@@ -89,38 +89,40 @@ class StepProgressBar(RichProgressBar):
 
     @property
     def validation_description(self) -> str:
-        """What the bar of the inner held-out spots is called."""
+        """Label of the bar for the inner held-out spots."""
         return f"{self.step}, held-out spots"
 
 
 class DivergenceCheck(Callback):
-    """Ends a training whose loss or weights are no longer finite.
+    """Stops training with an error when a loss or weight is no longer finite.
 
     Parameters
     ----------
     step
-        Name of what is trained.
+        Name of the training step, for the message.
     """
 
     def __init__(self, step: str) -> None:
         self.step = step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check losses and weights, once an epoch, for devices not to be waited for in between."""
+        """Check losses and weights, only once per epoch, as each check waits for the device."""
         losses = {name: float(v) for name, v in trainer.callback_metrics.items() if name.endswith("loss")}
         broken = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
         if broken or not is_finite(pl_module):
-            raise diverged(self.step, f"epoch {trainer.current_epoch}: {', '.join(broken) or 'weights are not finite'}")
+            raise divergence_error(
+                self.step, f"epoch {trainer.current_epoch}: {', '.join(broken) or 'weights are not finite'}"
+            )
 
 
 def is_finite(module: torch.nn.Module) -> bool:
-    """Whether all weights and buffers are finite."""
-    values = [t for t in module.state_dict().values() if t.is_floating_point()]
-    return all(bool(torch.isfinite(t).all()) for t in values)
+    """Whether all weights and buffers of a module are finite."""
+    tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def diverged(step: str, reason: str) -> FloatingPointError:
-    """The error that says that a training has diverged, and how to mend it."""
+def divergence_error(step: str, reason: str) -> FloatingPointError:
+    """Make the error that says that training has diverged, and what to do about it."""
     return FloatingPointError(
         f"{step}: training diverged ({reason}); lower learning_rate, or look for extreme values in expression and "
         "embeddings"

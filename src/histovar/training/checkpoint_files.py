@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without pickle, by one training of a directory at a time."""
+"""Checkpoint files: atomic writes, reading without pickle, and a lock on their directory."""
 
 from __future__ import annotations
 
@@ -17,79 +17,79 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-# Checkpoints of a stage: the best epoch, the last one, what is there before the first, and the prior's last epoch, kept
-# until the prior is trained.
+# Checkpoints of a stage: the best epoch, the last epoch, the state before the first epoch, and the last epoch of the
+# prior, which is deleted once the prior is trained.
 BEST, LAST, START, PRIOR = "best.ckpt", "last.ckpt", "start.ckpt", "prior.ckpt"
-# Those to continue from, the furthest first.
+# Checkpoints to resume from, the most advanced first.
 RESUMABLE = (LAST, START, PRIOR)
 LOCK = ".training.lock"
-# End of the names of files that are being written.
+# Suffix of temporary files.
 PART = ".part"
-# A lock of which nothing can be read is being written, or was left by a process that died while it wrote it.
+# An unreadable lock is being written, or, after this many seconds, was left by a process that died while writing it.
 SECONDS_TO_WRITE_LOCK = 60
 
 _locked_here: set[Path] = set()
 
 
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, flush it to disk and rename it, so that it is never there in part.
+def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file atomically: to a temporary file, which is flushed to disk and renamed.
 
     Parameters
     ----------
     file
-        Where it belongs.
+        Path of the file.
     write
-        Writes it to the path it is given.
+        Function that writes the content to a given path.
 
     Raises
     ------
     OSError
-        If it cannot be written, for instance to a full disk; what was there before stays.
+        If the file cannot be written, for instance because the disk is full; an earlier file is then unchanged.
     """
-    beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{PART}")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{PART}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with beside.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, file)
+        write(temporary)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
     except OSError as error:
         raise OSError(error.errno, f"checkpoint_dir: {str(file)!r} cannot be written ({error.strerror})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def link_whole(file: Path, target: Path) -> None:
-    """Give a checkpoint a second name without writing it again; a copy where the file system has no links."""
+def link_atomically(file: Path, target: Path) -> None:
+    """Hard-link a checkpoint to a second name, or copy it where the file system has no links."""
     import shutil
 
-    def write(beside: Path) -> None:
+    def write(path: Path) -> None:
         try:
-            os.link(file, beside)
+            os.link(file, path)
         except OSError:
-            shutil.copyfile(file, beside)
+            shutil.copyfile(file, path)
 
-    write_whole(target, write)
+    write_atomically(target, write)
 
 
-def save_whole(checkpoint: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint by :func:`write_whole`."""
-    # Through memory: torch's own writer does not say that the disk is full.
+def save_atomically(checkpoint: dict[str, Any], file: Path) -> None:
+    """Save a checkpoint atomically, see :func:`write_atomically`."""
+    # Through memory, as torch's own writer does not report that the disk is full.
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    write_whole(file, lambda beside: beside.write_bytes(content.getbuffer()))
+    write_atomically(file, lambda path: path.write_bytes(content.getbuffer()))
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoint files by :func:`write_whole`: its own are moved across file systems, thus in part."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes Lightning's checkpoints atomically; its own moves across file systems are not atomic."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint."""
-        save_whole(checkpoint, Path(path))
+        """Save a checkpoint atomically."""
+        save_atomically(checkpoint, Path(path))
 
 
 def read_checkpoint(file: Path, argument: str = "resume_from") -> dict[str, Any]:
-    """Read a checkpoint without unpickling objects.
+    """Read a checkpoint without unpickling arbitrary objects.
 
     Raises
     ------
@@ -106,25 +106,25 @@ def read_checkpoint(file: Path, argument: str = "resume_from") -> dict[str, Any]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{argument}: {str(file)!r} is truncated, damaged or not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{argument}: {str(file)!r} is not a checkpoint of a training")
+        raise ValueError(f"{argument}: {str(file)!r} is not a training checkpoint")
     return checkpoint
 
 
 def checkpoints_in(directory: Path) -> list[str]:
-    """Names of the checkpoints that a directory has."""
+    """Names of the checkpoints in a directory."""
     return [name for name in (PRIOR, START, BEST, LAST) if (directory / name).exists()]
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other trainings out of a directory, which is made if absent.
+    """Lock a directory against other training runs; it is created if absent.
 
-    A lock that a dead process of this machine left is taken over.
+    A lock left by a dead process of this machine is taken over.
 
     Raises
     ------
     ValueError
-        If another training runs in it, or it cannot be written to.
+        If another training run uses the directory, or it is not writable.
     """
     lock = directory.resolve() / LOCK
     is_new = not directory.exists()
@@ -135,7 +135,7 @@ def locked(directory: Path) -> Iterator[None]:
         raise ValueError(f"checkpoint_dir: {str(directory)!r} cannot be written to ({error})") from None
     _locked_here.add(lock)
     try:
-        for name in (BEST, LAST, START, PRIOR):  # what a process left that was killed while it wrote
+        for name in (BEST, LAST, START, PRIOR):  # temporary files of a process that was killed
             for unfinished in directory.glob(f".{name}.*{PART}"):
                 unfinished.unlink(missing_ok=True)
         yield
@@ -143,30 +143,31 @@ def locked(directory: Path) -> Iterator[None]:
         _locked_here.discard(lock)
         lock.unlink(missing_ok=True)
         if is_new:
-            with suppress(OSError):  # it is no longer empty
+            with suppress(OSError):  # not empty any more
                 directory.rmdir()
 
 
 def _take(lock: Path) -> None:
-    """Make the lock; where there is one of a dead process, remove it first."""
+    """Create the lock file; one of a dead process is removed first."""
     for _ in range(2):
         try:
             descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
-            found = _read_lock(lock)
-            if _is_held(lock, found):
-                raise _refusal(lock, found) from None
-            # Renamed, not deleted: of two processes that find the same dead lock, one renames what the other has made.
-            aside = lock.with_name(f"{LOCK}.{uuid.uuid4().hex[:8]}")
+            owner = _read_lock(lock)
+            if _is_held(lock, owner):
+                raise _refusal(lock, owner) from None
+            # Rename it and look again before deleting: meanwhile another process may have replaced the dead lock by its
+            # own, which is then put back.
+            renamed = lock.with_name(f"{LOCK}.{uuid.uuid4().hex[:8]}")
             with suppress(FileNotFoundError):
-                os.rename(lock, aside)
-                taken = _read_lock(aside)
-                if taken != found:
+                os.rename(lock, renamed)
+                renamed_owner = _read_lock(renamed)
+                if renamed_owner != owner:
                     with suppress(OSError):
-                        os.link(aside, lock)
-                aside.unlink()
-                if taken != found:
-                    raise _refusal(lock, taken) from None
+                        os.link(renamed, lock)
+                renamed.unlink()
+                if renamed_owner != owner:
+                    raise _refusal(lock, renamed_owner) from None
         else:
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _process_start(os.getpid())}
             with os.fdopen(descriptor, "w") as file:
@@ -176,14 +177,16 @@ def _take(lock: Path) -> None:
 
 
 def _refusal(lock: Path, owner: dict[str, Any]) -> ValueError:
-    who = f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
+    """Make the error that says which process has locked the directory."""
+    process = f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
     return ValueError(
-        f"checkpoint_dir: another training ({who}) writes to {str(lock.parent)!r}; name another directory, or delete "
-        f"{str(lock)!r} if that process is dead"
+        f"checkpoint_dir: another training run ({process}) writes to {str(lock.parent)!r}; choose another directory, "
+        f"or delete {str(lock)!r} if that process is dead"
     )
 
 
 def _read_lock(lock: Path) -> dict[str, Any]:
+    """Read which process made a lock; empty if the file is absent or unreadable."""
     try:
         owner = json.loads(lock.read_text())
     except (OSError, ValueError):
@@ -192,7 +195,7 @@ def _read_lock(lock: Path) -> dict[str, Any]:
 
 
 def _is_held(lock: Path, owner: dict[str, Any]) -> bool:
-    """Whether the process that made the lock may still be running."""
+    """Whether the process that made a lock may still be running."""
     if not isinstance(owner.get("pid"), int):
         try:
             return time.time() - lock.stat().st_mtime < SECONDS_TO_WRITE_LOCK
@@ -210,12 +213,12 @@ def _is_held(lock: Path, owner: dict[str, Any]) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    # Another process may have the number by now.
+    # Another process may have the same id by now.
     return _process_start(owner["pid"]) == owner.get("started")
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None where the system does not tell, "dead" of a zombie."""
+    """Start time of a process in clock ticks; None if the system does not say, "dead" for a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

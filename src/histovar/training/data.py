@@ -1,4 +1,4 @@
-"""Spots, in memory or on disk, drawn in batches that depend on nothing but the seed and the epoch."""
+"""Training data: spots in memory or on disk, reproducible batches, held-out spots and cross-fitting folds."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from histovar.model import Histology
 
 Item = Tensor | Histology
 
-# Spots of a chunk on disk, and chunks that are read, shuffled together and used up before the next are.
+# Spots of a chunk on disk, and number of chunks that are shuffled together.
 CHUNK_SPOTS, SHUFFLED_CHUNKS = 1024, 16
-# Enough to tell one epoch from another, few enough not to cost more than training on small data.
+# Most held-out spots: enough to tell one epoch from another, and quicker than training even on small data.
 WATCHED_SPOTS = 256
 
 
 class Spots(Dataset[tuple[Item, ...]]):
-    """Tensors and :class:`Histology` with one row a spot, indexed by lists of rows.
+    """Data set of spots: tensors and :class:`Histology` with one row for each spot, indexed by lists of rows.
 
     Parameters
     ----------
     *items
-        What a batch consists of.
+        Tensors and histology that make up a batch.
     """
 
     def __init__(self, *items: Item) -> None:
@@ -41,32 +41,32 @@ class Spots(Dataset[tuple[Item, ...]]):
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
         index = np.asarray(rows)
-        return tuple(_mapped(item, lambda t: t[index]) for item in self.items)
+        return tuple(_map_tensors(item, lambda t: t[index]) for item in self.items)
 
     def take(self, rows: NDArray[np.integer]) -> Spots:
-        """Some of the spots."""
+        """Select spots."""
         return Spots(*self[rows])
 
     def fill_last(self, rows: NDArray[np.integer], values: Tensor) -> None:
-        """Set the last item of some spots, which are consecutive."""
+        """Set the last item of consecutive spots."""
         self.items[-1][torch.from_numpy(rows)] = values  # type: ignore[index]
 
     def shuffled(self, seed: int, world_size: int, rank: int) -> DistributedSampler[Any]:
-        """Rows in random order, each process's share of them."""
+        """Make a sampler of rows in random order, split over the processes."""
         return DistributedSampler(self, world_size, rank, shuffle=True, seed=seed)
 
 
 class StoredSpots(Spots):
-    """Spots on disk, of which a few chunks are in memory: a matrix of 32-bit floats in a zarr store.
+    """Data set of spots on disk, as a matrix of 32-bit floats in a zarr store; a few chunks are kept in memory.
 
     Parameters
     ----------
     parts
-        What batches consist of, part after part.
+        Items of a batch, for consecutive parts of the spots.
     n_spots
-        Number of spots of all parts.
+        Number of spots in all parts.
     scratch
-        Directory of the store.
+        Directory for the store.
     """
 
     def __init__(self, parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path) -> None:
@@ -76,8 +76,8 @@ class StoredSpots(Spots):
         for items in parts:
             block = np.concatenate([t.reshape(len(t), -1).numpy().astype(np.float32) for t in _tensors(items)], 1)
             if start == 0:
-                # A spot of what is stored, which says how to take a row apart again.
-                self.items = tuple(_mapped(item, lambda t: t[:1].clone()) for item in items)
+                # One spot, whose shapes and types say how to split a row into items again.
+                self.items = tuple(_map_tensors(item, lambda t: t[:1].clone()) for item in items)
                 self.store: Any = zarr.create_array(
                     scratch / "spots.zarr",
                     shape=(n_spots, block.shape[1]),
@@ -95,20 +95,21 @@ class StoredSpots(Spots):
         return len(self.rows)
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[Item, ...]:
-        wanted = self.rows[np.asarray(rows)]
-        numbers = wanted // CHUNK_SPOTS
-        block = np.empty((len(wanted), self.store.shape[1]), np.float32)
+        stored_rows = self.rows[np.asarray(rows)]
+        numbers = stored_rows // CHUNK_SPOTS
+        block = np.empty((len(stored_rows), self.store.shape[1]), np.float32)
         for number in np.unique(numbers).tolist():
-            here = numbers == number
-            block[here] = self._chunk(number)[wanted[here] - number * CHUNK_SPOTS]
+            in_chunk = numbers == number
+            block[in_chunk] = self._chunk(number)[stored_rows[in_chunk] - number * CHUNK_SPOTS]
         widths = [t[0].numel() for t in _tensors(self.items)]
         columns = iter(torch.from_numpy(block).split(widths, 1))
         return tuple(
-            _mapped(item, lambda t: next(columns).reshape(len(wanted), *t.shape[1:]).to(t.dtype)) for item in self.items
+            _map_tensors(item, lambda t: next(columns).reshape(len(stored_rows), *t.shape[1:]).to(t.dtype))
+            for item in self.items
         )
 
     def _chunk(self, number: int) -> NDArray[np.float32]:
-        """A chunk, the one least recently read making room for it."""
+        """Read a chunk through a cache that drops the least recently used one."""
         if number in self._chunks:
             self._chunks[number] = self._chunks.pop(number)
         else:
@@ -118,52 +119,54 @@ class StoredSpots(Spots):
         return self._chunks[number]
 
     def fill_last(self, rows: NDArray[np.integer], values: Tensor) -> None:
-        """Set the last item of some spots, which are consecutive."""
+        """Set the last item of consecutive spots."""
         self.store[rows[0] : rows[-1] + 1, -values[0].numel() :] = values.reshape(len(values), -1).numpy()
         self._chunks.clear()
 
     def take(self, rows: NDArray[np.integer]) -> Self:
-        """Some of the spots, in the same store."""
+        """Select spots; they stay in the same store."""
         other = object.__new__(type(self))
         other.__dict__ |= {**self.__dict__, "rows": self.rows[rows], "_chunks": {}}
         return other
 
     def shuffled(self, seed: int, world_size: int, rank: int) -> DistributedSampler[Any]:
-        """Rows in random order of the chunks, and in random order among the chunks read together."""
+        """Make a sampler that shuffles chunks, and the rows of several chunks at a time."""
         return _ChunkSampler(self, world_size, rank, shuffle=True, seed=seed)
 
 
-def collected(parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path | None) -> Spots:
-    """The spots of several parts on disk, or of a single one in memory where there is no directory for them."""
+def collect_spots(parts: Iterable[tuple[Item, ...]], n_spots: int, scratch: Path | None) -> Spots:
+    """Collect spots to a data set on disk, or in memory if `scratch` is None and there is only one part."""
     if scratch is not None:
         return StoredSpots(parts, n_spots, scratch)
     (items,) = parts
     return Spots(*items)
 
 
-def gathered_rows(parts: Iterable[tuple[Item, ...]], n_rows: int) -> tuple[Any, ...]:
-    """Rows of several parts, one after another, in room made for all of them when the first comes.
+def concat_rows(parts: Iterable[tuple[Item, ...]], n_rows: int) -> tuple[Any, ...]:
+    """Concatenate the rows of several parts, in memory that is allocated for all of them with the first.
 
-    Small pieces kept from each part would lie between what is freed of it, and keep it from being used again.
+    Keeping the rows of each part until the end would fragment the memory that is freed in between.
     """
-    whole: tuple[Any, ...] = ()
+    concatenated: tuple[Any, ...] = ()
     start = 0
     for items in parts:
-        whole = whole or tuple(_mapped(item, lambda t: t.new_empty(n_rows, *t.shape[1:])) for item in items)
-        for room, rows in zip(_tensors(whole), _tensors(items), strict=True):
-            room[start : start + len(rows)] = rows
+        if not concatenated:
+            concatenated = tuple(_map_tensors(item, lambda t: t.new_empty(n_rows, *t.shape[1:])) for item in items)
+        for target, rows in zip(_tensors(concatenated), _tensors(items), strict=True):
+            target[start : start + len(rows)] = rows
         start += _length(items[0])
-    return whole
+    return concatenated
 
 
 class _ChunkSampler(DistributedSampler[Any]):
-    """Shuffles chunks, then the spots of several chunks at a time, of rows that increase."""
+    """Sampler that shuffles chunks, then the spots of several chunks at a time; rows must be sorted."""
 
     def __iter__(self) -> Iterator[int]:
-        # Processes draw equally many: where spots run out, the first are drawn again.
+        # All processes draw equally many spots; if there are too few, the first are drawn again.
         return islice(chain(self._order(), self._order()), self.rank, self.total_size, self.num_replicas)
 
     def _order(self) -> Iterator[int]:
+        """Yield all positions in shuffled order."""
         rng = np.random.default_rng((self.seed, self.epoch))
         rows = self.dataset.rows  # type: ignore[attr-defined]
         bounds = np.searchsorted(rows, np.arange(0, rows[-1] + CHUNK_SPOTS + 1, CHUNK_SPOTS))
@@ -174,59 +177,62 @@ class _ChunkSampler(DistributedSampler[Any]):
 
 
 def _length(item: Item) -> int:
+    """Number of spots."""
     return len(item.novelty if isinstance(item, Histology) else item)
 
 
-def _mapped(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
-    """A function of a tensor, or of every tensor of a :class:`Histology`."""
+def _map_tensors(item: Item, function: Callable[[Tensor], Tensor]) -> Item:
+    """Apply a function to a tensor, or to every tensor of a :class:`Histology`."""
     return item.map(function) if isinstance(item, Histology) else function(item)
 
 
 def _tensors(items: Iterable[Item]) -> list[Tensor]:
-    """All tensors, in the order in which :meth:`Histology.map` visits them."""
-    found: list[Tensor] = []
+    """List all tensors, in the order in which :meth:`Histology.map` visits them."""
+    tensors: list[Tensor] = []
 
     def visit(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     for item in items:
-        _mapped(item, visit)
-    return found
+        _map_tensors(item, visit)
+    return tensors
 
 
 class _EpochBatches(BatchSampler):
-    """Batches reshuffled by seed and epoch, so that a resumed run draws what an uninterrupted one would."""
+    """Batches reshuffled by seed and epoch, so that a resumed run draws the same as an uninterrupted one."""
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; Lightning calls this."""
         self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def train_loader(dataset: Spots, batch_size: int, seed: int, world_size: int = 1, rank: int = 0) -> DataLoader[Any]:
-    """Shuffled batches, split over the processes of a distributed run.
+    """Make a loader of shuffled batches, split over the processes of a distributed run.
 
     Parameters
     ----------
     dataset
         Training spots.
     batch_size
-        Spots a batch and process.
+        Spots in a batch of each process.
     seed
         Seed of the order.
     world_size, rank
-        Number of processes, and which of them this is.
+        Number of processes, and index of this one.
     """
     return _loader(dataset, _EpochBatches(dataset.shuffled(seed, world_size, rank), batch_size, drop_last=False))
 
 
 def validation_loader(dataset: Spots, batch_size: int) -> DataLoader[Any]:
-    """All validation spots in order; every process of a distributed run validates on all of them."""
+    """Make a loader of all validation spots in order, the same in every process of a distributed run."""
     rows: Any = range(len(dataset))
     return _loader(dataset, BatchSampler(rows, batch_size, drop_last=False))
 
 
 def _loader(dataset: Spots, batches: BatchSampler) -> DataLoader[Any]:
-    # A generator of its own: otherwise every new iterator draws from the global one, at moments that differ
+    """Make a loader of given batches."""
+    # With a generator of its own: otherwise every new iterator draws from the global one, at times that differ
     # between a resumed and an uninterrupted run.
     return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
@@ -234,7 +240,7 @@ def _loader(dataset: Spots, batches: BatchSampler) -> DataLoader[Any]:
 def held_out_spots(
     sections: NDArray[Any] | None, n_spots: int, random_state: int, groups: NDArray[Any] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split the training spots into those learnt from and those on which training is watched.
+    """Split the training spots into those to learn from and those on which training is monitored.
 
     Parameters
     ----------
@@ -252,11 +258,11 @@ def held_out_spots(
     seen
         Rows to learn from.
     watched
-        Rows of one held-out individual of three or more, else of one held-out section (at most ``WATCHED_SPOTS``, at
-        random), or of a random tenth of the spots where there is but one section.
+        Held-out rows: of one individual if there are three or more, else of one section if there are several, else a
+        random tenth of all; at most ``WATCHED_SPOTS`` of them, at random.
     """
     rng = np.random.default_rng(random_state)
-    if groups is not None and len(np.unique(groups)) > 2:  # of two, half of the spots would be lost
+    if groups is not None and len(np.unique(groups)) > 2:  # of only two, half of the spots would be lost
         sections = groups
     names = np.unique(sections) if sections is not None else np.zeros(1)
     order = rng.permutation(n_spots)
@@ -274,7 +280,7 @@ def cross_fit_folds(
     n_members: int,
     groups: NDArray[Any] | None = None,
 ) -> NDArray[np.int64]:
-    """Folds of the training spots for the prior: individuals, or sections where there are enough, else strips of them.
+    """Assign training spots to folds for cross-fitting the prior: individuals, else sections, else strips of sections.
 
     Parameters
     ----------
@@ -283,21 +289,22 @@ def cross_fit_folds(
     coordinates
         (n_spots, 2).
     n_members
-        Members of the prior: there are half as many folds at most.
+        Number of members of the prior; there are at most half as many folds.
     groups
         (n_spots,) individual of each spot, or None.
 
     Returns
     -------
     ndarray
-        (n_spots,) numbered from 0. With two individuals or more a fold is an individual (or several, where there are
-        more than members); else with three sections or more a fold is a section (or several); otherwise sections are
-        cut into strips along their longer axis, since random spots would leave a spot's neighbours in the other folds.
+        (n_spots,) fold of each spot, numbered from 0. With two individuals or more, a fold is one individual, or
+        several if there are more than folds; otherwise, with three sections or more, one or several sections; otherwise
+        sections are cut into strips along their longer axis, as with random folds a spot's neighbours would be in the
+        other folds.
     """
     n_spots = len(coordinates)
     if n_members < 2:
         return np.zeros(n_spots, np.int64)
-    # So many that each is left out by two members, which disagree.
+    # With four members or more, each fold is left out by at least two, whose disagreement can be measured.
     n_folds = max(2, n_members // 2)
     individuals = section_numbers(groups, n_spots)
     if individuals.max() > 0:
@@ -310,9 +317,9 @@ def cross_fit_folds(
     n_strips = max(1, min(4, n_folds) // n_sections)
     for section in range(n_sections):
         rows = np.flatnonzero(codes == section)
-        place = coordinates[rows]
-        longer = np.ptp(place, axis=0).argmax()
-        # Spots equally far along are told apart by where they lie across, not by their order in the object.
-        rank = np.lexsort((place[:, 1 - longer], place[:, longer])).argsort(kind="stable")
+        xy = coordinates[rows]
+        longer = np.ptp(xy, axis=0).argmax()
+        # Ties are broken by the other coordinate, so that folds do not depend on the order of spots in the object.
+        rank = np.lexsort((xy[:, 1 - longer], xy[:, longer])).argsort(kind="stable")
         folds[rows] = section * n_strips + rank * n_strips // len(rows)
     return np.unique(folds, return_inverse=True)[1].astype(np.int64)

@@ -1,7 +1,7 @@
-"""Training changes state of the whole process: random state, loggers, signals. Here it is kept, one training at a time.
+"""Keep training from changing the state of the process: random state, loggers, signals; one training run at a time.
 
-Trainings in threads wait for each other: torch's global random state, which dropout and k-means draw from, belongs to
-the process, and each training must give the same model as if it were alone.
+Training runs in several threads wait for each other: torch's global random state, from which dropout and k-means draw,
+belongs to the process, and each run must give the same model as it would alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _process_lock = threading.RLock()
 
 @contextmanager
 def exclusive_training() -> Iterator[None]:
-    """Wait until no other thread trains, then keep others waiting."""
+    """Hold the lock that lets only one thread of the process train at a time."""
     if not _process_lock.acquire(blocking=False):
-        logger.info("another thread is training: waiting for it, since torch's random state belongs to the process")
+        logger.info("waiting for another thread that is training, as both would draw from torch's random state")
         _process_lock.acquire()
     try:
         yield
@@ -38,7 +38,7 @@ def exclusive_training() -> Iterator[None]:
 
 
 def one_training_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function while no other thread of the process trains."""
+    """Decorate a function to run only while no other thread of the process trains."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,7 +50,7 @@ def one_training_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def seeded(random_state: int) -> Iterator[None]:
-    """Run with torch seeded, and put the global random state back; other threads that train wait meanwhile."""
+    """Seed torch for a block of code, then restore its global random state; other training threads wait meanwhile."""
     with exclusive_training(), torch.random.fork_rng():
         torch.manual_seed(random_state)
         yield
@@ -58,7 +58,7 @@ def seeded(random_state: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's banners and advice while our own training runs."""
+    """Silence Lightning's banners and advice for a block of code."""
     loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities")]
     with exclusive_training(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -75,9 +75,9 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt; Lightning makes it SystemExit, and ignores further ones.
+    """Let Ctrl-C raise KeyboardInterrupt; Lightning turns it into SystemExit, and ignores further ones.
 
-    In threads other than the main one, where signals cannot be set, Lightning makes it a ValueError.
+    In other threads than the main one, where signals cannot be set, Lightning turns it into a ValueError.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main_thread else None

@@ -1,4 +1,4 @@
-"""Fitting the linear part of the prior: ridge regression, its penalty chosen on folds held out."""
+"""Fit the linear part of the prior by ridge regression, with the penalty chosen by cross-validation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PENALTIES = np.logspace(1, 6, 11)
 
 
 def fit_linear(prior: ConditionalMeanPrior, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor) -> None:
-    """Fit the linear part of a prior whose members are trained, and decide how much of it to take.
+    """Fit the linear part of a prior whose members are trained, and its weight in the prediction.
 
     Parameters
     ----------
     prior
-        Its linear part is set in place.
+        The prior, whose linear part is set in place.
     features
         (n_spots, n_features) of training spots.
     targets
-        (n_spots, n_genes): what the members predict.
+        (n_spots, n_genes): true values of what the members predict.
     weights
         (n_spots,) weight of each spot.
     folds
@@ -42,12 +42,12 @@ def fit_linear(prior: ConditionalMeanPrior, features: Tensor, targets: Tensor, w
 
 
 def fit_depth(prior: ConditionalMeanPrior, features: Tensor, log_totals: Tensor, folds: Tensor) -> None:
-    """Fit what a prior tells of depth.
+    """Fit the linear prediction of depth of a prior.
 
     Parameters
     ----------
     prior
-        It is set in place.
+        The prior, whose linear prediction of depth is set in place.
     features, folds
         As in :func:`fit_linear`.
     log_totals
@@ -58,11 +58,16 @@ def fit_depth(prior: ConditionalMeanPrior, features: Tensor, log_totals: Tensor,
 
 
 def _fit_ridge(
-    prior: ConditionalMeanPrior, part: LinearPart, features: Tensor, targets: Tensor, weights: Tensor, folds: Tensor
+    prior: ConditionalMeanPrior,
+    linear_part: LinearPart,
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    folds: Tensor,
 ) -> Tensor | None:
-    """Ridge regressions of a linear part, and what they predict of spots that they have not seen; None of one fold.
+    """Fit the ridge regressions of a linear part; return their out-of-fold predictions, or None with only one fold.
 
-    The linear part of cross-fitted member ``m`` leaves out fold ``m % n_folds``.
+    The regression of cross-fitted member ``m`` leaves out fold ``m % n_folds``.
     """
     x, y, w, fold = (t.numpy() for t in (features, targets, weights, folds))
     split = PredefinedSplit(fold)
@@ -73,9 +78,9 @@ def _fit_ridge(
     n_folds = prior.n_folds
     seen = [fold != k for k in range(n_folds)] + [np.ones(len(fold), bool)]
     fitted = [Ridge(penalty).fit(x[rows], y[rows], sample_weight=w[rows]) for rows in seen]
-    of_member = [fitted[m % n_folds] for m in range(prior.config.n_members)] + fitted[-1:]
-    part.weight.copy_(torch.from_numpy(np.stack([np.atleast_2d(ridge.coef_).T for ridge in of_member])))
-    part.bias.copy_(torch.from_numpy(np.stack([np.atleast_1d(ridge.intercept_)[None] for ridge in of_member])))
+    by_member = [fitted[m % n_folds] for m in range(prior.config.n_members)] + fitted[-1:]
+    linear_part.weight.copy_(torch.from_numpy(np.stack([np.atleast_2d(ridge.coef_).T for ridge in by_member])))
+    linear_part.bias.copy_(torch.from_numpy(np.stack([np.atleast_1d(ridge.intercept_)[None] for ridge in by_member])))
     unseen = np.empty_like(y)
     for k in np.unique(fold):
         unseen[fold == k] = fitted[k].predict(x[fold == k]).reshape(-1, y.shape[1])

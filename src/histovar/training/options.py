@@ -1,4 +1,4 @@
-"""Options of training, checked before any work."""
+"""Training options, checked before training starts."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ from histovar._arguments import (
 from .checkpoint_files import RESUMABLE
 from .isolation import quiet_lightning
 
-# More than any machine has, and any cluster.
+# Upper limits, above what any machine and cluster has.
 MOST_DEVICES, MOST_NODES = 1024, 100_000
 
 
 def _devices(value: Any) -> int | str | list[int]:
+    """Check ``devices``: a number, a list of device numbers, or a word of Lightning's."""
     if isinstance(value, str):
         return value or refuse_value("a number of devices, -1 for all, or 'auto'")
     if isinstance(value, (list, tuple)):
         numbers = [_index(number) for number in value]
         if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-            refuse_value("at least one device, each once")
+            refuse_value("at least one device number, without repeats")
         return numbers
     number = _index(value)
     if not (1 <= number <= MOST_DEVICES or number == -1):
@@ -56,6 +57,7 @@ def _devices(value: Any) -> int | str | list[int]:
 
 
 def _index(value: Any) -> int:
+    """Convert a value to an integer; refuse booleans and fractions."""
     if isinstance(value, bool):
         refuse_type("a number of devices or a list of their numbers")
     try:
@@ -65,6 +67,7 @@ def _index(value: Any) -> int:
 
 
 def _callbacks(value: Any) -> tuple[Callback, ...]:
+    """Check ``callbacks``; a single one makes a tuple."""
     callbacks = (value,) if isinstance(value, Callback) else value
     if not isinstance(callbacks, (list, tuple)) or not all(isinstance(c, Callback) for c in callbacks):
         refuse_type("a list of Lightning callbacks")
@@ -72,6 +75,7 @@ def _callbacks(value: Any) -> tuple[Callback, ...]:
 
 
 def _logger(value: Any) -> Any:
+    """Check ``logger``."""
     loggers = value if isinstance(value, (list, tuple)) else [value]
     if value is not None and not isinstance(value, bool) and not all(isinstance(logger, Logger) for logger in loggers):
         refuse_type("True, False or Lightning loggers")
@@ -79,6 +83,7 @@ def _logger(value: Any) -> Any:
 
 
 def _directory(value: str | Path) -> Path:
+    """Check ``checkpoint_dir``, which need not exist."""
     path = Path(value)
     if path.exists() and not path.is_dir():
         refuse_value("a directory, not a file")
@@ -86,59 +91,60 @@ def _directory(value: str | Path) -> Path:
 
 
 def _checkpoint(value: str | Path) -> Path:
-    """The checkpoint to continue from, where its directory may be named in its place."""
+    """Find the checkpoint of ``resume_from``, which may also name its directory."""
     file = Path(value)
     candidates = [file / name for name in RESUMABLE] if file.is_dir() else [file]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"resume_from: no checkpoint at {str(file)!r}; a training with checkpoint_dir writes one")
+    raise FileNotFoundError(f"resume_from: no checkpoint at {str(file)!r}; training with checkpoint_dir writes one")
 
 
 @dataclass
 class TrainingOptions:
-    """How a stage is trained. Names are Lightning's where Lightning has them.
+    """Options for training a stage, named as in Lightning where it has them.
 
     Numbers may be Python's or NumPy's.
 
     Parameters
     ----------
     max_epochs
-        Most epochs; None leaves it to the stage, which counts in steps.
+        Maximum number of epochs; by default as many as give the stage's usual number of steps.
     limit_train_batches
-        Most batches of an epoch; None for all. Of very many spots, training is watched more often with fewer.
+        Maximum number of batches in an epoch; by default all. With very many spots, fewer batches mean more frequent
+        validation.
     batch_size
-        Spots a batch, of each process of a distributed run.
+        Spots in a batch of each process.
     learning_rate, weight_decay
-        Of AdamW.
+        Learning rate and weight decay of AdamW.
     warmup_steps
-        Steps over which the learning rate rises linearly from zero; at most a tenth of all steps.
+        Steps in which the learning rate rises linearly from zero; at most a tenth of all steps.
     gradient_clip_val
-        Largest norm of the gradient.
+        Maximum norm of the gradient.
     averaging_decay
-        Decay of the moving average of the weights, which is what is validated and kept.
+        Decay of the exponential moving average of the weights; the averaged weights are validated and kept.
     patience
-        Epochs without improvement on the inner held-out spots before training stops.
+        Number of epochs without improvement on the inner held-out spots after which training stops.
     accelerator
-        Lightning's; ``"auto"`` takes CUDA if there is any and the CPU otherwise, never MPS by itself.
+        As in Lightning; ``"auto"`` is CUDA if available, otherwise the CPU, but never MPS.
     devices, num_nodes, strategy, precision, logger, enable_progress_bar
-        Lightning's.
+        As in Lightning.
     checkpoint_dir
-        Where ``best.ckpt`` and ``last.ckpt`` are kept, the latter written every epoch; None keeps none. A directory
-        that has checkpoints already is refused unless `resume_from` names one of them, and so is one in which another
-        training runs.
+        Directory for the checkpoints ``best.ckpt`` and ``last.ckpt``, the latter written every epoch; None keeps none.
+        A directory that already has checkpoints is refused, unless `resume_from` names one of them, and so is one that
+        another training run uses.
     resume_from
-        A ``last.ckpt`` to continue from, or the directory that has it. Data, configuration and options must be those
-        of the checkpoint; `max_epochs` may be raised.
+        Checkpoint ``last.ckpt`` to continue from, or its directory. Data, configuration and options must be the same as
+        before; only `max_epochs` may be increased.
     callbacks
-        Further Lightning callbacks.
+        Additional Lightning callbacks.
     random_state
-        Seed. The global random state is left as it was.
+        Seed. The global random state is not changed.
 
     Raises
     ------
     TypeError
-        If an option is of another type.
+        If an option has the wrong type.
     ValueError
         If an option is out of range.
     FileNotFoundError
@@ -172,37 +178,37 @@ class TrainingOptions:
 
     @classmethod
     def checked(cls, options: dict[str, Any], **defaults: Any) -> Self:
-        """Options of a stage whose defaults are other ones, refused if there are none of such a name.
+        """Make options from a user's dictionary, with the defaults of a stage.
 
         Parameters
         ----------
         options
-            As the user gave them.
+            Options that the user gave.
         **defaults
-            The stage's own defaults.
+            Defaults of the stage, where they differ.
 
         Raises
         ------
         TypeError
-            If a name is unknown; the message lists those that are known.
+            If a name is unknown; the message lists the options.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(f"unknown training options {unknown}; the options are {known}")
         checked = cls(**{**defaults, **options})
-        _ = checked.world_size  # Lightning refuses hardware that is not there
+        _ = checked.world_size  # Lightning refuses hardware that is not available
         return checked
 
     def resolved_accelerator(self) -> str:
-        """The accelerator, with ``"auto"`` decided."""
+        """The accelerator, with ``"auto"`` resolved to CUDA or the CPU."""
         if self.accelerator != "auto":
             return self.accelerator
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def is_distributed(self) -> bool:
-        """Whether several processes were asked for; otherwise a job's environment variables (SLURM's) are ignored."""
+        """Whether the options ask for several processes; if not, environment variables of SLURM jobs are ignored."""
         return self.devices != 1 or self.num_nodes != 1 or self.strategy != "auto"
 
     @cached_property
@@ -212,7 +218,7 @@ class TrainingOptions:
         Raises
         ------
         ValueError
-            If Lightning has no such accelerator, devices, strategy or precision.
+            If Lightning refuses accelerator, devices, strategy or precision.
         """
         try:
             with quiet_lightning():
@@ -225,27 +231,27 @@ class TrainingOptions:
 
     @property
     def global_batch_size(self) -> int:
-        """Spots of a batch over all processes."""
+        """Spots in the batches of all processes together."""
         return self.batch_size * self.world_size
 
-    def trainer(self, **more: Any) -> Trainer:
-        """Lightning's trainer with these options and more."""
+    def trainer(self, **arguments: Any) -> Trainer:
+        """Make Lightning's trainer with these options and further arguments."""
         return Trainer(
             accelerator=self.resolved_accelerator(),
             devices=self.devices,  # type: ignore[arg-type]
             num_nodes=self.num_nodes,
-            strategy=deepcopy(self.strategy),  # an object of Lightning's serves one trainer alone
+            strategy=deepcopy(self.strategy),  # a strategy object can serve only one trainer
             precision=self.precision,
             plugins=None if self.is_distributed else [LightningEnvironment()],
-            **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **more},
+            **{"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, **arguments},
         )
 
     def epochs(self, n_spots: int, steps: int, least: int = 1) -> int:
-        """`max_epochs`, or as many as make about `steps` steps, at the least `least`."""
+        """Number of epochs: `max_epochs`, or as many as give about `steps` steps, but at least `least`."""
         if self.max_epochs is not None:
             return self.max_epochs
         return max(least, round(steps / self.batches(n_spots)))
 
     def batches(self, n_spots: int) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return min(math.ceil(n_spots / self.global_batch_size), self.limit_train_batches or n_spots)

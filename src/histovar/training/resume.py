@@ -1,4 +1,4 @@
-"""Interrupted training continues where it stopped, on the same data with the same options, or not at all."""
+"""Resume interrupted training from checkpoints, after checking that data, configuration and options are the same."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from .checkpoint_files import (
     RESUMABLE,
     START,
     checkpoints_in,
-    link_whole,
+    link_atomically,
     locked,
     read_checkpoint,
-    save_whole,
+    save_atomically,
 )
 from .options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
-# Options that change what is learnt; `max_epochs` may be raised, and hardware may be another.
-OPTIONS_THAT_MATTER = (
+# Options that must be the same when training is resumed; `max_epochs` and hardware may differ.
+COMPARED_OPTIONS = (
     "limit_train_batches",
     "batch_size",
     "learning_rate",
@@ -52,18 +52,18 @@ OPTIONS_THAT_MATTER = (
     "world_size",
 )
 DIGEST = "blake2b:"
-# The loss on the inner held-out spots, which says when to stop and which epoch is best.
+# Loss on the inner held-out spots, for early stopping and the choice of the best epoch.
 MONITOR = "val_loss"
 
 
 class Digests:
-    """Fingerprints of arrays that come part after part, wherever one part ends and the next begins."""
+    """Fingerprints of arrays that arrive in parts; they do not depend on how the arrays are divided."""
 
     def __init__(self) -> None:
         self._hashes: dict[str, Any] = {}
 
     def update(self, name: str, *arrays: Tensor | NDArray[Any] | None) -> None:
-        """Add rows of one or several arrays, which have the same number of rows, to what bears a name."""
+        """Add rows of one or several arrays to the fingerprint of a name."""
         for number, array in enumerate(arrays):
             values = array.numpy() if isinstance(array, Tensor) else np.asarray(() if array is None else array)
             key = f"{name}/{number}/{values.dtype}/{values.shape[1:]}"
@@ -71,55 +71,55 @@ class Digests:
             digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
     def result(self) -> dict[str, str]:
-        """One fingerprint for each name."""
-        whole: dict[str, Any] = {}
+        """Fingerprint of each name."""
+        totals: dict[str, Any] = {}
         for key, digest in sorted(self._hashes.items()):
-            total = whole.setdefault(key.partition("/")[0], hashlib.blake2b(digest_size=16))
+            total = totals.setdefault(key.partition("/")[0], hashlib.blake2b(digest_size=16))
             total.update(key.encode() + digest.digest())
-        return {name: DIGEST + digest.hexdigest() for name, digest in whole.items()}
+        return {name: DIGEST + digest.hexdigest() for name, digest in totals.items()}
 
 
 def identity(stage: int, options: TrainingOptions, config: ModelConfig, data: Mapping[str, str]) -> dict[str, str]:
-    """What must be the same for a training to be continued, by name.
+    """Describe a training run by all that must be the same when it is resumed: data, configuration and options.
 
     Parameters
     ----------
     stage
         1 or 2.
     options
-        How it is trained.
+        Training options.
     config
-        Of the model.
+        Configuration of the model.
     data
-        Fingerprints of what is learnt from.
+        Fingerprints of the training data, by name.
     """
-    settings = {name: getattr(options, name) for name in OPTIONS_THAT_MATTER}
+    settings = {name: getattr(options, name) for name in COMPARED_OPTIONS}
     settings = {"stage": stage, **asdict(config), **settings}
     return {**data, **{name: repr(value) for name, value in settings.items()}}
 
 
-def _differences(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names of what differs, with the values of those that can be read."""
-    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+def _differences(stored: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """List what differs between two identities, with values unless these are fingerprints."""
+    names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     return [
         name
-        if str(stored.get(name, now.get(name))).startswith(DIGEST)
-        else f"{name} (was {stored.get(name)}, now {now.get(name)})"
+        if str(stored.get(name, current.get(name))).startswith(DIGEST)
+        else f"{name} (was {stored.get(name)}, now {current.get(name)})"
         for name in names
     ]
 
 
 class StageCheckpoint(Checkpoint):
-    """Writes one checkpoint when the monitored loss improves, and another every epoch.
+    """Lightning callback that writes a checkpoint when the monitored loss improves, and another every epoch.
 
     Parameters
     ----------
     directory
-        Where to.
+        Directory of the checkpoints.
     identity
         See :func:`identity`.
     monitor
-        Name of the loss of which ``best.ckpt`` is the lowest; None for no such file.
+        Name of the loss that is lowest in ``best.ckpt``; None for no such file.
     last
         Name of the file that is written every epoch; None for no such file.
     """
@@ -129,11 +129,11 @@ class StageCheckpoint(Checkpoint):
         self.best_score, self.best_epoch = math.inf, -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have all processes of a distributed run use the directory of the first."""
+        """Use the directory of the first process in all processes of a distributed run."""
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is due."""
+        """Write the checkpoints of an epoch."""
         best = self.directory / BEST
         score = float(trainer.callback_metrics[self.monitor]) if self.monitor else math.inf
         if improved := score < self.best_score:
@@ -141,55 +141,56 @@ class StageCheckpoint(Checkpoint):
             trainer.save_checkpoint(best)
         if self.last is None:
             return
-        if not improved or best.is_dir():  # directories are of strategies that shard the model
+        if not improved or best.is_dir():  # a directory, if the strategy shards the model
             trainer.save_checkpoint(self.directory / self.last)
         elif trainer.is_global_zero:
-            link_whole(best, self.directory / self.last)  # the same content, written once
+            link_atomically(best, self.directory / self.last)  # same content, so write it once
 
     def state_dict(self) -> dict[str, Any]:
-        """What was trained, and the best score."""
+        """Identity of the run and its best score, for checkpoints."""
         return _state(self.identity, self.monitor, self.best_score, self.best_epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The best score of a checkpoint."""
+        """Restore the best score of a checkpoint."""
         self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
 
 
 def _state(
     identity: dict[str, str], monitor: str | None, best_score: float = math.inf, best_epoch: int = -1
 ) -> dict[str, Any]:
+    """State of :class:`StageCheckpoint` in a checkpoint."""
     return {"identity": identity, "monitor": monitor, "best_score": best_score, "best_epoch": best_epoch}
 
 
 class StageRun:
-    """Where a stage's checkpoints go, and where its training continues from.
+    """Checkpoints of a stage: the directory to write to, and the state to resume from.
 
     Parameters
     ----------
     options
-        How the stage is trained.
+        Training options of the stage.
     identity
         See :func:`identity`.
     max_epochs
-        Most epochs.
+        Maximum number of epochs.
 
     Attributes
     ----------
     state : dict of Tensor or None
-        Weights of the module to continue from.
+        State dict of the module to resume from.
     ckpt_path : Path or None
-        Lightning checkpoint to continue from.
+        Lightning checkpoint to resume from.
     prior_ckpt_path : Path or None
-        The same of the prior, where that has not been trained to its end.
+        Lightning checkpoint of the prior to resume from, if its training was interrupted.
     history_rows : list
-        History of the epochs before.
+        History of the epochs so far.
     is_finished : bool
-        Whether there is nothing left to train.
+        Whether the stage has been trained to the end.
 
     Raises
     ------
     ValueError
-        If the checkpoint is damaged, or of another training.
+        If the checkpoint is damaged, or from a different training run.
     """
 
     def __init__(self, options: TrainingOptions, identity: dict[str, str], max_epochs: int) -> None:
@@ -205,92 +206,96 @@ class StageRun:
             self._read(Path(options.resume_from), max_epochs)
 
     def _read(self, file: Path, max_epochs: int) -> None:
+        """Read the checkpoint to resume from."""
         checkpoint = read_checkpoint(file)
         callbacks = checkpoint.get("callbacks", {})
-        own = _verified(file, checkpoint, self.identity)
+        own = _verify(file, checkpoint, self.identity)
         if own["monitor"] is None:
             self.prior_ckpt_path = file
             return
-        # As trained, not averaged: averages of weights that are frozen, as the prior's, are off by rounding.
+        # The trained weights, not their average: averages of frozen weights, such as the prior's, have rounding errors.
         self.state = checkpoint.get("current_model_state", checkpoint["state_dict"])
         if checkpoint["epoch"] < 0:
             return
         n_epochs = checkpoint["epoch"] + 1
         if n_epochs > max_epochs:
             raise ValueError(
-                f"max_epochs: {max_epochs} asked for, {str(file)!r} has had {n_epochs} already; give at least that"
+                f"max_epochs: got {max_epochs}, but {str(file)!r} already has {n_epochs} epochs; give at least as many"
             )
         best = file.with_name(BEST)
         epoch = _best_epoch(best, self.identity)
-        # A training killed between the two files leaves a best epoch that the last one does not know of yet.
+        # A run that is killed between writing the two files leaves a best epoch later than the last one.
         if epoch != own["best_epoch"] and epoch <= checkpoint["epoch"]:
-            raise ValueError(f"resume_from: {str(best)!r} is not the best epoch of {str(file)!r}, but epoch {epoch}")
+            raise ValueError(
+                f"resume_from: {str(best)!r} has epoch {epoch}, which is not the best epoch of {str(file)!r}"
+            )
         self.ckpt_path = file
         self.history_rows = callbacks[History.__name__]["rows"]
         stopping = [state for key, state in callbacks.items() if key.startswith(EarlyStopping.__name__)]
         stopped_early = any(state["wait_count"] >= state["patience"] for state in stopping)
         self.is_finished = n_epochs == max_epochs or stopped_early
-        logger.info("%s after epoch %d of %s", "finished" if self.is_finished else "continuing", n_epochs, file)
+        logger.info("%s after epoch %d, from %s", "finished" if self.is_finished else "resuming", n_epochs, file)
 
     def bring_checkpoints(self, directory: Path) -> None:
-        """Have the checkpoints to continue from in the directory of this run, too."""
-        is_own = self.writes or directory != self.directory  # a temporary directory is this process's own
+        """Link the checkpoints to resume from into the directory of this run."""
+        is_own = self.writes or directory != self.directory  # a temporary directory belongs to this process
         if is_own and self.ckpt_path is not None and self.ckpt_path.parent.resolve() != directory.resolve():
-            link_whole(self.ckpt_path.with_name(BEST), directory / BEST)
-            link_whole(self.ckpt_path, directory / LAST)
+            link_atomically(self.ckpt_path.with_name(BEST), directory / BEST)
+            link_atomically(self.ckpt_path, directory / LAST)
 
     def save_start(self, module: LightningModule) -> None:
-        """Keep what was trained before the first epoch: the warm-up of stage 1, the prior of stage 2."""
+        """Save the state before the first epoch: after the warm-up of stage 1, or the prior of stage 2."""
         if self.directory is None or self.ckpt_path is not None or not self.writes:
             return
         callbacks = {StageCheckpoint.__name__: _state(self.identity, MONITOR)}
         start = {"state_dict": module.state_dict(), "epoch": -1, "callbacks": callbacks}
-        save_whole(start, self.directory / START)
+        save_atomically(start, self.directory / START)
         (self.directory / PRIOR).unlink(missing_ok=True)
 
 
-def _verified(file: Path, checkpoint: dict[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
-    """The state of :class:`StageCheckpoint`, refused if it is of another training."""
+def _verify(file: Path, checkpoint: dict[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
+    """Return the state of :class:`StageCheckpoint`; refuse one from a different training run."""
     own = checkpoint.get("callbacks", {}).get(StageCheckpoint.__name__)
     if own is None:
         raise ValueError(
-            f"resume_from: {str(file)!r} does not say what it was trained on, as checkpoints of this version of "
-            "histovar do; train anew"
+            f"resume_from: {str(file)!r} does not say what it was trained on, unlike checkpoints of this version of "
+            "histovar; start training from scratch"
         )
     differing = _differences(own["identity"], identity)
     if differing:
         raise ValueError(
-            f"resume_from: {str(file)!r} is of another training, which differs in {', '.join(differing)}; give what "
-            "it was trained with, or train anew in another checkpoint_dir"
+            f"resume_from: {str(file)!r} is from a different training run, which differs in {', '.join(differing)}; "
+            "give the same as in that run, or start from scratch in another checkpoint_dir"
         )
     return dict(own)
 
 
 def _best_epoch(file: Path, identity: Mapping[str, str]) -> int:
+    """Epoch of a verified checkpoint."""
     checkpoint = read_checkpoint(file)
-    _verified(file, checkpoint, identity)
+    _verify(file, checkpoint, identity)
     return int(checkpoint["epoch"])
 
 
 def trained_epochs(directory: Path) -> int:
-    """Epochs of the last checkpoint of a directory; 0 where there is none."""
+    """Number of epochs trained in a directory, by its last checkpoint; 0 without one."""
     file = directory / LAST
     return read_checkpoint(file, "checkpoint_dir")["epoch"] + 1 if file.is_file() else 0
 
 
 def resumable(directory: Path) -> bool:
-    """Whether a directory has a checkpoint to continue from."""
+    """Whether a directory has a checkpoint to resume from."""
     return any((directory / name).is_file() for name in RESUMABLE)
 
 
 @contextmanager
 def lock_directory(options: TrainingOptions) -> Iterator[None]:
-    """Lock the directory of the checkpoints, if there is one; in a distributed run, the first process does.
+    """Lock the checkpoint directory, if there is one; in a distributed run, only in the first process.
 
     Raises
     ------
     ValueError
-        If another training runs in it.
+        If another training run uses it.
     """
     if options.checkpoint_dir is None or not _writes(options):
         yield
@@ -301,12 +306,12 @@ def lock_directory(options: TrainingOptions) -> Iterator[None]:
 
 @contextmanager
 def checkpoint_directory(options: TrainingOptions) -> Iterator[None]:
-    """Lock the directory of a stage's checkpoints, and refuse one whose checkpoints would be overwritten unasked.
+    """Lock the checkpoint directory of a stage, and refuse one whose checkpoints would be overwritten.
 
     Raises
     ------
     ValueError
-        If another training runs in it, or it has checkpoints that are not to be continued from.
+        If another training run uses it, or it has checkpoints that `resume_from` does not name.
     """
     with lock_directory(options):
         if options.checkpoint_dir is not None and _writes(options):
@@ -323,21 +328,21 @@ def refuse_overwriting(directory: Path) -> None:
     Raises
     ------
     ValueError
-        If it has.
+        Naming the checkpoints.
     """
     if present := checkpoints_in(directory):
         raise ValueError(
             f"checkpoint_dir: {str(directory)!r} has checkpoints ({', '.join(present)}) that would be overwritten; "
-            "continue from them with resume_from (in tl.train, resume=True), or name another directory"
+            "resume from them with resume_from (in tl.train, resume=True), or choose another directory"
         )
 
 
 def _writes(options: TrainingOptions) -> bool:
-    """Whether this process writes what only one process should."""
+    """Whether this process is the one that writes checkpoints."""
     return not options.is_distributed or _is_first_process()
 
 
 def _is_first_process() -> bool:
-    """Whether this is the first process of a distributed run, also before the processes know of each other."""
+    """Whether this is the first process of a distributed run, even before the processes are connected."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)

@@ -1,4 +1,4 @@
-"""Training of stage 1, the multi-scale gene VQ-VAE."""
+"""Train stage 1, the multi-scale gene VQ-VAE, with Lightning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from histovar.model import TwoStageVARST
 from histovar.model.quantizer import perplexity, usage
 from histovar.model.vqvae import Stage1Losses
 
-from .callbacks import diverged
+from .callbacks import divergence_error
 from .data import Spots, held_out_spots
 from .isolation import seeded
 from .options import TrainingOptions
@@ -26,14 +26,14 @@ from .trainer import StageModule, fit
 
 logger = logging.getLogger(__name__)
 
-# Steps of the plain autoencoder, without quantisation, before the codes are placed.
+# Steps of warm-up as a plain autoencoder, without quantisation, before the codebook is initialised.
 WARMUP_STEPS = 200
 WARMUP_LEARNING_RATE = 1e-3
-# Spots that place the codes (k-means): plenty for 4096 codes, and quick.
+# Spots that initialise the codebook (k-means): plenty for 4096 codes, and quick.
 SPOTS_FOR_START = 4096
-# Genes of a large panel that are learnt in one step; the next step draws others. All share one encoder.
+# Most genes to train on in one step; of larger panels each step draws others. All genes share one encoder.
 GENES_AT_ONCE = 256
-# Rows of which a fingerprint is taken at once.
+# Rows that are fingerprinted at once.
 ROWS_AT_ONCE = 8192
 
 
@@ -43,9 +43,9 @@ class Stage1Module(StageModule):
     Parameters
     ----------
     model
-        The model; its stage 1 is trained.
+        The model whose stage 1 is trained.
     options
-        How to train.
+        Training options.
     """
 
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
@@ -53,10 +53,11 @@ class Stage1Module(StageModule):
         self.stage1 = model.stage1
         self._watched: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def _step(self, expression: Tensor, genes: Tensor | None, part: str) -> Stage1Losses:
+    def _step(self, expression: Tensor, genes: Tensor | None, prefix: str) -> Stage1Losses:
+        """Compute and log the losses of a batch."""
         losses: Stage1Losses = self.stage1(expression, genes)
         self.watch(
-            part,
+            prefix,
             len(expression),
             loss=losses.total,
             reconstruction=losses.reconstruction,
@@ -66,20 +67,20 @@ class Stage1Module(StageModule):
         return losses
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        """Lightning's hook."""
-        genes = self.some_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=True)
+        """Loss of a training batch."""
+        genes = self.choose_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=True)
         return self._step(batch[0], genes, "train").total
 
     def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
-        """Lightning's hook."""
-        genes = self.some_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=False)
+        """Losses of a validation batch."""
+        genes = self.choose_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=False)
         losses = self._step(batch[0], genes, "val")
         measured = batch[0] if genes is None else batch[0][:, genes]
         self._watched.append((losses.tokens, losses.rebuilt, measured))
 
     def on_validation_epoch_end(self) -> None:
-        """Log codebook use and the reconstruction's correlation over all held-out spots."""
-        tokens, rebuilt, measured = (torch.cat(parts) for parts in zip(*self._watched, strict=True))
+        """Log codebook usage and the correlation of the reconstruction over all held-out spots."""
+        tokens, rebuilt, measured = (torch.cat(batches) for batches in zip(*self._watched, strict=True))
         self._watched.clear()
         config = self.stage1.config
         counts = usage(tokens, config.codebook_size)
@@ -93,28 +94,28 @@ class Stage1Module(StageModule):
             }
             self.watch("val", 1, **values)
         if not bool(torch.isfinite(rebuilt).all()):
-            raise diverged("stage 1: codebook", f"epoch {self.current_epoch}: reconstruction is not finite")
+            raise divergence_error("stage 1: codebook", f"epoch {self.current_epoch}: reconstruction is not finite")
         self.watch("val", 1, pcc=mean_pearson(rebuilt.cpu().numpy(), measured.cpu().numpy()))
 
 
 class Stage1Trainer:
-    """Trains stage 1 on expression alone.
+    """Trains stage 1, the gene tokens, on expression alone.
 
     Parameters
     ----------
     model
-        The model; it is trained in place.
+        The model, trained in place.
     **options
-        Fields of :class:`~histovar.training.TrainingOptions`; by default ``learning_rate`` is 1e-4, small
-        because codes are left behind by encoders that move fast.
+        Fields of :class:`~histovar.training.TrainingOptions`; by default ``learning_rate`` is 1e-4, so
+        small because codes do not keep up with encoders that change fast.
 
     Raises
     ------
     TypeError, ValueError
-        If an option is unknown, of another type or out of range.
+        If an option is unknown, has the wrong type or is out of range.
     """
 
-    # The warm-up has done most of the work; these let codes, encoders and decoders settle together.
+    # Few, as the warm-up has done most of the work: they adjust codes, encoders and decoders to each other.
     steps = 40
     least_epochs = 2
 
@@ -124,7 +125,7 @@ class Stage1Trainer:
 
     @staticmethod
     def checked_options(options: dict[str, Any]) -> TrainingOptions:
-        """Options as the user gave them, with the defaults of this stage, checked."""
+        """Make checked training options from a user's dictionary, with the defaults of this stage."""
         return TrainingOptions.checked(options, learning_rate=1e-4)
 
     def fit(
@@ -143,14 +144,14 @@ class Stage1Trainer:
         groups
             (n_scales, n_genes) nested gene groups.
         sections
-            (n_spots,) section of each spot; one of them is held out to watch training.
+            (n_spots,) section of each spot; one is held out to monitor training.
         individuals
-            (n_spots,) individual of each spot; of three or more one is held out in place of a section.
+            (n_spots,) individual of each spot; if there are three or more, one is held out instead of a section.
 
         Raises
         ------
         ValueError
-            If there is a checkpoint to continue from that is of another training.
+            If the checkpoint to resume from is from a different training run.
         FloatingPointError
             If training diverges.
         """
@@ -168,11 +169,11 @@ class Stage1Trainer:
             if run.state is not None:
                 module.load_state_dict(run.state)
             elif model.stage1.quantizer.needs_start:
-                # Codes placed while encoders still move are soon left behind and die; so let them settle first.
+                # Codes that are placed while encoders still change fast soon die, so the encoders warm up first.
                 short = replace(options, max_epochs=None, limit_train_batches=WARMUP_STEPS)
                 warmup = short.epochs(len(train), WARMUP_STEPS)
-                settle = Stage1Module(model, replace(short, learning_rate=WARMUP_LEARNING_RATE))
-                fit(settle, train, None, short, step="stage 1: warm-up", max_epochs=warmup, averaging=False)
+                warmup_module = Stage1Module(model, replace(short, learning_rate=WARMUP_LEARNING_RATE))
+                fit(warmup_module, train, None, short, step="stage 1: warm-up", max_epochs=warmup, averaging=False)
                 (start,) = train[torch.randperm(len(train))[:SPOTS_FOR_START].numpy()]
                 assert isinstance(start, Tensor)
                 model.stage1.start_codebook(start)
@@ -199,7 +200,7 @@ class Stage1Trainer:
         )
 
     def _identity(self, spots: Spots, groups: NDArray[np.integer], sections: NDArray[Any] | None) -> dict[str, str]:
-        """What must be the same for training to be continued; nothing where there are no checkpoints."""
+        """Identity of the training run, see :func:`identity`; empty without checkpoints."""
         options, model = self.options, self.model
         if options.checkpoint_dir is None and options.resume_from is None:
             return {}

@@ -1,4 +1,4 @@
-"""Training of stage 2: first the conditional-mean prior, then the token model that corrects it."""
+"""Train stage 2 with Lightning: first the conditional-mean prior, then the token model that corrects it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from histovar.model import Histology, TwoStageVARST
 from histovar.model.observation import Composition
 from histovar.model.weights import fingerprint
 
-from .data import CHUNK_SPOTS, Spots, collected, cross_fit_folds, held_out_spots
+from .data import CHUNK_SPOTS, Spots, collect_spots, cross_fit_folds, held_out_spots
 from .isolation import seeded
 from .linear import fit_depth, fit_linear
 from .options import TrainingOptions
 from .resume import DIGEST, Digests, StageRun, identity
 from .stage2_modules import Batch, PriorModule, Stage2Module, free_run
-from .survey import Measured, surveyed
+from .statistics import MeasuredSpots, collect_statistics
 from .trainer import fit
 
 logger = logging.getLogger(__name__)
 
 
-# The prior's recipe: one-cycle AdamW, few epochs, strong decay.
+# Epochs of the prior (one-cycle AdamW with strong weight decay), at most.
 PRIOR_EPOCHS = 30
-# Of many spots, fewer epochs: no more steps than this.
+# Steps of the prior, at most: with many spots there are fewer epochs.
 PRIOR_STEPS = 10_000
-# Small data need small batches, for there to be steps enough: a sixteenth of the spots, within these.
+# Batch size of the prior: a sixteenth of the spots, within these limits, so that small data give enough steps.
 PRIOR_BATCH = (16, 256)
-# A disagreement of members that none exceeds.
+# A disagreement between members that is never exceeded.
 ANY_DISAGREEMENT = 1e6
-# A spot of N counts weighs N / (N + this x the median): the log-normalised values of a shallow spot are noise.
+# A spot of N counts has the weight N / (N + HALF_WEIGHT x median): log-normalised values of shallow spots are noisy.
 HALF_WEIGHT = 0.3
 
 
@@ -48,7 +48,7 @@ class Stage2Trainer:
     Parameters
     ----------
     model
-        The model, with a trained stage 1 and a stage 2; it is trained in place.
+        The model with a trained stage 1, and a stage 2 that is trained in place.
     **options
         Fields of :class:`~histovar.training.TrainingOptions`; by default ``learning_rate`` is 2e-3 and
         ``averaging_decay`` 0.95.
@@ -56,10 +56,10 @@ class Stage2Trainer:
     Raises
     ------
     TypeError, ValueError
-        If an option is unknown, of another type or out of range.
+        If an option is unknown, has the wrong type or is out of range.
     """
 
-    # Enough for the loss on held-out sections of some hundred spots to level off; more data, more steps.
+    # Enough for the loss on held-out sections to level off with a few hundred spots; more data give more steps.
     steps = 60
     least_epochs = 4
 
@@ -69,26 +69,26 @@ class Stage2Trainer:
 
     @staticmethod
     def checked_options(options: dict[str, Any]) -> TrainingOptions:
-        """Options as the user gave them, with the defaults of this stage, checked."""
+        """Make checked training options from a user's dictionary, with the defaults of this stage."""
         return TrainingOptions.checked(options, learning_rate=2e-3, averaging_decay=0.95)
 
-    def fit(self, parts: Iterable[Measured], n_spots: int, scratch: Path | None = None) -> None:
+    def fit(self, parts: Iterable[MeasuredSpots], n_spots: int, scratch: Path | None = None) -> None:
         """Train the prior, then the token model; restore the best weights and keep the history.
 
         Parameters
         ----------
         parts
-            The training spots: all at once, or part after part, each of whole sections. They are gone through twice;
-            what is learnt from then is a few kilobytes a spot. One section is held out to watch training.
+            Training spots, in one part or in several of whole sections. They are iterated over twice; what is kept for
+            training takes a few kilobytes for each spot. One section is held out to monitor training.
         n_spots
-            Number of spots of all parts.
+            Number of spots in all parts.
         scratch
-            Directory in which to keep that; None keeps it in memory, and `parts` is one part.
+            Directory for that; None keeps it in memory, with all spots in one part.
 
         Raises
         ------
         ValueError
-            If there is a checkpoint to continue from that is of another training.
+            If the checkpoint to resume from is from a different training run.
         FloatingPointError
             If training diverges.
         """
@@ -104,7 +104,7 @@ class Stage2Trainer:
                 self._fit_prior(spots, run)
             else:
                 module.load_state_dict(run.state)
-            self._expect(spots)
+            self._store_prior_means(spots)
             run.save_start(module)
             model.set_training_stage(2)
             if stage2.prior is not None:
@@ -121,50 +121,51 @@ class Stage2Trainer:
             )
         model.cpu().eval().requires_grad_(False)
         rows = torch.arange(len(validation)).split(options.batch_size)
-        decoded = free_run(model, [validation[chunk.numpy()] for chunk in rows])  # type: ignore[misc]
-        stage2.head.gate.copy_(torch.tensor(decoded.gate))
+        result = free_run(model, [validation[batch.numpy()] for batch in rows])  # type: ignore[misc]
+        stage2.head.gate.copy_(torch.tensor(result.gate))
         model.history["stage2"] = history
         logger.info(
             "stage 2: %d epochs on %s, inner held-out PCC %.3f (the prior alone: %.3f, %.0f %% of it linear), gate %s",
             len(history),
             "counts" if stage2.of_counts else "values",
-            decoded.pcc,
-            decoded.prior_pcc,
+            result.pcc,
+            result.prior_pcc,
             0 if stage2.prior is None else 100 * float(stage2.prior.linear.share),
-            [round(g, 2) for g in decoded.gate],
+            [round(g, 2) for g in result.gate],
         )
 
     def _prepare(
-        self, parts: Iterable[Measured], n_spots: int, scratch: Path | None
+        self, parts: Iterable[MeasuredSpots], n_spots: int, scratch: Path | None
     ) -> tuple[Spots, tuple[NDArray[np.int64], NDArray[np.int64]], StageRun]:
-        """Fit the condition, and put together what is learnt from, which spots to watch, and checkpoints."""
+        """Fit the condition; return the data set, rows to learn from and to monitor, and the checkpoints to resume."""
         model, seed = self.model, self.options.random_state
         stage2 = model.var_stage
         digests = Digests()
-        survey = surveyed(self._digested(parts, digests), n_spots, seed)
-        split = held_out_spots(survey.all_sections, n_spots, seed, survey.groups)
+        statistics = collect_statistics(self._add_digests(parts, digests), n_spots, seed)
+        split = held_out_spots(statistics.all_sections, n_spots, seed, statistics.groups)
         max_epochs = self.options.epochs(len(split[0]), self.steps, self.least_epochs)
         run = StageRun(self.options, self._identity(digests), max_epochs)
-        stage2.condition.fit(survey.histology, survey.sections, survey.moments)
-        moments = survey.moments
-        by = survey.all_sections, survey.coordinates, model.config.n_members, survey.groups
-        folds = torch.from_numpy(cross_fit_folds(*by))
-        totals = survey.total_counts
+        moments = statistics.moments
+        stage2.condition.fit(statistics.histology, statistics.sections, moments)
+        folds = torch.from_numpy(
+            cross_fit_folds(statistics.all_sections, statistics.coordinates, model.config.n_members, statistics.groups)
+        )
+        totals = statistics.total_counts
         if stage2.prior is not None:
-            of_rates = survey.counts is not None and totals is not None
+            of_rates = statistics.counts is not None and totals is not None
             stage2.prior.set_trained(of_rates=of_rates, n_folds=int(folds.max()) + 1)
-            if survey.counts is not None and totals is not None:
+            if statistics.counts is not None and totals is not None:
                 log_totals = np.log(totals.clip(1))
                 stage2.prior.depth_mean.fill_(float(log_totals.mean()))
                 stage2.prior.depth_std.fill_(max(float(log_totals.std()), 1e-3))
-                # Half a count more, for genes that were not measured.
-                stage2.observation.base.copy_((survey.counts + 0.5) / totals.sum())
+                # Half a count is added, so that genes without counts have a positive rate.
+                stage2.observation.base.copy_((statistics.counts + 0.5) / totals.sum())
         of_counts = stage2.of_counts
         weights = _weights(totals, n_spots)
         depths = torch.ones(n_spots, 1) if totals is None else torch.from_numpy(totals).float().clamp(min=1)[:, None]
-        del survey  # which would be in memory while spots are read again
+        del statistics  # free its memory before the spots are read again
 
-        def made() -> Iterator[Batch]:
+        def items() -> Iterator[Batch]:
             start = 0
             for part in parts:
                 rows = slice(start, start := start + len(part.sections))
@@ -172,17 +173,18 @@ class Stage2Trainer:
                 histology = histology._replace(novelty=torch.zeros_like(histology.novelty))
                 tokens = model.tokenize(part.expression)
                 measured = part.counts if of_counts and part.counts is not None else part.expression
-                room = measured.new_zeros(measured.shape if model.config.n_members else (len(measured), 0))
-                yield histology, tokens, measured, folds[rows], weights[rows], depths[rows], room
+                prior_means = measured.new_zeros(measured.shape if model.config.n_members else (len(measured), 0))
+                yield histology, tokens, measured, folds[rows], weights[rows], depths[rows], prior_means
 
-        return collected(made(), n_spots, scratch), split, run
+        return collect_spots(items(), n_spots, scratch), split, run
 
     @property
     def _has_checkpoints(self) -> bool:
+        """Whether checkpoints are written or resumed from."""
         return self.options.checkpoint_dir is not None or self.options.resume_from is not None
 
-    def _digested(self, parts: Iterable[Measured], digests: Digests) -> Iterator[Measured]:
-        """The parts, as fingerprints are taken of them where there are checkpoints."""
+    def _add_digests(self, parts: Iterable[MeasuredSpots], digests: Digests) -> Iterator[MeasuredSpots]:
+        """Yield the parts unchanged, adding them to the fingerprints if there are checkpoints."""
         for part in parts:
             if self._has_checkpoints:
                 histology = part.histology
@@ -196,7 +198,7 @@ class Stage2Trainer:
             yield part
 
     def _identity(self, digests: Digests) -> dict[str, str]:
-        """What must be the same for training to be continued; nothing where there are no checkpoints."""
+        """Identity of the training run, see :func:`identity`; empty without checkpoints."""
         if not self._has_checkpoints:
             return {}
         digests.update("gene panel", np.array(self.model.registry.get("genes", [])))
@@ -204,7 +206,7 @@ class Stage2Trainer:
         return identity(2, self.options, self.model.config, data)
 
     def _fit_prior(self, spots: Spots, run: StageRun) -> None:
-        """Train the prior, perceptrons and then the linear part, and measure how far from it the tokens lie."""
+        """Train the prior's perceptrons, fit its linear part, and set the spread of the tokens around it."""
         model, stage2 = self.model, self.model.var_stage
         prior = stage2.prior
         if prior is None:
@@ -227,23 +229,23 @@ class Stage2Trainer:
             fit_depth(prior, features, totals.log(), folds)
             unseen = prior.out_of_fold(features, folds)
             several = unseen.n_members > 1
-            # Where no spot has two members that have not seen it, it is not known what is usual.
+            # Without two members that have not seen a spot, their usual disagreement is unknown.
             usual = unseen.disagreement[several].mean() if several.any() else torch.tensor(ANY_DISAGREEMENT)
             observation.usual_disagreement.copy_(usual)
-            nothing = torch.zeros(len(features))
-            composition = Composition(observation.base * unseen.mean, unseen.log_depth, nothing, nothing + 1)
-            own = torch.Generator().manual_seed(self.options.random_state)
-            observation.fit(measured, totals[:, 0], composition, None, generator=own)
+            no_excess = torch.zeros(len(features))
+            composition = Composition(observation.base * unseen.mean, unseen.log_depth, no_excess, no_excess + 1)
+            generator = torch.Generator().manual_seed(self.options.random_state)
+            observation.fit(measured, totals[:, 0], composition, None, generator=generator)
             observation.calibrated.fill_(False)
         else:
             fit_linear(prior, features, model.stage1.scales.standardize(measured), weights, folds)
         means = unseen_means(model, histology, folds)
         pairs = zip(tokens.split(model.config.scales, 1), model.prior_mean(means), strict=True)
-        values = [model.stage1.code_values(k)[ids] - guess for k, (ids, guess) in enumerate(pairs)]
-        stage2.head.set_spread(values)
+        errors = [model.stage1.code_values(k)[ids] - mean for k, (ids, mean) in enumerate(pairs)]
+        stage2.head.set_spread(errors)
 
-    def _expect(self, spots: Spots) -> None:
-        """Note of each training spot what the prior's members that have not seen it expect."""
+    def _store_prior_means(self, spots: Spots) -> None:
+        """Store the prior's out-of-fold prediction of each training spot as the last item of the data set."""
         if self.model.var_stage.prior is None:
             return
         self.model.var_stage.prior.eval()
@@ -254,7 +256,7 @@ class Stage2Trainer:
 
 @torch.no_grad()
 def unseen_means(model: TwoStageVARST, histology: Histology, folds: Tensor) -> Tensor:
-    """Standardised expression that members of the prior that have not seen the spots expect, (n_spots, n_genes)."""
+    """Predict standardised expression of training spots by members of the prior that did not see them."""
     stage2 = model.var_stage
     assert stage2.prior is not None
     unseen = stage2.prior.out_of_fold(stage2.condition.features(histology), folds)
@@ -262,7 +264,7 @@ def unseen_means(model: TwoStageVARST, histology: Histology, folds: Tensor) -> T
 
 
 def _weights(total_counts: NDArray[np.floating] | None, n_spots: int) -> Tensor:
-    """Weight of every spot, 1 on average; ones where total counts are not known."""
+    """Weights of spots by their total counts, 1 on average; all 1 if total counts are not known."""
     if total_counts is None or not total_counts.any():
         return torch.ones(n_spots)
     totals = torch.from_numpy(total_counts.astype(np.float32))

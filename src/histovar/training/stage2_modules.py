@@ -14,22 +14,22 @@ from histovar.model import Histology, ModelConfig, TwoStageVARST
 from histovar.model.distributed import rank_and_world, take_own_rows
 from histovar.model.negative_binomial import negative_log_likelihood
 
-from .callbacks import diverged
+from .callbacks import divergence_error
 from .options import TrainingOptions
 from .trainer import StageModule
 
-# Inputs, tokens, counts (expression where there are none), fold, weight, total count and what the prior expects.
+# Histology, tokens, counts (or expression, without counts), fold, weight, total count and prediction of the prior.
 Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# Of the prior: AdamW with a one-cycle schedule and strong decay.
+# Training of the prior: AdamW with a one-cycle schedule and strong weight decay.
 PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
-# The genes' dispersions are learnt so much faster than weights, and do not decay.
+# Learning rate of the genes' dispersions, relative to that of the weights; they have no weight decay.
 DISPERSION_SPEED = 5.0
 # Of a wide finest scale, each step learns another random third of the tokens, within these numbers: held-out sections
 # have the same loss as with all genes in every step (benchmarks/token_training.py).
 LEAST_GENES, MOST_GENES = 64, 1024
-# Share of training spots that are fed the embeddings expected by the head in place of their true tokens.
+# Share of training spots whose inputs are expected embeddings instead of those of their true tokens.
 EXPECTED_TEACHER = 0.5
 
 
@@ -41,34 +41,34 @@ def genes_per_step(config: ModelConfig) -> int:
 
 
 class _Stage2Module(StageModule):
-    """What both modules of stage 2 share.
+    """Base class of the Lightning modules of stage 2.
 
     Parameters
     ----------
     model
         The model.
     options
-        How to train.
+        Training options.
     """
 
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
         super().__init__(options)
-        # Not a submodule: averaging, checkpoints and optimiser must not touch the frozen stage 1, not by a bit.
+        # Not a submodule: averaging, checkpoints and optimiser must not change the frozen stage 1 by a single bit.
         object.__setattr__(self, "model", model)
 
     model: TwoStageVARST
 
     def on_fit_start(self) -> None:
-        """Lightning's hook: what a step needs beside what it trains."""
+        """Move the frozen modules that a step needs to the device."""
         self.model.stage1.to(self.device)
         self.model.var_stage.observation.to(self.device)
 
 
 class PriorModule(_Stage2Module):
-    """Lightning module of the conditional-mean prior, which it trains.
+    """Lightning module that trains the conditional-mean prior.
 
-    By the likelihood of counts, whose dispersions are learnt along, where there are counts; else by the squared error
-    of standardised expression.
+    The loss is the negative log likelihood of counts, with dispersions that are learnt, too; without counts, it is the
+    squared error of standardised expression.
     """
 
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
@@ -81,31 +81,31 @@ class PriorModule(_Stage2Module):
             self.prior.depths.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Lightning's hook."""
+        """Loss of a training batch, summed over the members of the prior."""
         histology, _, measured, folds, weights, totals, _ = batch
         assert self.prior is not None
         stage2 = self.model.var_stage
 
-        def of_rates(rates: Tensor) -> Tensor:
+        def score_rates(rates: Tensor) -> Tensor:
             expected = stage2.observation.base * totals * rates
             return negative_log_likelihood(measured, expected, self.log_dispersion.exp()).mean(2)
 
-        def of_values(values: Tensor) -> Tensor:
+        def score_values(values: Tensor) -> Tensor:
             return (values - self.model.stage1.scales.standardize(measured)).square().mean(2) * weights
 
         features = stage2.condition.features(histology)
         if stage2.of_counts:
-            loss = self.prior.loss(features, of_rates, folds, totals.log())
+            loss = self.prior.loss(features, score_rates, folds, totals.log())
         else:
-            loss = self.prior.loss(features, of_values, folds)
+            loss = self.prior.loss(features, score_values, folds)
         self.watch("prior", len(features), loss=loss / (2 * self.prior.config.n_members))
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Lightning's hook."""
-        of_network = [p for name, p in self.named_parameters() if name != "log_dispersion"]
+        """AdamW with a one-cycle schedule; dispersions have their own learning rate."""
+        weights = [p for name, p in self.named_parameters() if name != "log_dispersion"]
         rates = [PRIOR_LEARNING_RATE, DISPERSION_SPEED * PRIOR_LEARNING_RATE]
-        groups: list[dict[str, Any]] = [{"params": of_network}, {"params": [self.log_dispersion], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": [self.log_dispersion], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
@@ -113,7 +113,7 @@ class PriorModule(_Stage2Module):
 
 
 class Stage2Module(_Stage2Module):
-    """Lightning module of the token model: trains condition, transformer and head; parameters as of its base."""
+    """Lightning module that trains the token model: condition, transformer and head."""
 
     def __init__(self, model: TwoStageVARST, options: TrainingOptions) -> None:
         super().__init__(model, options)
@@ -121,38 +121,38 @@ class Stage2Module(_Stage2Module):
         self._batches: list[Batch] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Lightning's hook."""
+        """Loss of a training batch."""
         histology, tokens, *_, prior = batch
         model = self.model
         teacher = model.token_embeddings(tokens)
         if model.config.style == "modern":
             expected = model.expected_teacher(histology, prior)
             _, world = rank_and_world()
-            swap = take_own_rows(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
-            teacher = torch.where(swap[:, None, None], expected, teacher)
-        genes = self._some_genes(random=True)
-        loss = self._mean(model.token_loss(histology, tokens, prior, teacher, genes))
+            is_swapped = take_own_rows(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
+            teacher = torch.where(is_swapped[:, None, None], expected, teacher)
+        genes = self._choose_wide_genes(random=True)
+        loss = self._mean_loss(model.token_loss(histology, tokens, prior, teacher, genes))
         self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
         return loss
 
-    def _some_genes(self, random: bool) -> Tensor | None:
-        """The tokens of a wide finest scale to learn, or to watch, in one step; None for all."""
+    def _choose_wide_genes(self, random: bool) -> Tensor | None:
+        """Choose the genes of a wide finest scale whose tokens to predict in a step; None for all."""
         config = self.model.config
-        return self.some_genes(config.n_genes, genes_per_step(config), random=random)
+        return self.choose_genes(config.n_genes, genes_per_step(config), random=random)
 
-    def _mean(self, losses: Tensor) -> Tensor:
-        """Mean over spots and all tokens, (n_spots, tokens predicted), those of the finest scale for all of it."""
+    def _mean_loss(self, losses: Tensor) -> Tensor:
+        """Mean loss over spots and tokens, where the chosen tokens of the finest scale stand for all of it."""
         config = self.model.config
         n_coarse = config.n_tokens - config.n_genes
         coarse, genes = losses[:, :n_coarse], losses[:, n_coarse:]
         return (coarse.sum(1) + genes.mean(1) * config.n_genes).mean() / config.n_tokens
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Lightning's hook."""
+        """Loss and accuracy of a validation batch."""
         histology, tokens, *_, prior = batch
-        genes = self._some_genes(random=False)
+        genes = self._choose_wide_genes(random=False)
         losses, rank = self.model.token_loss_and_rank(histology, tokens, prior, genes)
-        loss = self._mean(losses)
+        loss = self._mean_loss(losses)
         self.watch(
             "val",
             len(tokens),
@@ -164,13 +164,13 @@ class Stage2Module(_Stage2Module):
         self._batches.append(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the correlation of free-running expected decoding over all held-out spots, with the best gate."""
+        """Log the correlation of free-running expected decoding over all held-out spots, with the best gates."""
         self.watch("val", 1, pcc=free_run(self.model, self._batches).pcc)
         self._batches.clear()
 
 
 class FreeRun(NamedTuple):
-    """Correlation of expected decoding, that of the prior alone, and the gate between them."""
+    """Mean Pearson correlation of expected decoding and of the prior alone, and the best gate of each scale."""
 
     pcc: float
     prior_pcc: float
@@ -178,14 +178,14 @@ class FreeRun(NamedTuple):
 
 
 def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
-    """Expected decoding of spots not trained on, without their tokens, gated as suits them best.
+    """Decode held-out spots by expectation without their true tokens (free running), and choose the best gates.
 
     Parameters
     ----------
     model
-        The model, its gate open.
+        The model with open gates (all 1).
     batches
-        The spots.
+        Batches of spots that were not trained on.
 
     Returns
     -------
@@ -196,25 +196,25 @@ def free_run(model: TwoStageVARST, batches: Iterable[Batch]) -> FreeRun:
     FloatingPointError
         If predictions are not finite.
     """
-    rows: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
+    by_scale: list[list[tuple[Tensor, ...]]] = [[] for _ in model.config.scales]
     measured = []
     has_prior = model.var_stage.prior is not None
-    for histology, tokens, found, _, _, totals, prior in batches:
+    for histology, tokens, values, _, _, totals, prior in batches:
         expected = model.predict(histology, means=prior, tokens=False, std=False).values
         means = model.prior_mean(prior) if has_prior else expected
         for k, ids in enumerate(tokens.split(model.config.scales, 1)):
-            rows[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
-        measured.append(model.lognorm(found, totals) if model.var_stage.of_counts else found)
-    gates, gated, alone = [], [], []
-    for parts in rows:
-        true_values, mean, value = (torch.cat(part) for part in zip(*parts, strict=True))
+            by_scale[k].append((model.stage1.code_values(k)[ids], means[k], expected[k]))
+        measured.append(model.lognorm(values, totals) if model.var_stage.of_counts else values)
+    gates, gated_values, prior_values = [], [], []
+    for batches_of_scale in by_scale:
+        true_values, mean, value = (torch.cat(tensors) for tensors in zip(*batches_of_scale, strict=True))
         gate = model.var_stage.head.best_gate(true_values, mean, value) if has_prior else torch.ones(())
         gates.append(float(gate))
-        gated.append(torch.lerp(mean, value, float(gate)))
-        alone.append(mean)
+        gated_values.append(torch.lerp(mean, value, float(gate)))
+        prior_values.append(mean)
     truth = torch.cat(measured).cpu().numpy()
-    predicted, of_prior = (model.stage1.assemble(values).cpu().numpy() for values in (gated, alone))
-    if not (np.isfinite(predicted).all() and np.isfinite(of_prior).all()):
-        raise diverged("stage 2: tokens", "predictions are not finite")
-    pcc, prior_pcc = mean_pearson(predicted, truth), mean_pearson(of_prior, truth)
+    predicted, prior_only = (model.stage1.assemble(v).cpu().numpy() for v in (gated_values, prior_values))
+    if not (np.isfinite(predicted).all() and np.isfinite(prior_only).all()):
+        raise divergence_error("stage 2: tokens", "predictions are not finite")
+    pcc, prior_pcc = mean_pearson(predicted, truth), mean_pearson(prior_only, truth)
     return FreeRun(pcc, prior_pcc, gates)

@@ -1,4 +1,4 @@
-"""One way to run Lightning, shared by both stages."""
+"""Run Lightning's trainer: the loop that both stages share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from histovar._memory import keep_freed_memory
 
-from .callbacks import DivergenceCheck, EpochSeed, History, StepProgressBar, WeightAverage, diverged, is_finite
-from .checkpoint_files import BEST, LAST, PRIOR, WholeFiles, read_checkpoint
+from .callbacks import DivergenceCheck, EpochSeed, History, StepProgressBar, WeightAverage, divergence_error, is_finite
+from .checkpoint_files import BEST, LAST, PRIOR, AtomicCheckpointIO, read_checkpoint
 from .data import Spots, train_loader, validation_loader
 from .isolation import interruptible, quiet_lightning
 from .options import TrainingOptions
@@ -23,12 +23,12 @@ from .resume import MONITOR, StageCheckpoint, StageRun
 
 
 class StageModule(LightningModule):
-    """AdamW with linear warm-up over the trainable parameters.
+    """Base class of Lightning modules: AdamW with linear warm-up, and logging.
 
     Parameters
     ----------
     options
-        How to train.
+        Training options.
     """
 
     def __init__(self, options: TrainingOptions) -> None:
@@ -36,7 +36,7 @@ class StageModule(LightningModule):
         self.options = options
 
     def configure_optimizers(self) -> Any:
-        """Lightning's hook."""
+        """AdamW with linear warm-up over the trainable parameters."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.options.learning_rate, weight_decay=self.options.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -44,24 +44,18 @@ class StageModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def watch(self, part: str, n_spots: int, **values: torch.Tensor | float) -> None:
-        """Log values as ``part_name``, averaged over the epoch's spots."""
+    def watch(self, prefix: str, n_spots: int, **values: torch.Tensor | float) -> None:
+        """Log values as ``prefix_name``, averaged over the spots of the epoch."""
         for name, value in values.items():
-            self.log(f"{part}_{name}", value, on_epoch=True, on_step=False, batch_size=n_spots, sync_dist=True)
+            self.log(f"{prefix}_{name}", value, on_epoch=True, on_step=False, batch_size=n_spots, sync_dist=True)
 
-    def some_genes(self, n_genes: int, most: int, *, random: bool) -> torch.Tensor | None:
-        """At most so many genes, increasing: at random, or evenly spaced; None where that is all."""
+    def choose_genes(self, n_genes: int, most: int, *, random: bool) -> torch.Tensor | None:
+        """Choose at most `most` genes, at random or evenly spaced, in increasing order; None for all."""
         if n_genes <= most:
             return None
         if random:
             return torch.randperm(n_genes, device=self.device)[:most].sort().values
-        return evenly_spaced(n_genes, most, self.device)
-
-
-def evenly_spaced(n_genes: int, most: int, device: torch.device | None = None) -> torch.Tensor:
-    """At most so many genes, increasing."""
-    n = min(n_genes, most)
-    return torch.arange(n, device=device) * n_genes // n
+        return torch.arange(most, device=self.device) * n_genes // most
 
 
 def fit(
@@ -75,30 +69,30 @@ def fit(
     run: StageRun | None = None,
     averaging: bool = True,
 ) -> pd.DataFrame:
-    """Train a module; with validation spots, stop early and restore the weights that are best on them.
+    """Train a module; with validation spots, stop early and restore the weights of the best epoch.
 
     Parameters
     ----------
     module
-        What to train.
+        Module to train.
     train, validation
-        Training spots and inner held-out spots. Without the latter it is a preliminary step, to which the user's
-        callbacks do not apply.
+        Training spots and inner held-out spots. Without the latter this is a preliminary step, and the user's
+        callbacks are not called.
     options
-        How to train.
+        Training options.
     step
-        Name of what is trained, for messages.
+        Name of the training step, for progress bar and messages.
     max_epochs
-        Most epochs.
+        Maximum number of epochs.
     run
-        Checkpoints of the stage, to write and to continue from.
+        Checkpoints of the stage, to write and to resume from.
     averaging
         Whether to average the weights.
 
     Returns
     -------
     DataFrame
-        The history, one row an epoch.
+        Metrics of training, one row for each epoch.
 
     Raises
     ------
@@ -115,13 +109,13 @@ def fit(
     if options.enable_progress_bar:
         callbacks.append(StepProgressBar(step))
     with tempfile.TemporaryDirectory() as scratch, quiet_lightning():
-        keeper = None
+        checkpoints = None
         directory = Path(scratch) if run is None or run.directory is None else run.directory
         if run is not None:
             last = None if run.directory is None else PRIOR if validation is None else LAST
             monitor = None if validation is None else MONITOR
-            keeper = StageCheckpoint(directory, run.identity, monitor=monitor, last=last)
-            callbacks.append(keeper)
+            checkpoints = StageCheckpoint(directory, run.identity, monitor=monitor, last=last)
+            callbacks.append(checkpoints)
             run.bring_checkpoints(directory)
         if validation is not None:
             callbacks.append(EarlyStopping(MONITOR, patience=options.patience, check_on_train_epoch_end=True))
@@ -129,7 +123,7 @@ def fit(
             logger=options.logger,
             enable_progress_bar=options.enable_progress_bar,
             enable_model_summary=False,
-            enable_checkpointing=keeper is not None,
+            enable_checkpointing=checkpoints is not None,
             gradient_clip_val=options.gradient_clip_val,
             max_epochs=max_epochs,
             limit_train_batches=options.limit_train_batches,
@@ -140,9 +134,9 @@ def fit(
             log_every_n_steps=1,
         )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFiles()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         loader = train_loader(train, options.batch_size, options.random_state, trainer.world_size, trainer.global_rank)
-        watched = None if validation is None else validation_loader(validation, options.batch_size)
+        validation_batches = None if validation is None else validation_loader(validation, options.batch_size)
         checkpoint: dict[str, Any] = {}
         if run is not None and (ckpt_path := run.prior_ckpt_path if validation is None else run.ckpt_path):
             checkpoint = {"ckpt_path": ckpt_path, "weights_only": True}
@@ -151,15 +145,15 @@ def fit(
         else:
             try:
                 with interruptible():
-                    trainer.fit(module, loader, watched, **checkpoint)
+                    trainer.fit(module, loader, validation_batches, **checkpoint)
             except (RuntimeError, ValueError, AssertionError) as error:
                 if is_finite(module):
                     raise
-                raise diverged(step, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        if keeper is not None and validation is not None:
-            module.load_state_dict(read_checkpoint(keeper.directory / BEST)["state_dict"])
-        trainer.strategy.barrier()  # the first process removes the directory
+                raise divergence_error(step, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        if checkpoints is not None and validation is not None:
+            module.load_state_dict(read_checkpoint(checkpoints.directory / BEST)["state_dict"])
+        trainer.strategy.barrier()  # before the first process removes the directory
     module.cpu()
     if not is_finite(module):
-        raise diverged(step, "weights are not finite")
+        raise divergence_error(step, "weights are not finite")
     return history.frame()

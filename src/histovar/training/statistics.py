@@ -1,4 +1,4 @@
-"""A first look at the training spots: what is needed of all of them before any can be learnt from."""
+"""Statistics of the training spots, collected in one pass before stage 2 is trained."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from histovar._spots import sampled_spots
 from histovar.model import Histology
 from histovar.model.condition import Moments
 
-from .data import gathered_rows
+from .data import concat_rows
 
 
-class Measured(NamedTuple):
-    """Training spots: all, or those of some sections.
+class MeasuredSpots(NamedTuple):
+    """Training spots with histology and measured expression, of all sections or of some of them.
 
     Parameters
     ----------
     histology
-        Inputs as they were read.
+        Histology inputs, not yet aligned.
     expression
         (n_spots, n_genes) in layer units.
     sections
         (n_spots,) number of each spot's section.
     coordinates
-        (n_spots, 2), for folds within sections.
+        (n_spots, 2) coordinates, for folds within sections.
     groups
-        (n_spots,) number of each spot's individual, where known.
+        (n_spots,) number of each spot's individual, if known.
     counts
-        (n_spots, n_genes), where `expression` is log-normalised counts.
+        (n_spots, n_genes) counts, if `expression` is log-normalised counts.
     total_counts
-        (n_spots,) total count of every spot, where known.
+        (n_spots,) total count of every spot, if known.
     """
 
     histology: Histology
@@ -47,19 +47,19 @@ class Measured(NamedTuple):
     total_counts: NDArray[np.floating] | None
 
 
-class Survey(NamedTuple):
-    """What :func:`surveyed` finds.
+class TrainingStatistics(NamedTuple):
+    """Statistics of the training spots, and a random sample of their histology; see :func:`collect_statistics`.
 
     Parameters
     ----------
     moments
-        Of each section, by its number.
+        Mean and variance of the embeddings of each section, by its number.
     histology, sections
-        Of a random sample of the spots, in their order.
+        Inputs and sections of a random sample of the spots, in their order.
     counts
-        (n_genes,) sums over all spots, where there are counts.
+        (n_genes,) sums over all spots, if there are counts.
     all_sections, groups, coordinates, total_counts
-        Of all spots.
+        Values of all spots, as in :class:`MeasuredSpots`.
     """
 
     moments: dict[int, Moments]
@@ -72,50 +72,49 @@ class Survey(NamedTuple):
     total_counts: NDArray[np.floating] | None
 
 
-def surveyed(parts: Iterable[Measured], n_spots: int, random_state: int) -> Survey:
-    """Go through the spots once.
+def collect_statistics(parts: Iterable[MeasuredSpots], n_spots: int, random_state: int) -> TrainingStatistics:
+    """Collect statistics of the training spots in one pass.
 
     Parameters
     ----------
     parts
-        The spots, each part of whole sections.
+        Training spots, in parts of whole sections.
     n_spots
-        Number of spots of all parts.
+        Number of spots in all parts.
     random_state
         Seed of the sample.
     """
     sample = sampled_spots(n_spots, random_state)
     moments: dict[int, Moments] = {}
-    light: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
-
+    spot_columns: list[tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.floating] | None]] = []
     individuals: list[NDArray[np.int64] | None] = []
     sums: list[Tensor | None] = []
 
-    def chosen() -> Iterator[tuple[Histology]]:
+    def sampled_histology() -> Iterator[tuple[Histology]]:
         start = 0
         for part in parts:
             moments.update(Moments.by_section(part.histology, torch.from_numpy(part.sections)))
             individuals.append(part.groups)
             sums.append(None if part.counts is None else part.counts.double().sum(0))
-            light.append((part.sections, part.coordinates, part.total_counts))
+            spot_columns.append((part.sections, part.coordinates, part.total_counts))
             stop = start + len(part.sections)
             rows = sample[(sample >= start) & (sample < stop)] - start
             yield (part.histology.map(lambda t: t[rows]),)  # noqa: B023
             start = stop
 
-    (histology,) = gathered_rows(chosen(), len(sample))
-    sections, coordinates, totals = zip(*light, strict=True)
+    (histology,) = concat_rows(sampled_histology(), len(sample))
+    sections, coordinates, totals = zip(*spot_columns, strict=True)
     all_sections = np.concatenate(sections)
-    known = [total for total in totals if total is not None]
-    grouped = [of_part for of_part in individuals if of_part is not None]
-    counted = [of_part for of_part in sums if of_part is not None]
-    return Survey(
+    known_totals = [total for total in totals if total is not None]
+    known_individuals = [numbers for numbers in individuals if numbers is not None]
+    known_sums = [gene_sums for gene_sums in sums if gene_sums is not None]
+    return TrainingStatistics(
         moments,
         histology,
         torch.from_numpy(all_sections[sample]),
-        torch.stack(counted).sum(0) if len(counted) == len(sums) else None,
+        torch.stack(known_sums).sum(0) if len(known_sums) == len(sums) else None,
         all_sections,
-        np.concatenate(grouped) if len(grouped) == len(individuals) else None,
+        np.concatenate(known_individuals) if len(known_individuals) == len(individuals) else None,
         np.concatenate(coordinates),
-        np.concatenate(known) if len(known) == len(totals) else None,
+        np.concatenate(known_totals) if len(known_totals) == len(totals) else None,
     )

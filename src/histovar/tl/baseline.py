@@ -9,6 +9,7 @@ import numpy as np
 from histovar._arguments import Key, KeyOrKeys, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
+from histovar._warn_once import warns_once
 from histovar.anndata_io import expression, gate
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.normalization import common_normalization
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @check_arguments
+@warns_once
 @in_float32
 def baseline(
     data: Data,

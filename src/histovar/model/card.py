@@ -196,7 +196,7 @@ class AdaptedCard(_Fields):
 
 
 class DescriptionCard(_Fields):
-    """What whoever trained a model says of it; what they do not is left out."""
+    """What whoever trained a model says of it: null where they took it back, left out where they never said."""
 
     tissue: Key | None = None
     species: Key | None = None

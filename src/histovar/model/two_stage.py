@@ -51,9 +51,9 @@ class TwoStageVARST(TwoStageNetwork):
             <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or by its name.
         """
         given = {"tissue": tissue, "species": species, "licence": licence}
-        said = {name: text.strip() for name, text in given.items() if text is not None}
-        described = {**(self.registry.get("description") or {}), **said}
-        self.registry["description"] = {name: text for name, text in described.items() if text}
+        # None, of what is taken back: beside a stage of earlier, which still says it, that is not the same as nothing.
+        said = {name: text.strip() or None for name, text in given.items() if text is not None}
+        self.registry["description"] = {**(self.registry.get("description") or {}), **said}
 
     @check_arguments
     def save(self, path: PathLike) -> None:

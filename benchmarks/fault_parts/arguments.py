@@ -563,6 +563,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         },
     ),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),
+    "describe": (["first"], {"model": "nothing"}),  # its options take any text
     "info": (["first"], {"model": "nothing", "--out": "nothing"}),
 }
 # Values as they are typed, by the names of those of Python.

@@ -97,6 +97,9 @@ def test_the_reference_command_lines(histovar, hest_layout, query, tmp_path):
     [
         (["predict", "absent.h5ad"], "no model directory"),
         (["info", "absent"], "no model directory"),
+        (["describe", "absent", "--tissue", "breast"], "no model directory"),
+        (["describe", "absent"], "give --tissue, --species or --licence"),
+        (["describe", "hf://lab/breast", "--tissue", "breast"], "'hf:/lab/breast' is on the hub"),
         (["evaluate", "absent.h5ad"], "no file 'absent.h5ad'"),
         (["train"], "give .h5ad files or --dataset"),
         (["train", "--dataset", "PRAD", "--data-dir", "absent"], "no directory"),
@@ -122,7 +125,7 @@ def test_gpus_that_are_not_there_are_refused_with_the_flag_that_helps(histovar):
     assert code == 2 and "use --gpus 0 (the CPU)" in own_line(error)[0]
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "calibrate", "adapt", "evaluate", "demo", "info"])
+@pytest.mark.parametrize("command", ["train", "predict", "calibrate", "adapt", "evaluate", "describe", "demo", "info"])
 def test_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
@@ -257,6 +260,19 @@ def test_info_says_what_a_model_learnt_from(trained, model_of_values, capsys):
         run_app("info", path)
         out = capsys.readouterr().out
         assert learnt in out if learnt else "Learnt from" not in out
+
+
+def test_a_saved_model_is_described_as_from_python(trained, histovar):
+    said = ("--tissue", "breast cancer", "--species", "human", "--licence", "cc-by-4.0")
+    assert histovar("describe", "model", *said)[0] == 0
+    assert histovar("describe", "model", "--species", "", "--licence", "mit")[1] == "description written to model\n"
+    trained.describe(tissue="breast cancer", species="human", licence="cc-by-4.0")
+    trained.describe(species="", licence="mit")
+    described = hv.TwoStageVARST.load("model")
+    assert described.registry["description"] == trained.registry["description"]
+    assert "| Tissue | breast cancer |" in Path("model/README.md").read_text()
+    out = histovar("info", "model")[1]
+    assert "Tissue  breast cancer\n" in out and "Licence  mit\n" in out and "Species" not in out
 
 
 def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simulated, histovar):

@@ -1,11 +1,18 @@
-"""Bad input: a message that helps, and an object as it was."""
+"""Bad input: a message that helps, and an object as it was, whatever fails."""
+
+import sys
+from collections.abc import Mapping
+from itertools import count
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from lightning.pytorch import Callback
 from scipy import sparse
 
 import histovar as hv
+from histovar.anndata_io import slots
 
 from .conftest import QUICK, small_config
 
@@ -346,3 +353,113 @@ def test_what_was_meant_is_said(query, model):
     hv.tl.predict(query, model)
     gene = model.registry["genes"][0]
     refuse(query, lambda a: hv.pl.spatial(a, [gene.lower()], section="S4"), KeyError, f"did you mean {gene}")
+
+
+def assert_same(now, before):
+    """The same names and values, in the same order."""
+    if isinstance(before, Mapping):
+        assert list(now) == list(before)
+        for name in before:
+            assert_same(now[name], before[name])
+    elif isinstance(before, pd.DataFrame):
+        pd.testing.assert_frame_equal(now, before)
+    else:
+        now, before = (x.toarray() if sparse.issparse(x) else np.asarray(x) for x in (now, before))
+        np.testing.assert_array_equal(now, before)
+
+
+def assert_untouched(adata, before):
+    assert_same(adata.X, before.X)
+    for store in slots.STORES:
+        assert_same(getattr(adata, store), getattr(before, store))
+
+
+def without_lognorm(adata):
+    del adata.layers["lognorm"]
+    return adata
+
+
+def predicted(adata, model):
+    hv.tl.predict(adata, model, n_samples=2)
+    hv.tl.evaluate(adata)
+    return without_lognorm(adata)
+
+
+def with_niche(adata, n_neighbors):
+    hv.pp.niche(adata, use_rep="X_histology", n_neighbors=n_neighbors, library_key="section")
+    return adata
+
+
+def embed(adata):
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
+    encoder = hv.encoders.Encoder(name="tiny", module=module, input_px=8)
+    hv.pp.embed(adata, encoder, field_um=(112, 224), mpp=1.0, library_key="section")
+
+
+WRITING = {
+    "gene_panel": (lambda p, q, m: q, lambda a, m: hv.pp.gene_panel(a, n_genes=20)),
+    "another gene_panel": (lambda p, q, m: without_lognorm(p), lambda a, m: hv.pp.gene_panel(a, n_genes=20)),
+    "gene_scales": (lambda p, q, m: without_lognorm(p), lambda a, m: hv.pp.gene_scales(a, scales=(1, 5))),
+    "niche": (lambda p, q, m: with_niche(q, [4]), lambda a, m: with_niche(a, [8])),
+    "embed": (lambda p, q, m: q, lambda a, m: embed(a)),
+    "tokenize": (lambda p, q, m: q, lambda a, m: hv.tl.tokenize(a, m)),
+    "predict": (lambda p, q, m: predicted(q, m), lambda a, m: hv.tl.predict(a, m)),
+    "evaluate": (lambda p, q, m: predicted(q, m), lambda a, m: hv.tl.evaluate(a)),
+    "calibrate": (lambda p, q, m: q, lambda a, m: hv.tl.calibrate(a, m)),
+    "baseline": (
+        lambda p, q, m: q,
+        lambda a, m: hv.tl.baseline(a, "ridge_hest", use_rep="X_histology", library_key="section"),
+    ),
+    "view": (lambda p, q, m: predicted(q, m)[5:], lambda a, m: hv.tl.evaluate(a)),
+}
+
+
+@pytest.mark.parametrize(("start", "call"), WRITING.values(), ids=WRITING)
+def test_an_interrupted_call_leaves_the_object_as_it_was(prepared, query, loaded, start, call):
+    """Interrupted as it is about to write for the first time, the second, and so on."""
+    adata = start(prepared.copy(), query, loaded)
+    before = adata.copy()
+    for nth in count(1):
+        left = nth
+
+        def interrupt(frame, event, arg):
+            nonlocal left
+            if event == "call" and frame.f_code is slots.write.__code__:
+                left -= 1
+                if not left:
+                    raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            call(adata, loaded)
+        except KeyboardInterrupt:
+            assert_untouched(adata, before)
+        else:
+            break
+        finally:
+            sys.setprofile(None)
+    assert nth > 1
+    with pytest.raises(AssertionError):
+        assert_untouched(adata, before)
+
+
+class PowerCut(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        raise OSError("no space left on device")
+
+
+HISTOLOGY_OF = {"use_rep": "X_histology", "library_key": "section", "config": small_config()}
+TRAINING = {
+    "train_stage1": lambda a, m: hv.tl.train_stage1(a, config=small_config(), **QUICK, callbacks=[PowerCut()]),
+    "train_stage2": lambda a, m: hv.tl.train_stage2(a, m, **HISTOLOGY_OF, **QUICK, callbacks=[PowerCut()]),
+    "train": lambda a, m: hv.tl.train(a, **HISTOLOGY_OF, **QUICK, stage2={"callbacks": [PowerCut()]}),
+}
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("call", TRAINING.values(), ids=TRAINING)
+def test_failed_training_leaves_the_object_as_it_was(training, loaded, call):
+    before = training.copy()
+    with pytest.raises(OSError, match="no space left"):
+        call(training, loaded)
+    assert_untouched(training, before)

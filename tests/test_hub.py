@@ -9,6 +9,7 @@ import yaml
 
 import histovar as hv
 from histovar.model.checkpoint import verify
+from histovar.model.summary import summarize
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -122,7 +123,8 @@ def test_metadata_say_what_is_described_now(loaded, tmp_path):
     there = saved(tissue="", licence="proprietary")
     assert "lung" not in there["tags"] and (there["license"], there["license_name"]) == ("other", "proprietary")
     assert not {"license", "license_name"} & set(saved(licence=""))
-    assert loaded.registry["description"] == {"species": "human"}
+    facts = summarize(loaded.registry, loaded.config)
+    assert facts["Species"] == "human" and not {"Tissue", "Licence"} & set(facts)
 
 
 def test_one_stage_is_saved_with_what_is_described_now(loaded, tmp_path):
@@ -134,6 +136,14 @@ def test_one_stage_is_saved_with_what_is_described_now(loaded, tmp_path):
         loaded.save_stage(tmp_path, stage)
         described = hv.TwoStageVARST.load(tmp_path).registry["description"]
         assert described == {"tissue": "lung", "licence": "mit", "species": species}
+    for stage in (1, 2):
+        loaded.describe(tissue="breast", licence="mit")
+        loaded.save(tmp_path)
+        loaded.describe(tissue="")
+        loaded.save_stage(tmp_path, stage)
+        assert "Tissue" not in (tmp_path / "README.md").read_text()
+        again = hv.TwoStageVARST.load(tmp_path)
+        assert not again.registry["description"]["tissue"] and again.registry["description"]["licence"] == "mit"
 
 
 def test_push_keeps_what_people_wrote_on_the_hub(loaded, cache, monkeypatch):

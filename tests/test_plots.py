@@ -77,6 +77,34 @@ def test_spatial_finds_genes_by_symbol(scored, model):
         hv.pl.spatial(scored, second.lower(), gene_symbols="symbol")
 
 
+def test_rankings_name_genes_by_symbol(scored, model):
+    best = scored.var["histovar_pearson"].sort_values(ascending=False).index[:3]
+    first = hv.get.genes(model)["expected_pearson"].idxmax()
+    scored.var["symbol"] = scored.var_names.str.lower()
+    scored.var.loc[best[0], "symbol"] = np.nan
+    scored.var.loc[best[1:], "symbol"] = "twin"
+    names = hv.pl.metrics(scored, n_labels=3, gene_symbols="symbol").texts[-1].get_text().split("\n")
+    assert [name.split("  ")[1] for name in names] == [best[0], f"twin ({best[1]})", f"twin ({best[2]})"]
+    scored.var["symbol"] = scored.var_names.str.lower()
+    assert hv.pl.trust(model, scored, n_labels=1, gene_symbols="symbol").texts[-1].get_text().endswith(first.lower())
+    for options in ({"data": scored}, {"gene_symbols": "symbol"}):
+        with pytest.raises(ValueError, match="data, gene_symbols: give both or neither"):
+            hv.pl.trust(model, **options)
+
+
+def test_a_near_miss_of_the_column_of_symbols_is_told(scored, model, tmp_path):
+    scored.var["symbol"] = scored.var_names
+    options = {"gene_symbols": "symbols"}
+    for call in (
+        lambda: hv.pl.spatial(scored, model.registry["genes"][0], **options),
+        lambda: hv.pl.metrics(scored, **options),
+        lambda: hv.pl.trust(model, scored, **options),
+        lambda: hv.pl.report(scored, tmp_path / "report.html", **options),
+    ):
+        with pytest.raises(KeyError, match="gene_symbols: no 'symbols' in var, which has .*; did you mean 'symbol'?"):
+            call()
+
+
 def test_colour_bars_of_maps_are_as_tall_as_the_map(scored, model):
     scored.obsm["spatial"] = scored.obsm["spatial"] * [3.0, 1.0]  # a wide section
     ax = hv.pl.spatial(scored, model.registry["genes"][0])[0, 0]

@@ -21,6 +21,8 @@ STEP = 1e-3
 # Milliseconds; a machine that does much else at once is slow to start a browser.
 PATIENCE = 180_000
 
+BY_DEFAULT = dict.fromkeys(("genes", "gene_symbols", "library_key", "layer"))
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -203,7 +205,7 @@ def test_genes_one_can_trust_are_shown_best_first(browser, predicted, model, tmp
     trust = pd.DataFrame(
         {"expected_pearson": np.linspace(0, 0.9, len(genes)), "share_of_ceiling": 0.5, "q_value": 0.0123}, index=genes
     )
-    options = {"genes": None, "library_key": None, "layer": None, "confidence_level": 0.8, "title": "Trust"}
+    options = {**BY_DEFAULT, "confidence_level": 0.8, "title": "Trust"}
     content = collect(predicted, Keys("histovar"), model=model, trust=trust, **options)
     write_page(content, tmp_path / "trust.html")
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
@@ -251,7 +253,7 @@ def test_wrong_reports_are_refused(predicted, model, model_of_values, tmp_path, 
 
 
 def test_report_warns_of_novel_shallow_and_few(predicted, model, tmp_path):
-    options = {"genes": None, "library_key": None, "layer": None, "confidence_level": 0.9, "title": "Cautions"}
+    options = {**BY_DEFAULT, "confidence_level": 0.9, "title": "Cautions"}
     adata = predicted[predicted.obs["section"] == "S4"].copy()
     spots = adata.obsm["histovar_spots"].copy()
     adata.obsm["histovar_spots"] = spots * [0.001, 1, 1, 0] + [0, 0, 0, 0.3]
@@ -264,3 +266,25 @@ def test_report_warns_of_novel_shallow_and_few(predicted, model, tmp_path):
         assert (f"few spots, {count}" in found) == (count < 32)
     adata.obsm["histovar_spots"] = spots * [1, 1, 1, 0]
     assert collect(adata, Keys("histovar"), model=model, trust=None, **options).cautions == []
+
+
+def test_the_page_has_symbols_in_place_of_identifiers(predicted, model, tmp_path, histovar):
+    genes = model.registry["genes"]
+    adata = predicted.copy()
+    adata.var["symbol"] = [f"Symbol{name.removeprefix('GENE')}" for name in adata.var_names]
+    adata.var.loc[genes[0], "symbol"] = None
+    path = tmp_path / "report.html"
+    hv.pl.report(adata, path, model, gene_symbols="symbol")
+    html = path.read_text(encoding="utf-8")
+    named = [name for name in genes if re.search(rf'"{name}"', html)]
+    assert named == genes[:1] and all(f'"{s}"' in html for s in adata.var.loc[genes[1:], "symbol"])
+    assert not re.search(r"GENE\d", html.replace(genes[0], ""))
+    adata.write_h5ad(tmp_path / "predicted.h5ad")
+    symbol = adata.var.loc[genes[3], "symbol"]
+    shell = ("report", "predicted.h5ad", "--gene", symbol, "--gene-symbols")
+    assert histovar(*shell, "symbol")[0] == 0
+    html = path.read_text(encoding="utf-8")
+    assert f'"{symbol}"' in html and adata.var.loc[genes[4], "symbol"] not in html
+    assert "gene_symbols: no 'symbols' in var" in histovar(*shell, "symbols")[2]
+    with pytest.raises(KeyError, match="genes: no gene of the predicted panel has the symbol"):
+        hv.pl.report(adata, path, genes=genes[3], gene_symbols="symbol")

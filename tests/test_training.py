@@ -5,6 +5,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 import histovar as hv
+from histovar.anndata_io import zarr_store
 from histovar.training import TrainingOptions
 from histovar.training.data import cross_fit_folds, held_out_spots
 
@@ -57,6 +58,32 @@ def test_progress_bars_name_the_step(prepared, capsys):
     written = capsys.readouterr().err
     steps = ("stage 1: warm-up", "stage 1: codebook", "stage 2: prior", "stage 2: tokens")
     assert all(f"{step}, epoch " in written for step in steps)
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("stored", [False, True])
+def test_training_warns_once(prepared, tmp_path, caplog, stored):
+    adata = prepared.copy()
+    if stored:  # read section by section
+        adata.write_zarr(tmp_path / "in.zarr")
+        adata = zarr_store.read_zarr(tmp_path / "in.zarr")
+    caplog.set_level("WARNING", logger="histovar")
+    config = small_config(n_neighbors=(4, 20))  # of 60 spots a quarter is 15
+    hv.tl.train(adata, use_rep="X_histology", library_key="section", config=config, **QUICK)
+    cut = [message for message in caplog.messages if "are cut to" in message]
+    sections = ", ".join(f"15 in section 'S{i}' of 60 spots" for i in (1, 2, 3))
+    assert cut == [f"neighbourhoods of 20 are cut to {sections}"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_every_call_warns_once_of_slides_that_lie_on_each_other(prepared, caplog):
+    slides = prepared.copy()
+    del slides.uns["spatial"]
+    slides.obsm["spatial"] = np.tile(slides.obsm["spatial"][:60], (3, 1))
+    for _ in range(2):
+        caplog.clear()
+        hv.tl.train(slides, use_rep="X_histology", config=small_config(), **QUICK)
+        assert sum("lie exactly where another does" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.usefixtures("brief")

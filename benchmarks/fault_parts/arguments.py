@@ -161,6 +161,7 @@ class Objects:
         hv.tl.predict(self.predicted, model, n_samples=2)
         hv.tl.evaluate(self.predicted)
         self.drawn = self.predicted.copy()
+        self.drawn.var["symbol"] = self.drawn.var_names
         image = {"hires": np.full((60, 60, 3), 200, np.uint8)}
         factors = {"tissue_hires_scalef": 0.03, "spot_diameter_fullres": 55.0}
         self.drawn.uns["spatial"] = {"S4": {"images": image, "scalefactors": factors}}
@@ -362,7 +363,7 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("pl.report", hv.pl.report,
              {"data": objects.drawn, "path": scratch / "report.html", "genes": objects.gene},
              shared(**key, **library, **layer, path="nothing", model="?nothing", genes="?nothing", title="text",
-                    confidence_level="rate above zero"), slow=True),
+                    confidence_level="rate above zero", gene_symbols="?nothing"), slow=True),
         Call("pl.spatial", hv.pl.spatial, {"data": objects.drawn, "genes": objects.gene},
              shared(genes="nothing", **key, section="?nothing", **library, **layer, cmap="nothing", std_cmap="nothing",
                     size="size", img_alpha="probability", gene_symbols="?nothing", **plot)),
@@ -370,9 +371,10 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
         Call("pl.gene_correlation", hv.pl.gene_correlation, {"data": objects.predicted},
              shared(**key, **layer, **plot)),
         Call("pl.metrics", hv.pl.metrics, {"data": objects.predicted},
-             shared(**key, score="nothing", n_labels="number", **plot)),
+             shared(**key, score="nothing", n_labels="number", gene_symbols="?nothing", **plot)),
         Call("pl.codebook", hv.pl.codebook, {"model": model}, {"model": "nothing", **plot}),
-        Call("pl.trust", hv.pl.trust, {"model": model}, {"model": "nothing", "n_labels": "number", **plot}),
+        Call("pl.trust", hv.pl.trust, {"model": model, "data": objects.drawn, "gene_symbols": "symbol"},
+             shared(model="nothing", n_labels="number", gene_symbols="nothing", **plot)),
         Call("pl.training", hv.pl.training, {"model": model}, {"model": "nothing", **plot}),
         Call("datasets.simulate", hv.datasets.simulate, {"n_sections": 1, "n_spots": 9, "n_genes": 5},
              {"n_sections": "few", **dict.fromkeys(("n_spots", "n_genes", "n_programs"), "at least 2"),
@@ -552,7 +554,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         ["predicted.h5ad", "--out", "new.html"],
         {
             **dict.fromkeys(("--model", "--library-key", "--key", "--layer", "--gene", "--out"), "nothing"),
-            **{"--title": "prefix", "--confidence-level": "rate above zero"},
+            **{"--gene-symbols": "nothing", "--title": "prefix", "--confidence-level": "rate above zero"},
         },
     ),
     "export": (
@@ -563,6 +565,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         },
     ),
     "demo": (["--out", "new"], {"--n-spots": "nothing", "--seed": "seed", "--out": "directory"}),
+    "describe": (["first"], {"model": "nothing"}),  # its options take any text
     "info": (["first"], {"model": "nothing", "--out": "nothing"}),
 }
 # Values as they are typed, by the names of those of Python.

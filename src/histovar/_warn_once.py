@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -30,10 +30,17 @@ def warns_once(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log a warning, unless a function of :func:`warns_once` that is running has logged it already."""
+def not_warned_of(findings: Iterable[str]) -> list[str]:
+    """Those findings that a running function of :func:`warns_once` has not warned of; from now on it has."""
     logged = _logged.get()
-    if logged is None or message not in logged:
-        logger.warning("%s", message)
-    if logged is not None:
-        logged.add(message)
+    if logged is None:
+        return list(findings)
+    new = [finding for finding in findings if finding not in logged]
+    logged.update(new)
+    return new
+
+
+def warn_once(logger: logging.Logger, message: str, *values: object) -> None:
+    """Log a warning, unless a function of :func:`warns_once` that is running has logged it already."""
+    if not_warned_of([message % values if values else message]):
+        logger.warning(message, *values)

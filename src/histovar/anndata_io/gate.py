@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from histovar._arguments import nearest
 from histovar._keys import DEFAULT_KEY, Keys
 from histovar._limits import MOST_DEPTH
+from histovar._warn_once import not_warned_of, warn_once
 
 from .matrix import dense, dense_float32
 
@@ -348,7 +349,8 @@ def _check_single_slide(adata: AnnData, spatial_key: str) -> None:
         place = coordinates(adata, spatial_key)
         n_apart = len(np.unique(place, axis=0))
         if len(place) - n_apart > COINCIDING * len(place):
-            logger.warning(
+            warn_once(
+                logger,
                 "library_key: not given, but %d of %d spots lie exactly where another does in obsm[%r], as those of "
                 "several slides do; name the column of obs with the section, so that neighbours are not sought across "
                 "slides",
@@ -379,7 +381,7 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
             )
         if count // 4 < most:
             cut.append(f"{max(count // 4, 1)} in section {str(label)!r} of {count} spots")
-    if cut:
+    if cut := not_warned_of(cut):
         more = f" and in {len(cut) - 3} further sections" if len(cut) > 3 else ""
         logger.warning("neighbourhoods of %d are cut to %s%s", most, ", ".join(cut[:3]), more)
 

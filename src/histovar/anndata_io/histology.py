@@ -13,6 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._keys import Keys
+from histovar._warn_once import warn_once
 from histovar.model import Histology, ModelConfig
 from histovar.model.config import N_OUTLINE
 
@@ -95,8 +96,11 @@ def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
                 raise ValueError(f"covariates: obs[{name!r}] must be numeric as in training, got {column.dtype}")
             scores = (column.to_numpy(np.float32) - encoder["mean"]) / encoder["std"]
             if (farthest := float(np.abs(scores).max(initial=0))) > FAR_COVARIATE:
-                logger.warning(
-                    "covariates: obs[%r] lies up to %.3g standard deviations from the mean of training", name, farthest
+                warn_once(
+                    logger,
+                    "covariates: obs[%r] lies up to %.3g standard deviations from the mean of training",
+                    name,
+                    farthest,
                 )
             parts.append(scores[:, None])
     return np.concatenate(parts, 1)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from histovar._keys import LOGNORM
+from histovar._warn_once import warn_once
 
 from .matrix import stored_values
 
@@ -132,7 +133,7 @@ class Normalization:
         if away > REFUSED_FACTOR:
             raise ValueError(f"{finding}: other units; {mend}")
         if away > WARNED_FACTOR:
-            logger.warning("%s: these may be other units, or values normalised over other genes", finding)
+            warn_once(logger, "%s: these may be other units, or values normalised over other genes", finding)
 
 
 class SpotTotals(NamedTuple):

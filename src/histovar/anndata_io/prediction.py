@@ -135,10 +135,12 @@ def write_prediction(
     source = _source(adata, entries["params"], identity)
     if source is not None:
         found["obsm", keys.source] = source
-    earlier_entries = (*EVALUATION, OBSERVATION, EXPECTED_PEARSON, "tokens")
-    slots.drop(adata, keys, [*prediction_slots(keys), *score_slots(keys)], earlier_entries)
     tokens = {} if made.tokens is None else {"tokens": "predicted"}
-    slots.write(adata, keys, found, {**entries, **tokens, "genes": np.array(genes, dtype=str), "identity": identity})
+    entries = {**entries, **tokens, "genes": np.array(genes, dtype=str), "identity": identity}
+    earlier = [*prediction_slots(keys), *score_slots(keys)]
+    with slots.writing(adata):
+        slots.drop(adata, keys, earlier, (*EVALUATION, OBSERVATION, EXPECTED_PEARSON, "tokens"))
+        slots.write(adata, keys, found, entries)
 
 
 def _identity(genes: Sequence[str], entries: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The slots that histovar writes, and the record of them: nothing that it did not write is ever overwritten."""
+"""The slots that histovar writes, and the record of them: nothing else is overwritten, and failures leave no trace."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 
 from histovar._keys import Keys
@@ -17,6 +18,8 @@ from histovar._version import __version__
 Slot = tuple[str, str]
 
 RECORDED = "slots"
+# Where slots are.
+STORES = ("obs", "var", "layers", "obsm", "varm", "uns")
 
 
 def record(adata: AnnData, keys: Keys) -> Mapping[str, Any]:
@@ -101,7 +104,7 @@ def write(adata: AnnData, keys: Keys, slots: Mapping[Slot, Any], entries: Mappin
     stored = dict(record(adata, keys))
     recorded = _recorded(stored)
     claimed = (_by_name(adata, keys) if recorded is None else recorded) | set(slots)
-    with writing():
+    with writing(adata):
         for (store, name), values in slots.items():
             getattr(adata, store)[name] = values
         adata.uns[keys.uns] = {
@@ -118,7 +121,7 @@ def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterab
     ours = _recorded(stored)
     present = [(store, name) for store, name in slots if name in getattr(adata, store)]
     gone = present if ours is None else [slot for slot in present if slot in ours]
-    with writing():
+    with writing(adata):
         for store, name in gone:
             del getattr(adata, store)[name]
         for entry in entries:
@@ -131,8 +134,42 @@ def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterab
 
 
 @contextmanager
-def writing() -> Iterator[None]:
-    """Let views become actual objects when written to, as users expect of in-place functions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImplicitModificationWarning)
-        yield
+def writing(adata: AnnData) -> Iterator[None]:
+    """Write to an object, and put everything back as it was if that fails or is interrupted.
+
+    Slots are replaced and never changed in place, so that it is enough to keep references to what they held. A view
+    becomes an actual object when it is written to, as users expect of in-place functions.
+    """
+    was_view = adata.is_view
+    # A view of the same spots and genes keeps what its parent holds of them.
+    before = adata[:] if was_view else {store: _held(getattr(adata, store)) for store in STORES}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImplicitModificationWarning)
+            yield
+    except BaseException:
+        if not adata.is_view:
+            for store in STORES:
+                _put_back(adata, store, _held(getattr(before, store)) if was_view else before[store])
+        raise
+
+
+def _held(store: Any) -> Any:
+    """What a store holds, which stays so when entries of the store are replaced."""
+    if isinstance(store, pd.DataFrame):
+        return store.copy(deep=False)
+    return {name: values for name, values in store.items() if name is not None}  # None is X, in anndata 0.13
+
+
+def _put_back(adata: AnnData, store: str, before: Any) -> None:
+    """Make a store hold what it held before."""
+    now = getattr(adata, store)
+    if isinstance(now, pd.DataFrame):
+        if not now.equals(before):
+            setattr(adata, store, before)
+        return
+    for name in now.keys() - before.keys() - {None}:
+        del now[name]
+    for name, values in before.items():
+        if name not in now or now[name] is not values:
+            now[name] = values

@@ -11,6 +11,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from histovar._warn_once import warn_once
+
 from .embeddings import embed_entries
 from .images import stored_fact
 
@@ -157,7 +159,8 @@ def of_training(
         return float(np.median(spacings)) if spacings else None
     in_microns = next((rep for rep in use_rep if FIELD_IN_NAME.search(rep)), None)
     if in_microns is not None:
-        logger.warning(
+        warn_once(
+            logger,
             "microns per pixel of %s are not known, though obsm[%r] is of a field in microns: the model will not know "
             "how far apart its spots lie, nor fit neighbourhoods to another grid. Where objects were joined, "
             "anndata.concat(..., uns_merge='unique') keeps what pp.embed recorded; else set "
@@ -202,7 +205,8 @@ def density(
         elif not 1 / SAME_DENSITY <= (ratio := (trained / um) ** 2) <= SAME_DENSITY:
             found[rows], others[name] = ratio, um
     if unknown:
-        logger.warning(
+        warn_once(
+            logger,
             "microns per pixel of %s are not known: neighbourhoods are as for spots %.0f um apart, as in training; if "
             "they are not, set uns['spatial'][section]['scalefactors']['microns_per_pixel']",
             "the object" if unknown == [None] else f"sections {unknown[:4]}",
@@ -222,7 +226,8 @@ def density(
 
 def _warn_of_no_spacing(sections: Sequence[str | None]) -> None:
     if sections:
-        logger.warning(
+        warn_once(
+            logger,
             "spatial: %s one spot or spots in one place, which lie no distance apart: neighbourhoods there are as for "
             "spots as far apart as in training",
             "the object has" if sections == [None] else f"sections {sections[:4]} have",

@@ -13,6 +13,7 @@ import typer
 from .adapt import adapt
 from .calibrate import calibrate
 from .demo import demo
+from .describe import describe
 from .embed import embed
 from .evaluate import evaluate
 from .export import export
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (tile, embed, train, predict, calibrate, adapt, evaluate, report, export, demo, info):
+for command in (tile, embed, train, predict, calibrate, adapt, evaluate, report, export, describe, demo, info):
     app.command()(command)
 
 

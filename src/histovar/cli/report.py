@@ -32,6 +32,16 @@ def report(
     key: Prediction = "histovar",
     layer: Layer = None,
     confidence_level: Interval = 0.9,
+    gene_symbols: Annotated[
+        str | None,
+        typer.Option(
+            "--gene-symbols",
+            "--gene_symbols",
+            callback=not_empty,
+            help="Column of var with the genes' symbols, to show and to ask for in place of identifiers such as "
+            "Ensembl's.",
+        ),
+    ] = None,
 ) -> None:
     """Make one page of a prediction, to look at in any browser and to hand on; it needs no network.
 
@@ -54,5 +64,6 @@ def report(
         library_key=library_key,
         layer=layer,
         confidence_level=confidence_level,
+        gene_symbols=gene_symbols,
     )
     typer.echo(f"report written to {out}")

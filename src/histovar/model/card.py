@@ -197,7 +197,7 @@ class AdaptedCard(_Fields):
 
 
 class DescriptionCard(_Fields):
-    """Description by the people who trained a model; fields that they did not give are left out."""
+    """Description by the people who trained a model: null where removed, left out where never given."""
 
     tissue: Key | None = None
     species: Key | None = None

@@ -51,9 +51,9 @@ class TwoStageVARST(TwoStageNetwork):
             <https://huggingface.co/docs/hub/repositories-licenses>`_, such as ``"cc-by-4.0"``, or any name.
         """
         given = {"tissue": tissue, "species": species, "licence": licence}
-        changes = {name: text.strip() for name, text in given.items() if text is not None}
-        description = {**(self.registry.get("description") or {}), **changes}
-        self.registry["description"] = {name: text for name, text in description.items() if text}
+        # None marks what was removed: a stage trained before may still have it on its card.
+        changes = {name: text.strip() or None for name, text in given.items() if text is not None}
+        self.registry["description"] = {**(self.registry.get("description") or {}), **changes}
 
     @check_arguments
     def save(self, path: PathLike) -> None:

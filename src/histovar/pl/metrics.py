@@ -13,6 +13,7 @@ from histovar._arguments import Key, Number, check_arguments, refuse_value
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.gene_symbols import gene_labels
 from histovar.metrics import METRICS
 
 from ._figure import FigureFile, figure_of, finish, frame_ranking, new_axes
@@ -37,6 +38,7 @@ def metrics(
     ax: Axes | None = None,
     show: bool = False,
     save: FigureFile | None = None,
+    gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> Axes:
     """Plot a score of every gene, ranked; the best genes are named.
@@ -60,6 +62,9 @@ def metrics(
         Call ``plt.show()``.
     save
         File to write.
+    gene_symbols
+        Column of ``var`` with the genes' symbols, by which they are named where their names are identifiers such as
+        Ensembl's.
     table_name
         Table of a SpatialData.
 
@@ -70,7 +75,7 @@ def metrics(
     Raises
     ------
     KeyError
-        If the object has not been evaluated.
+        If the object has not been evaluated, or there is no column `gene_symbols`.
     ValueError
         If its scores were changed.
     """
@@ -87,6 +92,7 @@ def metrics(
         )
     scores = adata.var[column].dropna()
     scores = scores.loc[(scores - metric.best).abs().sort_values(kind="stable").index]
+    scores.index = pd.Index(gene_labels(adata, scores.index, gene_symbols))
     ax = new_axes(ax, (8, 4.5))
     rank = np.arange(1, len(scores) + 1)
     ax.fill_between(rank, scores, step="mid", alpha=0.25)

@@ -40,6 +40,7 @@ def report(
     library_key: Key | None = None,
     layer: Key | None = None,
     confidence_level: ConfidenceLevel = 0.9,
+    gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> None:
     """Write a report: one HTML file with maps, scores and cautions, for any browser, also without a network.
@@ -60,7 +61,8 @@ def report(
     model
         The model that predicted, for what it was trained on and which of its genes can be trusted.
     genes
-        Genes of the panel; all of them by default. Genes times spots are 8 million at most.
+        Genes of the panel, by name, or by symbol where `gene_symbols` is given; all of them by default. Genes times
+        spots are 8 million at most.
     title
         Heading of the page.
     key
@@ -71,6 +73,9 @@ def report(
         Layer with measured expression; the layer trained on by default, if it is there.
     confidence_level
         Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+    gene_symbols
+        Column of ``var`` with the genes' symbols, where names are identifiers such as Ensembl's: the page then has
+        symbols.
     table_name
         Table of a SpatialData.
 
@@ -84,10 +89,12 @@ def report(
     ImportError
         If Bokeh is not installed: ``pip install 'histovar[report]'``.
     KeyError
-        If there is no prediction, a gene is not in the panel, there are no coordinates, or no `layer`.
+        If there is no prediction, a gene is not in the panel, there are no coordinates, or no `layer` or column
+        `gene_symbols`.
     ValueError
         If `model` is another than that which predicted, there are too many genes for a page, draws or quantiles do not
-        reach as far out as `confidence_level`, or `layer` is in other units.
+        reach as far out as `confidence_level`, a symbol is that of several genes of the panel, or `layer` is in other
+        units.
     OSError
         If the file cannot be written.
     """
@@ -105,5 +112,6 @@ def report(
         library_key=library_key,
         layer=layer,
         confidence_level=confidence_level,
+        gene_symbols=gene_symbols,
     )
     write_page(content, Path(path))

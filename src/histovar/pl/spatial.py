@@ -13,14 +13,15 @@ from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 from pydantic import Field
 
-from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arguments, nearest
+from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arguments
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._squidpy import sq
 from histovar.anndata_io import gate
 from histovar.anndata_io.comparison import read_measured_if_there
 from histovar.anndata_io.gate import Data
+from histovar.anndata_io.gene_symbols import find_genes
 from histovar.anndata_io.predicted_slides import Slide, read_slide
-from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, predicted_sections, read_prediction
+from histovar.anndata_io.prediction import predicted_genes, predicted_sections, read_prediction
 from histovar.metrics import pearson
 
 from ._figure import AxesList, Colormap, FigureFile, axes_grid, figure_of, finish
@@ -114,7 +115,7 @@ def spatial(
     keys = Keys(key)
     panel = predicted_genes(adata, keys)
     labels = list(genes)  # a single gene has become a list
-    wanted = genes_of_panel(panel, labels if gene_symbols is None else _names_of(adata, panel, labels, gene_symbols))
+    wanted = find_genes(adata, panel, labels, gene_symbols)
     names = predicted_sections(adata, keys, library_key)
     slide = read_slide(adata, keys, names, library_key, section)
     columns = np.array([panel.index(g) for g in wanted])
@@ -149,25 +150,6 @@ def spatial(
             )
     finish(figure_of(axes[0, 0]), show, save)
     return axes
-
-
-def _names_of(adata: AnnData, panel: list[str], symbols: list[str], gene_symbols: str) -> list[str]:
-    """Names of the panel's genes that have these symbols."""
-    if gene_symbols not in adata.var:
-        raise KeyError(f"gene_symbols: no {gene_symbols!r} in var, which has {list(adata.var)}")
-    column = adata.var.loc[adata.var_names.isin(panel), gene_symbols].dropna().astype(str)
-    unknown = sorted(set(symbols) - set(column))
-    if unknown:
-        near = nearest(unknown, column)
-        meant = f"; did you mean {', '.join(near)}?" if near else ""
-        raise KeyError(
-            f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]{meant}"
-        )
-    named = {symbol: column.index[column == symbol].tolist() for symbol in symbols}
-    several = {symbol: names for symbol, names in named.items() if len(names) > 1}
-    if several:
-        raise ValueError(f"genes: symbols are of several genes, {several}; give names, without gene_symbols")
-    return [names[0] for names in named.values()]
 
 
 def _canvas(slide: Slide) -> AnnData:

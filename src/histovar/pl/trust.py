@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from pydantic import InstanceOf
 
-from histovar._arguments import Number, check_arguments
+from histovar._arguments import Key, Number, check_arguments
 from histovar._gene_trust import FALSE_DISCOVERY_RATE, gene_table
+from histovar.anndata_io import gate
+from histovar.anndata_io.gate import Data
+from histovar.anndata_io.gene_symbols import gene_labels
 from histovar.model import TwoStageVARST
 
 from ._figure import FigureFile, figure_of, finish, frame_ranking, new_axes
@@ -16,11 +20,14 @@ from ._figure import FigureFile, figure_of, finish, frame_ranking, new_axes
 @check_arguments
 def trust(
     model: InstanceOf[TwoStageVARST],
+    data: Data | None = None,
     *,
     n_labels: Number = 8,
     ax: Axes | None = None,
     show: bool = False,
     save: FigureFile | None = None,
+    gene_symbols: Key | None = None,
+    table_name: Key | None = None,
 ) -> Axes:
     """Plot the expected accuracy of every gene, ranked, with its interval and noise ceiling; the best genes are named.
 
@@ -30,6 +37,8 @@ def trust(
     ----------
     model
         A calibrated model; see :func:`histovar.get.genes`.
+    data
+        AnnData or SpatialData with the genes' symbols, where `gene_symbols` is given: a model has the names alone.
     n_labels
         How many of the best genes to name.
     ax
@@ -38,6 +47,11 @@ def trust(
         Call ``plt.show()``.
     save
         File to write.
+    gene_symbols
+        Column of ``var`` of `data` with the genes' symbols, by which they are named where their names are identifiers
+        such as Ensembl's.
+    table_name
+        Table of a SpatialData.
 
     Returns
     -------
@@ -45,10 +59,19 @@ def trust(
 
     Raises
     ------
+    KeyError
+        If there is no column `gene_symbols`.
     ValueError
-        If the model was not calibrated, or by an earlier version.
+        If the model was not calibrated, or by an earlier version; if only one of `data` and `gene_symbols` is given.
     """
+    if (data is None) != (gene_symbols is None):
+        raise ValueError(
+            "data, gene_symbols: give both or neither; symbols are those of a column of data.var, which models lack"
+        )
     table = gene_table(model.registry)
+    if data is not None:
+        adata = gate.table(data, table_name, writes=False)
+        table.index = pd.Index(gene_labels(adata, table.index, gene_symbols), name="gene")
     n_genes = len(table)
     table = table.dropna(subset="expected_pearson").sort_values("expected_pearson", ascending=False, kind="stable")
     ax = new_axes(ax, (8, 4.5))

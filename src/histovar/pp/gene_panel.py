@@ -99,12 +99,13 @@ def gene_panel(
         chosen = _highly_variable(adata, matrix, often, n_genes, flavor, library_key)
     if copy:
         adata = gate.copied(adata)
-    expression.add_lognorm(adata, lognorm)
-    if keys.scales in adata.varm and not np.array_equal(genes_in_scales(adata, keys), chosen):
-        slots.drop(adata, keys, [("varm", keys.scales)], ["scales", "scales_by"])
-        logger.info("varm[%r] is of another panel: dropped", keys.scales)
-    parameters = {"n_genes": n_genes, "flavor": flavor, "min_fraction": min_fraction}
-    slots.write(adata, keys, {("var", keys.panel): chosen}, {"panel": parameters})
+    with slots.writing(adata):
+        expression.add_lognorm(adata, lognorm)
+        if keys.scales in adata.varm and not np.array_equal(genes_in_scales(adata, keys), chosen):
+            slots.drop(adata, keys, [("varm", keys.scales)], ["scales", "scales_by"])
+            logger.info("varm[%r] is of another panel: dropped", keys.scales)
+        parameters = {"n_genes": n_genes, "flavor": flavor, "min_fraction": min_fraction}
+        slots.write(adata, keys, {("var", keys.panel): chosen}, {"panel": parameters})
     logger.info("gene panel: %d of %d genes by %s, in var[%r]", n_genes, adata.n_vars, flavor, keys.panel)
     return adata if copy else None
 

@@ -84,15 +84,16 @@ def gene_scales(
         numbers = [*coarser, n_sets, *(n for n in numbers[nearest + 1 :] if n > n_sets)]
     rows = sampled_spots(adata.n_obs, random_state)
     values = expression(adata, LOGNORM if layer is None else layer, columns, rows).values
-    if copy:
-        adata = gate.copied(adata)
-    if layer is None:
-        add_lognorm(adata)
     groups = group_genes(values, numbers, groups=given, random_state=random_state)
     table = np.full((adata.n_vars, len(numbers)), -1, dtype=np.int32)
     table[columns] = groups.T
     entries = {"scales": np.array(numbers), "scales_by": "co-expression" if gene_sets is None else "gene sets"}
-    slots.write(adata, keys, {("varm", keys.scales): table}, entries)
+    if copy:
+        adata = gate.copied(adata)
+    with slots.writing(adata):
+        if layer is None:
+            add_lognorm(adata)
+        slots.write(adata, keys, {("varm", keys.scales): table}, entries)
     logger.info("gene scales: %s groups, in varm[%r]", numbers, keys.scales)
     return adata if copy else None
 

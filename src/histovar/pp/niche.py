@@ -89,8 +89,9 @@ def niche(
         found["obsm", keys.niche_source] = histology.source_fingerprint(adata, reps, spatial_key, library_key)
     if copy:
         adata = gate.copied(adata)
-    slots.drop(adata, keys, [("obsm", keys.niche), ("obsm", keys.niche_source)])
     parameters = histology.niche_parameters(reps, sizes, spatial_key, library_key)
-    slots.write(adata, keys, found, {"niche": {**parameters, "n_obs": adata.n_obs}})
+    with slots.writing(adata):
+        slots.drop(adata, keys, found)
+        slots.write(adata, keys, found, {"niche": {**parameters, "n_obs": adata.n_obs}})
     logger.info("niche: means over %s neighbours of %s, in obsm[%r]", sizes, reps, keys.niche)
     return adata if copy else None

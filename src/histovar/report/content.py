@@ -20,10 +20,10 @@ from histovar.anndata_io.comparison import (
     read_interval,
     read_measured_if_there,
 )
+from histovar.anndata_io.gene_symbols import find_genes, gene_labels
 from histovar.anndata_io.images import crop_to
 from histovar.anndata_io.predicted_slides import Slide, read_slides
 from histovar.anndata_io.prediction import (
-    genes_of_panel,
     predicted_genes,
     predicted_sections,
     read_composed,
@@ -113,7 +113,7 @@ class Content:
     confidence_level
         Of the intervals.
     genes
-        Names, (n_genes,).
+        Names or symbols, (n_genes,).
     sections
         At least one.
     table
@@ -152,6 +152,7 @@ def collect(
     library_key: str | None,
     layer: str | None,
     confidence_level: float,
+    gene_symbols: str | None,
 ) -> Content:
     """Read what a report shows.
 
@@ -168,7 +169,7 @@ def collect(
         ``"lower"``, ``"upper"``, ``"share_of_ceiling"`` and ``"q_value"``, each where it is known; or None.
     genes
         Of the panel; all by default.
-    title, library_key, layer, confidence_level
+    title, library_key, layer, confidence_level, gene_symbols
         As of :func:`histovar.pl.report`.
 
     Raises
@@ -177,7 +178,8 @@ def collect(
         As :func:`histovar.pl.report`.
     """
     panel = predicted_genes(adata, keys)
-    chosen = sorted(panel) if genes is None else genes_of_panel(panel, genes)
+    labels = dict(zip(panel, gene_labels(adata, panel, gene_symbols), strict=True))
+    chosen = sorted(panel, key=labels.__getitem__) if genes is None else find_genes(adata, panel, genes, gene_symbols)
     if model is not None:
         _check_predicted_by(model, panel, slots.record(adata, keys))
     if len(chosen) * adata.n_obs > MOST_VALUES:
@@ -200,13 +202,13 @@ def collect(
         title=title,
         units=str(stored["units"]),
         confidence_level=confidence_level,
-        genes=chosen,
+        genes=[labels[gene] for gene in chosen],
         sections=[_section(adata, slide, shown) for slide in slides],
-        table=_table(chosen, shown, slides, trust),
+        table=_table(chosen, shown, slides, trust).rename(labels),
         coverage=None if measured is None else _coverage(adata, keys, mean, std, measured),
         scores=stored.get("evaluation"),
         facts=_facts(adata, stored, slides, len(panel))
-        | ({} if model is None else summarize(model.registry, model.config)),
+        | ({} if model is None else summarize({**model.registry, "genes": [*labels.values()]}, model.config)),
         cautions=cautions(adata, keys, slides, measured_reason=reason, config=None if model is None else model.config),
     )
 

@@ -9,7 +9,8 @@ import numpy as np
 from histovar._arguments import Key, KeyOrKeys, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._torch_state import in_float32
-from histovar.anndata_io import expression, gate
+from histovar._warn_once import warns_once
+from histovar.anndata_io import expression, gate, slots
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.normalization import common_normalization
 from histovar.baselines.model import METHODS, Baseline, MethodName, Standardize
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @check_arguments
+@warns_once
 @in_float32
 def baseline(
     data: Data,
@@ -98,16 +100,18 @@ def baseline(
         gate.check_neighbors(names, adata.n_obs, sorted({size for sizes in niche for size in sizes}))
     gate.check_enough_spots(adata, 10, "train on")
     expression.check_layer(adata, layer)
-    ensure_panel(adata, keys)
-    if layer is None:
-        expression.add_lognorm(adata)
-        layer = LOGNORM
-    genes = adata.var_names[gate.panel(adata, keys)].tolist()
-    values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
-    normalization = common_normalization(totals, layer, adata.n_vars, len(genes))
-    seed = 0 if random_state is None else random_state
-    where_from = (reps, library_key, spatial_key)
-    made = Baseline(method, genes, layer, normalization, *where_from, standardize, seed, group_key).fit(adata, values)
+    with slots.writing(adata):
+        ensure_panel(adata, keys)
+        if layer is None:
+            expression.add_lognorm(adata)
+            layer = LOGNORM
+        genes = adata.var_names[gate.panel(adata, keys)].tolist()
+        values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
+        normalization = common_normalization(totals, layer, adata.n_vars, len(genes))
+        seed = 0 if random_state is None else random_state
+        where_from = (reps, library_key, spatial_key)
+        made = Baseline(method, genes, layer, normalization, *where_from, standardize, seed, group_key)
+        made.fit(adata, values)
     logger.info(
         "%s trained on %d spots of %s: errors of spots left out have a standard deviation of %.3f",
         method,

@@ -167,15 +167,16 @@ def evaluate(
     everything = pd.concat(tables)
     scores = everything.drop(columns="constant").groupby(level=1).mean().loc[genes]
     scores["constant"] = everything["constant"].groupby(level=1).any().loc[genes]
-    if layer == LOGNORM:
-        add_lognorm(adata)
-    slots.drop(adata, keys, score_slots(keys), EVALUATION)
     columns: dict[slots.Slot, Any] = {}
     for name in map(str, scores):
         columns["var", keys.score(name)] = scores[name].reindex(adata.var_names)
         if scores[name].dtype == bool:
             columns["var", keys.score(name)] = scores[name].reindex(adata.var_names, fill_value=False).astype(bool)
-    slots.write(adata, keys, columns, entries)
+    with slots.writing(adata):
+        if layer == LOGNORM:
+            add_lognorm(adata)
+        slots.drop(adata, keys, score_slots(keys), EVALUATION)
+        slots.write(adata, keys, columns, entries)
     average = summary.loc["mean"]
     best = [f"{c} {average[c]:.3f}" for c in ("PCC-10", "PCC-50", "PCC-200", "PCC-all") if pd.notna(average.get(c))]
     logger.info(

@@ -79,8 +79,9 @@ def tokenize(
         tokens = torch.cat([model.tokenize(part.to(where)).cpu() for part in values.split(batch_size)])
     if copy:
         adata = gate.copied(adata)
-    if layer == LOGNORM:
-        add_lognorm(adata)
-    slots.write(adata, keys, {("obsm", keys.tokens): tokens.numpy().astype(np.int32)}, {"tokens": "measured"})
+    with slots.writing(adata):
+        if layer == LOGNORM:
+            add_lognorm(adata)
+        slots.write(adata, keys, {("obsm", keys.tokens): tokens.numpy().astype(np.int32)}, {"tokens": "measured"})
     logger.info("tokenised %d spots, in obsm[%r]", adata.n_obs, keys.tokens)
     return adata if copy else None

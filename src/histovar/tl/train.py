@@ -11,7 +11,7 @@ from pydantic import InstanceOf
 from histovar._arguments import Key, KeyList, KeyOrKeys, PathLike, Seed, check_arguments
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._warn_once import warns_once
-from histovar.anndata_io import gate
+from histovar.anndata_io import gate, slots
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import check_embeddings, learn_covariates, stored_niche
 from histovar.model import ModelConfig, TwoStageVARST
@@ -102,7 +102,7 @@ def train(
         gate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
     gate.groups(adata, group_key, names)
     shared: dict[str, Any] = {"library_key": library_key, "group_key": group_key, "key_added": key_added}
-    with lock_directory(whole):
+    with lock_directory(whole), slots.writing(adata):
         of_stage1, of_stage2 = _with_resume(options_of_stages, resume)
         model = train_stage1(adata, layer=layer, config=config, **shared, **of_stage1)
         model = train_stage2(

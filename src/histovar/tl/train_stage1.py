@@ -103,7 +103,7 @@ def train_stage1(
     gate.check_enough_spots(adata, 10, "train on")
     expression.check_layer(adata, layer)
     model_of_panel = _checked_config(adata, keys, config)
-    with checkpoint_directory(checked):
+    with checkpoint_directory(checked), slots.writing(adata):
         _prepare(adata, keys, layer, model_of_panel, random_state)
         genes = adata.var_names[gate.panel(adata, keys)].tolist()
         columns = gate.gene_columns(adata, genes)

@@ -152,8 +152,6 @@ def train_stage2(
             trainee.add_stage2(wanted)
         if target_sum:
             trainee.var_stage.observation.target_sum.fill_(target_sum)
-        if layer == LOGNORM:
-            add_lognorm(adata)
         for name in AFTER_TRAINING:
             trainee.registry.pop(name, None)
         trainee.registry |= {
@@ -171,6 +169,8 @@ def train_stage2(
             "images": scale_factors(adata.uns.get("spatial")),
         }
         Stage2Trainer(trainee, **trainer_options).fit(found, adata.n_obs, scratch)
+    if layer == LOGNORM:
+        add_lognorm(adata)
     model.cpu().eval().requires_grad_(False)
     model.stage2, model.registry, model.history = trainee.stage2, trainee.registry, trainee.history
     model.config = model.stage1.config = trainee.config

@@ -1,0 +1,86 @@
+"""Symbols of genes whose names are identifiers such as Ensembl's: to ask for genes by, and to show them by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from anndata import AnnData
+
+from histovar._arguments import nearest
+
+from .prediction import genes_of_panel
+
+
+def find_genes(adata: AnnData, panel: Sequence[str], genes: Sequence[str], gene_symbols: str | None) -> list[str]:
+    """Names of the panel's genes that were asked for, by their names or by their symbols.
+
+    Parameters
+    ----------
+    adata
+        Object with the symbols.
+    panel
+        Names of the genes that there are.
+    genes
+        Their symbols, or names where `gene_symbols` is None.
+    gene_symbols
+        Column of ``var`` with the symbols.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column, or a gene is not in the panel.
+    ValueError
+        If a symbol is that of several genes of the panel.
+    """
+    if gene_symbols is None:
+        return genes_of_panel(panel, genes)
+    column = _symbols(adata, panel, gene_symbols).dropna()
+    unknown = sorted(set(genes) - set(column))
+    if unknown:
+        near = nearest(unknown, column)
+        meant = f"; did you mean {', '.join(near)}?" if near else ""
+        raise KeyError(
+            f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]{meant}"
+        )
+    named = {symbol: column.index[column == symbol].tolist() for symbol in genes}
+    several = {symbol: names for symbol, names in named.items() if len(names) > 1}
+    if several:
+        raise ValueError(f"genes: symbols are of several genes, {several}; give names, without gene_symbols")
+    return [names[0] for names in named.values()]
+
+
+def gene_labels(adata: AnnData, genes: Sequence[str], gene_symbols: str | None) -> list[str]:
+    """What to show genes by: the symbol, or the name where there is none; both where several genes share a symbol.
+
+    Parameters
+    ----------
+    adata
+        Object with the symbols.
+    genes
+        Names of the genes.
+    gene_symbols
+        Column of ``var`` with the symbols; None for the names.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    """
+    if gene_symbols is None:
+        return list(genes)
+    names = pd.Series(list(genes))
+    labels = _symbols(adata, genes, gene_symbols).reset_index(drop=True).fillna(names)
+    shared = labels.duplicated(keep=False)
+    return labels.mask(shared, labels + " (" + names + ")").tolist()
+
+
+def _symbols(adata: AnnData, genes: Sequence[str], gene_symbols: str) -> pd.Series:
+    """Symbols of genes by their names, missing where there is none."""
+    if gene_symbols not in adata.var:
+        near = nearest([gene_symbols], map(str, adata.var))
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"gene_symbols: no {gene_symbols!r} in var, which has {list(adata.var)}{meant}")
+    column = adata.var[gene_symbols].reindex(pd.Index(genes)).astype(object)
+    missing = column.isna() | (column == "")
+    return column.astype(str).mask(missing)

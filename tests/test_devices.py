@@ -1,9 +1,13 @@
 """Nothing in the loops has the host wait for a device: meta tensors have no values to wait for."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torchgen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchgen.gen import parse_native_yaml
 
 from histovar.model import Decoding, GeneVARTransformer, Histology, ModelConfig, TwoStageVARST
 from histovar.model.decoding import pieces_of_spots
@@ -40,10 +44,23 @@ def inputs(config):
     return Histology(sources, nothing, nothing, torch.empty(N_SPOTS, **NOWHERE))
 
 
-class NoDoubles(TorchDispatchMode):
-    """Refuses results in 64-bit floats, which MPS does not have."""
+def without_mps_kernel():
+    """Names of torch's operations that MPS cannot do, by the table from which torch is built."""
+    tables = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native"
+    parsed = parse_native_yaml(str(tables / "native_functions.yaml"), str(tables / "tags.yaml"))
+    kernels = [index for key, index in parsed.backend_indices.items() if key.name == "MPS" or "Composite" in key.name]
+    functions = {str(function.func.name): function for function in parsed.native_functions}
+    doing = {name: functions[str(f.structured_delegate or name)] for name, f in functions.items()}
+    return {f"aten::{name}" for name, f in doing.items() if not any(index.has_kernel(f) for index in kernels)}
+
+
+class LikeMPS(TorchDispatchMode):
+    """Refuses what MPS does not have: 64-bit floats, and operations without a kernel."""
+
+    absent = without_mps_kernel()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation.name() not in self.absent
         made = operation(*args, **(kwargs or {}))
         doubles = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and t.dtype == torch.double]
         assert not doubles, operation
@@ -52,7 +69,7 @@ class NoDoubles(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["expected", "greedy", "sample"])
 def test_generation_never_waits(model, mode):
-    with NoDoubles():
+    with LikeMPS():
         made = model.eval().predict(inputs(model.config), Decoding(mode))
     assert made.expression.is_meta and made.expression.shape == (N_SPOTS, N_GENES)
 
@@ -61,7 +78,7 @@ def test_calibration_never_waits(model):
     calibration = model.stage2.calibration
     mean, std = torch.empty(2, N_SPOTS, N_GENES, **NOWHERE)
     draws = torch.empty(N_SPOTS, N_GENES, 7, **NOWHERE)
-    with NoDoubles():
+    with LikeMPS():
         assert calibration.quantiles(mean, std, (0.05, 0.95)).shape == (N_SPOTS, N_GENES, 2)
         assert calibration.draws(draws, mean, std).shape == draws.shape
 
@@ -73,7 +90,7 @@ def test_observation_never_waits(units, known):
     number = torch.empty(N_SPOTS, **NOWHERE)
     composition = Composition(torch.empty(N_SPOTS, N_GENES, **NOWHERE), number, number, number)
     depth = number if known else None
-    with NoDoubles():
+    with LikeMPS():
         mean, std = observation.moments(composition, units, depth)
         values = observation.at_levels(observation.points(composition, units, depth), (0.05, 0.95))
     assert mean.shape == std.shape == values.shape[:2] == (N_SPOTS, N_GENES)
@@ -87,7 +104,7 @@ def test_training_never_waits(model):
     batch = inputs(model.config), tokens, genes, folds, number, number[:, None], genes
     modules = PriorModule(model, OPTIONS), Stage2Module(model, OPTIONS), Stage1Module(model, OPTIONS)
     for module, given in zip(modules, (batch, batch, (genes,)), strict=True):
-        with NoDoubles():
+        with LikeMPS():
             loss = module.to("meta").train().training_step(given, 0)
             loss.backward()
         assert loss.is_meta

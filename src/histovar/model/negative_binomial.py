@@ -27,7 +27,9 @@ SEARCH = (15, 5, 5, 5)
 def gamma_quantiles(shape: Tensor, levels: Tensor) -> Tensor:
     """Quantiles of gamma distributions of mean 1, (...) to (..., n_levels), approximated (Wilson & Hilferty 1931)."""
     variance = 1 / (9 * shape[..., None])
-    cube_root = 1 - variance + variance.sqrt() * torch.special.ndtri(levels)
+    # Not torch.special.ndtri, which MPS does not have.
+    standard_normal = math.sqrt(2) * torch.erfinv(2 * levels - 1)
+    cube_root = 1 - variance + variance.sqrt() * standard_normal
     return cube_root.clamp(min=0).pow(3)
 
 

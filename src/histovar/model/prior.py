@@ -116,8 +116,8 @@ class ConditionalMeanPrior(nn.Module):
         self.linear = LinearPart(n, n_features, config.n_genes)
         self.depths = Ensemble(2 * n, n_in, DEPTH_HIDDEN, 1, *rates)
         self.linear_depth = LinearPart(n, n_features, 1)
-        # Whether rates are predicted, and the number of folds. Kept as Python values, too, since reading a buffer
-        # synchronises the device.
+        # Whether rates are predicted, and the number of folds. Kept as Python values, too: reading a buffer waits for
+        # the device.
         self.register_buffer("trained", torch.tensor([0, 1]))
         self.of_rates, self.n_folds = False, 1
         self.register_buffer("depth_mean", torch.zeros(()))

@@ -21,7 +21,8 @@ from real_data import MOB, data_path
 import histovar as hv
 
 DIRECTIONS = hv.metrics.describe()["direction"]
-MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "R2", "MSE", "CRPS", "coverage 90", "coverage 90 top tenth"]
+MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "R2", "MSE", "CRPS", "coverage 90"]
+COVERAGE = ["coverage 90", "coverage 90 top tenth"]
 GIVEN_DEPTH = [name.removesuffix(" given depth") for name in SCORES if name.endswith(" given depth")]
 # Scores of expected expression and of draws.
 STRUCTURE = [name.removesuffix(" of draws") for name in SCORES if name.endswith(" of draws")]
@@ -168,6 +169,12 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     parts = [title, text, markdown(shown)]
     if "spots" not in rows:
         structure = mean_and_draws(means.loc[means[[c for c in STRUCTURE if c in numbers]].notna().any(axis=1)])
+        coverage = means[[c for c in COVERAGE if c in numbers]].dropna(how="any")
+        if coverage.shape[1] == len(COVERAGE):
+            parts += [
+                "Coverage of 90 % intervals, of all spots and of a gene's tenth with the highest prediction:",
+                markdown(coverage),
+            ]
         given = [score for score in GIVEN_DEPTH if f"{score} given depth" in numbers]
         if given:
             both = {"as predicted": given, "given depth": [f"{score} given depth" for score in given]}

@@ -1,4 +1,4 @@
-"""Nothing in the loops has the host wait for a device: meta tensors have no values to wait for."""
+"""No loop makes the host wait for a device: run on meta tensors, which have no values to wait for."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def inputs(config):
 
 
 class NoDoubles(TorchDispatchMode):
-    """Refuses results in 64-bit floats, which MPS does not have."""
+    """Raise an error for results in 64-bit floats, which MPS does not have."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Bad input: a message that helps, and an object as it was."""
+"""Bad input is refused with a helpful message, and the object is unchanged."""
 
 import numpy as np
 import pandas as pd

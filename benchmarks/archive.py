@@ -1,13 +1,14 @@
-"""A store of a million spots predicted by a cluster of two workers, from disk to disk.
+"""Predict a zarr store of a million spots into another with two dask workers: time, memory, recovery from kills.
 
     python benchmarks/archive.py                  # 1,000,000 spots: half an hour on two cores, 5 GB of disk
     python benchmarks/archive.py --niche          # niche features alone
     python benchmarks/archive.py --smoke          # to see that it runs
 
 The run is killed when half of the chunks are written, and started again; in the second half one worker is killed. Then
-whole sections are predicted in memory and compared. Memory is the sum of resident memory over the client and the
-workers, sampled four times a second in both halves. The model is a small one (40 genes, one layer 32 wide, 512 codes),
-so that reading, neighbourhoods, scheduling and writing are what is measured; ``--full`` takes the default.
+some sections are predicted in memory, and the two predictions compared. Memory is the sum of resident memory over the
+client and the workers, sampled four times a second in both halves. The model is a small one (40 genes, one layer 32
+wide, 512 codes), so that reading, neighbourhoods, scheduling and writing take most of the time; ``--full`` takes the
+default model.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ import histovar as hv
 from histovar.anndata_io import zarr_store
 
 WIDTH = 1024
-# Workers of dask.distributed give every tensor's memory back at once, by default, and spend their time asking for it.
+# By default, workers of dask.distributed return freed memory to the system at once, and spend their time asking for it.
 ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
 KEEP_MEMORY = {f"{ENVIRONMENT}.MALLOC_TRIM_THRESHOLD_": 2**26, f"{ENVIRONMENT}.MALLOC_MMAP_THRESHOLD_": 2**25}
 
 
 def make_store(path: Path, n_spots: int, section_size: int, chunk: int) -> None:
-    """Embeddings of sections of spots on grids, float16 as archives keep them, written chunk by chunk."""
+    """Write sections of spots on grids, with float16 embeddings as archives keep them, chunk by chunk."""
     side = int(np.ceil(section_size**0.5))
     number = np.arange(n_spots)
     obs = pd.DataFrame({"section": pd.Categorical((number // section_size).astype(str))}, index=number.astype(str))
@@ -63,7 +64,7 @@ def make_store(path: Path, n_spots: int, section_size: int, chunk: int) -> None:
 
 
 def make_model(path: Path, full: bool) -> None:
-    """Trained on a few simulated spots: what it predicts does not matter here."""
+    """Train and save a model on a few simulated spots: what it predicts does not matter here."""
     adata = hv.datasets.simulate(3, 200, 260, embedding_dim=WIDTH, random_state=0)
     n_genes = 200 if full else 40
     hv.pp.gene_panel(adata, n_genes=n_genes)
@@ -74,7 +75,7 @@ def make_model(path: Path, full: bool) -> None:
 
 
 class Memory(threading.Thread):
-    """Largest resident memory of a process and all it started, and the two apart, until it ends.
+    """Peak resident memory of a process and its children, sampled until it ends.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ class Memory(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Sample."""
+        """Sample until the process ends."""
         while self.process.is_running():
             with suppress(psutil.Error):
                 own, others = self.process.memory_info().rss / 1e9, 0.0
@@ -109,7 +110,7 @@ def n_written(part: Path) -> int:
 def stream_store(
     source: Path, model_path: Path, out: Path, chunk: int, kill_worker_at: int | None, report: Any
 ) -> None:
-    """Predict with two workers; kill one of them when so many chunks are written."""
+    """Predict with two workers; kill one of them when `kill_worker_at` chunks are written."""
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -141,7 +142,7 @@ def stream_store(
 
 
 def niche(source: Path, chunk: int) -> None:
-    """Time and memory of niche features, each chunk made and let go."""
+    """Time and memory of niche features, of which each chunk is computed and dropped."""
     memory = Memory(os.getpid())
     start = time.perf_counter()
     adata = zarr_store.read_zarr(source, [], chunk)
@@ -156,29 +157,29 @@ def niche(source: Path, chunk: int) -> None:
 
 
 def compare(source: Path, model_path: Path, out: Path, section_size: int, sections: list[int]) -> None:
-    """Largest difference to whole sections predicted in memory."""
+    """Largest difference between the store and whole sections predicted in memory."""
     model = hv.TwoStageVARST.load(model_path)
-    made, stored = ad.experimental.read_lazy(out), zarr.open_group(source, mode="r")
+    written, stored = ad.experimental.read_lazy(out), zarr.open_group(source, mode="r")
     for number in sections:
         rows = slice(number * section_size, (number + 1) * section_size)
         place, embedding = (np.asarray(stored["obsm"][key][rows]) for key in ("spatial", "X_histology"))
-        light = ad.AnnData(obs=pd.DataFrame({"section": "0"}, index=np.arange(len(place)).astype(str)))
-        light.obsm["spatial"], light.obsm["X_histology"] = place, embedding
-        hv.tl.predict(light, model, library_key="section")
-        theirs, ours = np.asarray(made.layers["histovar"][rows]), light.obsm["histovar"]
-        print(f"section {number}: largest difference to the prediction in memory {np.abs(ours - theirs).max():.1e}")
+        section = ad.AnnData(obs=pd.DataFrame({"section": "0"}, index=np.arange(len(place)).astype(str)))
+        section.obsm["spatial"], section.obsm["X_histology"] = place, embedding
+        hv.tl.predict(section, model, library_key="section")
+        difference = np.abs(section.obsm["histovar"] - np.asarray(written.layers["histovar"][rows])).max()
+        print(f"section {number}: largest difference from the prediction in memory {difference:.1e}")
 
 
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--spots", type=int, default=1_000_000)
-    parser.add_argument("--section-size", type=int, default=10_000)
-    parser.add_argument("--chunk", type=int, default=2048)
-    parser.add_argument("--full", action="store_true", help="the default model, not narrowed")
-    parser.add_argument("--niche", action="store_true")
-    parser.add_argument("--scratch", type=Path, default=Path("archive_output"))
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--section-size", type=int, default=10_000, help="spots of a section")
+    parser.add_argument("--chunk", type=int, default=2048, help="spots of a chunk")
+    parser.add_argument("--full", action="store_true", help="the default model instead of the small one")
+    parser.add_argument("--niche", action="store_true", help="measure niche features alone")
+    parser.add_argument("--scratch", type=Path, default=Path("archive_output"), help="directory for the stores")
+    parser.add_argument("--smoke", action="store_true", help="2,000 spots, to see that it runs")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

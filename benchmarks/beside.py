@@ -1,14 +1,15 @@
-"""Time of training alone and beside a second one on the same cores, with idle threads asleep and spinning.
+"""How much two trainings on the same cores slow each other down, with idle threads asleep and spinning.
 
     python benchmarks/beside.py            # some minutes on two cores
     python benchmarks/beside.py --smoke    # to see that it runs: stage 1, with idle threads asleep
 
-``histovar train`` on simulated sections, in processes of its own: one alone, then two that are started together. Both
-use all cores, so that the slower of two should take no more than twice as long as one alone, and a little for caches;
-2.5 times is the target. Seconds are of whole processes, imports included. ``passive`` is the command line as it is,
-which sets ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported; for ``spinning`` torch is imported first, so that its
-threads spin while they wait, as they do by themselves. Nothing else should run on the machine: its load at the start is
-printed.
+``histovar train`` is run on simulated sections: once alone, then twice at the same time. Each process uses all cores,
+so the slower of the two should take twice as long as one alone, and a little more as they share the caches; the target
+is at most 2.5 times. Seconds are those of whole processes, imports included.
+
+``passive`` is the command line as it is, which sets ``OMP_WAIT_POLICY=PASSIVE`` before torch is imported. For
+``spinning``, torch is imported first, so that its threads spin while they wait, which is OpenMP's default. Nothing else
+should run on the machine; its load at the start is printed.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import histovar as hv
 TARGET = 2.5
 PROGRAM = "from histovar.cli import main; main()"
 POLICIES = {"passive": PROGRAM, "spinning": f"import torch; {PROGRAM}"}
-# What would decide in place of the command line.
-OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Variables that would override the policy under test.
+OVERRIDES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def seconds(program: str, command: list[str], scratch: Path, n: int) -> list[float]:
-    """Seconds that each of `n` trainings takes that are started together."""
-    environment = {name: value for name, value in os.environ.items() if name not in OURS}
+    """Start `n` trainings together, and return the seconds after which each of them ends."""
+    environment = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
     start, running, ends = time.perf_counter(), {}, []
     for i in range(n):
         out = scratch / f"model{i}"
@@ -59,10 +60,10 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n-spots", type=int, default=400, help="spots of each of three sections")
-    parser.add_argument("--epochs", type=int, help="most epochs of a stage; as the command line chooses by default")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--scratch", type=Path, default=Path("beside_output"))
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--epochs", type=int, help="largest number of epochs of a stage; by default the command line's")
+    parser.add_argument("--repeats", type=int, default=1, help="the table has medians over them")
+    parser.add_argument("--scratch", type=Path, default=Path("beside_output"), help="directory for data and models")
+    parser.add_argument("--smoke", action="store_true", help="stage 1 of a small model, with idle threads asleep")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.n_spots, arguments.epochs = 60, 1

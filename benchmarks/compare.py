@@ -1,22 +1,22 @@
-"""Every method on the same splits, panel and embeddings, in one run.
+"""Compare histovar with other methods on the same splits, gene panel and embeddings.
 
     python benchmarks/compare.py her2st                    # leave one section out
     python benchmarks/compare.py mob                       # leave one mouse out
-    python benchmarks/compare.py her2st_dinov2             # with another encoder's embeddings; mob_dinov2 as well
+    python benchmarks/compare.py her2st_dinov2             # with embeddings of DINOv2; also mob_dinov2
     python benchmarks/compare.py her2st --ablations        # histovar without one part at a time
-    python benchmarks/compare.py her2st --units lognorm log_counts  # and scored on log1p of the counts themselves
+    python benchmarks/compare.py her2st --units lognorm log_counts  # also scored on log1p of the counts
     python benchmarks/compare.py her2st --curve            # learning curve over the number of training spots
     python benchmarks/compare.py simulated --curve         # up to 20,000 simulated spots
     python benchmarks/compare.py her2st --pairs            # train on every pair of sections, predict the others
     python benchmarks/compare.py her2st --shallow          # held-out section thinned to 650 counts, embeddings shifted
     python benchmarks/compare.py my.h5ad --use-rep X_uni --library-key section --group-key patient
-    python benchmarks/compare.py her2st --methods MLP --update  # anew for some methods, in the results of a run before
-    python benchmarks/compare.py simulated --smoke         # minutes: to see that it runs
+    python benchmarks/compare.py her2st --methods MLP --update  # replace some methods' rows in earlier results
+    python benchmarks/compare.py simulated --smoke         # a few minutes, to see that it runs
 
-Tables go to standard output and, with every score, to ``--out`` as CSV, with a plot. Named data sets are found by
-``--data`` or the environment variable HISTOVAR_DATA. histovar learns from counts and is trained once for all
-``--units``, other methods are trained on a layer of each. Peak memory is that of the whole process so far, in the order
-run.
+A table is printed; ``--out`` gets a CSV file of every score and a plot. The environment variable HISTOVAR_DATA names
+the directory with her2st and mob. histovar learns from counts and is trained once for all ``--units``; other methods
+are trained on a layer in each of them. Peak memory is that of the process up to then, so it depends on the order of the
+methods.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from real_data import HER2ST, MOB, data_path
 from scipy import sparse
 
 import histovar as hv
@@ -57,6 +58,7 @@ BASELINES = {
     "MFBP": ("mfbp", "training"),
     "VAR_ST": ("var_st", "training"),
 }
+# Baselines that are run with several seeds.
 RANDOM = {"MLP"}
 TRAINING = "training sections, measured"
 NOISE = "sampling noise of held-out spots"
@@ -71,7 +73,7 @@ REFERENCE_CUT = {
     "order": "scale",
 }
 UNITS = ["lognorm", "log_counts"]
-# Registered scores, but for those that the table has no room for.
+# Registered scores that the table leaves out for want of room.
 LEFT_OUT = re.compile("PCC-all|n_|coverage (50|80|95)|width|PIT|uncertainty")
 SCORES = [name for name in hv.metrics.describe().index if not LEFT_OUT.match(name)]
 COLUMNS = [*SCORES, "training, s", "prediction, s", "GB"]
@@ -91,7 +93,7 @@ class Data:
 
 @dataclass
 class Named:
-    """A data set that is known by name: its file, embeddings, what is left out and how common genes must be."""
+    """File, embeddings and split of a data set known by name, and how many spots must detect a gene of the panel."""
 
     file: str
     use_rep: list[str]
@@ -100,10 +102,10 @@ class Named:
 
 
 NAMED = {
-    "her2st": Named("her2st/paired.h5ad", ["X_squeezenet", "X_squeezenet_wide"], "section", 0.1),
-    "her2st_dinov2": Named("her2st/paired.h5ad", ["X_dinov2", "X_dinov2_wide"], "section", 0.1),
-    "mob": Named("mob.h5ad", ["X_densenet121_112um", "X_densenet121_224um"], "animal", 0.2),
-    "mob_dinov2": Named("mob.h5ad", ["X_dinov2_224um"], "animal", 0.2),
+    "her2st": Named(HER2ST, ["X_squeezenet", "X_squeezenet_wide"], "section", 0.1),
+    "her2st_dinov2": Named(HER2ST, ["X_dinov2", "X_dinov2_wide"], "section", 0.1),
+    "mob": Named(MOB, ["X_densenet121_112um", "X_densenet121_224um"], "animal", 0.2),
+    "mob_dinov2": Named(MOB, ["X_dinov2_224um"], "animal", 0.2),
 }
 
 
@@ -139,15 +141,14 @@ METHODS_OF = {
 
 
 def load(name: str, arguments: argparse.Namespace) -> Data:
-    """A data set by name, or a file."""
-    root = arguments.data
+    """Load a data set by its name or file."""
     if name == "simulated":
         n_spots = 150 if arguments.smoke else 5000 if arguments.curve else 400
         adata = hv.datasets.simulate(n_sections=5 if arguments.curve else 4, n_spots=n_spots, random_state=0)
         return Data(name, adata, ["X_histology"], "section", "section", 0.05)
     if name in NAMED:
         known = NAMED[name]
-        adata = ad.read_h5ad(root / known.file)
+        adata = ad.read_h5ad(data_path(known.file))
         group_key = arguments.group_key or known.group_key
         return Data(name, adata, known.use_rep, "section", group_key, known.min_fraction)
     if not arguments.use_rep:
@@ -159,7 +160,7 @@ def load(name: str, arguments: argparse.Namespace) -> Data:
 
 
 def splits(data: Data, n_folds: int | None, pairs: bool) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
-    """Leave one group out, or all but two sections: what is held out, training and held-out spots."""
+    """Leave out each group, or all but each pair of sections: name of what is held out, training and held-out spots."""
     groups = data.adata.obs[data.library_key if pairs else data.group_key].astype(str)
     names = sorted(groups.unique())
     for held_out in list(combinations(names, len(names) - 2) if pairs else zip(names))[:n_folds]:
@@ -167,8 +168,8 @@ def splits(data: Data, n_folds: int | None, pairs: bool) -> Iterator[tuple[str, 
         yield " and ".join(held_out), data.adata[~rows].copy(), data.adata[rows].copy()
 
 
-def thinned(query: ad.AnnData, data: Data, depth: int) -> ad.AnnData:
-    """A stand-in for another patient: counts thinned to a median of `depth`, embeddings shifted."""
+def thin(query: ad.AnnData, data: Data, depth: int) -> ad.AnnData:
+    """Imitate another patient: thin counts to a median of `depth` a spot and shift the embeddings."""
     rng = np.random.default_rng(0)
     counts = dense(query)
     share = min(1.0, depth / np.median(counts.sum(1)))
@@ -180,8 +181,8 @@ def thinned(query: ad.AnnData, data: Data, depth: int) -> ad.AnnData:
     return query
 
 
-def layer_in(adata: ad.AnnData, units: str) -> str | None:
-    """The layer with expression in these units, added where needed; None is log-normalised counts."""
+def layer_of(adata: ad.AnnData, units: str) -> str | None:
+    """Name of the layer in these units, which is added if need be; None stands for log-normalised counts."""
     if units == "lognorm":
         return None
     adata.layers["log_counts"] = adata.X.log1p() if sparse.issparse(adata.X) else np.log1p(adata.X)
@@ -189,7 +190,7 @@ def layer_in(adata: ad.AnnData, units: str) -> str | None:
 
 
 def configuration(method: str, train: ad.AnnData) -> tuple[hv.ModelConfig | None, str]:
-    """Configuration (None: the default) and decoding of histovar and its ablations; gene groups may be changed."""
+    """Configuration (None: the default) and decoding of a method; one ablation also shuffles the gene groups."""
     if method == OURS:
         return None, "expected"
     n_genes = int(train.var["histovar_panel"].sum())
@@ -218,8 +219,8 @@ def configuration(method: str, train: ad.AnnData) -> tuple[hv.ModelConfig | None
 
 
 def predict_baseline(fitted: Any, method: str, units: str, query: ad.AnnData, draws: int) -> None:
-    """Predict; draws are of the distribution by which it is scored, normal, in which genes are independent."""
-    layer_in(query, units)
+    """Predict; joint draws are from the normal distribution by which baselines are scored, with independent genes."""
+    layer_of(query, units)
     fitted.predict(query, key_added=method)
     if draws:
         predicted = hv.get.prediction(query, key=method)
@@ -231,10 +232,10 @@ def predict_baseline(fitted: Any, method: str, units: str, query: ad.AnnData, dr
 def predictors(
     method: str, train: ad.AnnData, data: Data, units: list[str], seed: int, quick: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[ad.AnnData, int], Any], float]]:
-    """Train a method: for each of the units, what writes its prediction under its name, and the seconds of training.
+    """Train a method; for each of the units yield a function that writes its prediction, and the seconds of training.
 
-    histovar learns from counts, and is trained once for all units. Methods that predict a layer, and those of its
-    ablations that do, are trained once for each.
+    histovar learns from counts, and is trained once for all units. Baselines, and ablations that predict a layer, are
+    trained once for each.
     """
     shared: dict[str, Any] = {"use_rep": data.use_rep, "library_key": data.library_key}
     if data.group_key != data.library_key:
@@ -248,7 +249,7 @@ def predictors(
         }
         for unit in units:
             begin = time.monotonic()
-            fitted = hv.tl.baseline(train, name, layer=layer_in(train, unit), **shared, **options)
+            fitted = hv.tl.baseline(train, name, layer=layer_of(train, unit), **shared, **options)
             yield unit, partial(predict_baseline, fitted, method, unit), time.monotonic() - begin
         return
     config, decoding = configuration(method, train)
@@ -268,12 +269,12 @@ def predictors(
         return
     for unit in units:
         begin = time.monotonic()
-        model = hv.tl.train(train, layer=layer_in(train, unit), **shared, **options)
+        model = hv.tl.train(train, layer=layer_of(train, unit), **shared, **options)
         yield unit, partial(write, model, None), time.monotonic() - begin
 
 
 def score(method: str, query: ad.AnnData, write: Callable[[ad.AnnData, int], Any], draws: int) -> pd.Series:
-    """Scores of one prediction, its seconds, and memory so far."""
+    """Scores of one prediction, the seconds that it took, and the process's peak memory."""
     query = query.copy()
     begin = time.monotonic()
     write(query, 0)
@@ -302,12 +303,12 @@ def run(
 
 
 def dense(adata: ad.AnnData) -> np.ndarray:
-    """Its counts."""
+    """Counts as a dense array."""
     return adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)
 
 
-def of_coexpression(known: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-    """How the co-expression in some spots agrees with that measured in others."""
+def coexpression_agreement(known: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+    """Agreement of the co-expression in some spots with that measured in others."""
     varies = ~hv.metrics.is_constant(measured)
     pairs = np.triu_indices(varies.sum(), 1)
     k, m = (hv.metrics.gene_correlation(values[:, varies])[pairs] for values in (known, measured))
@@ -318,11 +319,13 @@ def of_coexpression(known: np.ndarray, measured: np.ndarray) -> dict[str, float]
 
 
 def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, units: str) -> pd.DataFrame:
-    """What other methods are held against: rows of scores.
+    """Scores that no method competes with, one row for each.
 
-    The noise ceiling of the counts; the oracle that knows every spot's total count and nothing else; the co-expression
-    measured in the training sections, as a prediction of that in the held-out ones; and how far the true co-expression
-    would be from that measured in so many spots, which is half of the difference between random halves of them.
+    - The noise ceiling of the counts.
+    - The depth oracle, which knows every spot's total count and nothing else.
+    - The co-expression measured in the training sections, as a prediction of that in the held-out ones.
+    - Sampling noise: how far the true co-expression would be from that measured in so many spots, estimated as half of
+      the difference between random halves of them.
     """
     names = ("noise ceiling", "depth oracle", TRAINING, NOISE)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -337,9 +340,9 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
         counts = dense(query[query.obs[data.library_key] == section])
         total = counts.sum(1)
         values = in_units(counts)
-        rows[TRAINING].append(of_coexpression(known, values))
+        rows[TRAINING].append(coexpression_agreement(known, values))
         halves = np.array_split(np.random.default_rng(0).permutation(values), 2)
-        rows[NOISE].append({"correlation error": of_coexpression(*halves)["correlation error"] / 2})
+        rows[NOISE].append({"correlation error": coexpression_agreement(*halves)["correlation error"] / 2})
         ceiling = hv.metrics.noise_ceiling(counts, columns, log_counts=units == "log_counts")
         ceiling = np.sort(ceiling[~np.isnan(ceiling)])[::-1]
         best = {f"PCC-{n}": ceiling[:n].mean() if n <= len(ceiling) else np.nan for n in (10, 50, 200)}
@@ -352,15 +355,15 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
 
 
 def folds(data: Data, arguments: argparse.Namespace) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
-    """Every split, with the panel in the training spots; held-out spots are thinned where asked for."""
+    """Every split, with the panel chosen on the training spots; with ``--shallow``, held-out spots are thinned."""
     for group, train, query in splits(data, arguments.folds, arguments.pairs):
         hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
         print(f"held out: {group}", flush=True)
-        yield group, train, thinned(query, data, arguments.depth) if arguments.shallow else query
+        yield group, train, thin(query, data, arguments.depth) if arguments.shallow else query
 
 
 def compare(data: Data, methods: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All methods on all splits: units, and one row for each method, held-out group and seed."""
+    """Run all methods on all splits; yield the units and a row for each method, held-out group and seed."""
     quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
     for group, train, query in folds(data, arguments):
         genes = train.var_names[train.var["histovar_panel"]].tolist()
@@ -375,7 +378,7 @@ def compare(data: Data, methods: list[str], arguments: argparse.Namespace) -> It
 
 
 def subsample(train: ad.AnnData, n_spots: int, data: Data) -> ad.AnnData:
-    """As many spots of every section, with the neighbourhoods that they have among themselves."""
+    """Draw training spots, equally many from every section; neighbourhoods are then those among the spots drawn."""
     rng = np.random.default_rng(0)
     order = pd.Series(rng.permutation(train.n_obs), index=train.obs_names)
     rank = order.groupby(train.obs[data.library_key].astype(str)).rank()
@@ -385,18 +388,18 @@ def subsample(train: ad.AnnData, n_spots: int, data: Data) -> ad.AnnData:
 def learning_curve(
     data: Data, methods: list[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Scores over the number of training spots: units, and a row for each method, held-out group and number."""
+    """Yield the units and a row of scores for each method, held-out group and number of training spots."""
     quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
     for group, train, query in folds(data, arguments):
         for n_spots in [n for n in arguments.sizes if n < train.n_obs] + [train.n_obs]:
-            some = subsample(train, n_spots, data)
+            subset = subsample(train, n_spots, data)
             for method in methods:
-                for unit, scores in run(method, some, query, data, arguments.units, 0, quick, 0):
+                for unit, scores in run(method, subset, query, data, arguments.units, 0, quick, 0):
                     yield unit, {"method": method, "held out": group, "seed": 0, "spots": n_spots, **scores}
 
 
 def with_one_full_size(rows: pd.DataFrame) -> pd.DataFrame:
-    """A learning curve whose largest size, which differs a little from fold to fold, is the mean of the folds'."""
+    """Give the largest size of a learning curve, which differs a little between folds, its mean over the folds."""
     if "spots" not in rows:
         return rows
     every = rows["spots"] == rows.groupby("held out")["spots"].transform("max")
@@ -410,7 +413,7 @@ def interval(means: pd.Series) -> str:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over held-out groups and seeds of every method, and the spread of its main score over each."""
+    """Every method's means over held-out groups and seeds, and the spread of its main scores over both."""
     rows = with_one_full_size(rows)
     keys = ["method", "spots"] if "spots" in rows else ["method"]
     scores = [c for c in rows if c not in (*keys, "held out", "seed")]
@@ -428,7 +431,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot(rows: pd.DataFrame, path: Path) -> None:
-    """PCC-200 and depth-partial PCC of every method, or over the number of training spots."""
+    """Plot PCC-200 and PCC-partial of every method, or their learning curves."""
     rows = with_one_full_size(rows)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey="spots" not in rows)
     for axis, score in zip(axes, ("PCC-200", "PCC-partial"), strict=True):
@@ -457,23 +460,22 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help=f"{', '.join(NAMED)}, simulated or an h5ad file")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
     parser.add_argument("--use-rep", nargs="+", help="obsm keys of an h5ad file")
-    parser.add_argument("--library-key", default="section")
-    parser.add_argument("--group-key", help="obs column of what is left out; the section by default")
-    parser.add_argument("--units", nargs="+", choices=UNITS, help="lognorm by default; both of --shallow")
-    parser.add_argument("--methods", nargs="+", help="some methods alone")
-    parser.add_argument("--update", action="store_true", help="keep what --out has of methods that are not run now")
-    parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--curve", action="store_true")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 200, 400])
-    parser.add_argument("--pairs", action="store_true")
-    parser.add_argument("--shallow", action="store_true")
-    parser.add_argument("--depth", type=int, default=650, help="median counts to thin to")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folds", type=int, help="only so many groups left out")
+    parser.add_argument("--library-key", default="section", help="obs column of the section, in an h5ad file")
+    parser.add_argument("--group-key", help="obs column of what is left out; default the section, of mob the animal")
+    parser.add_argument("--units", nargs="+", choices=UNITS, help="default lognorm; with --shallow both")
+    parser.add_argument("--methods", nargs="+", help="run only these methods")
+    parser.add_argument("--update", action="store_true", help="keep the rows that --out has of other methods")
+    parser.add_argument("--ablations", action="store_true", help="histovar without one part at a time")
+    parser.add_argument("--curve", action="store_true", help="learning curve over the number of training spots")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 100, 200, 400], help="of --curve")
+    parser.add_argument("--pairs", action="store_true", help="train on every pair of sections")
+    parser.add_argument("--shallow", action="store_true", help="thin held-out sections, shift their embeddings")
+    parser.add_argument("--depth", type=int, default=650, help="median total count of --shallow")
+    parser.add_argument("--seeds", type=int, default=3, help="of histovar and MLP")
+    parser.add_argument("--folds", type=int, help="leave out only so many groups")
     parser.add_argument("--draws", type=int, default=20, help="joint draws of histovar to score, in the first seed")
-    parser.add_argument("--out", type=Path, default=Path("compare_output"))
+    parser.add_argument("--out", type=Path, default=Path("compare_output"), help="directory for CSV files and plots")
     parser.add_argument("--smoke", action="store_true", help="one fold, one epoch, one seed")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
@@ -481,9 +483,6 @@ def main() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     if arguments.smoke:
         arguments.folds, arguments.seeds, arguments.draws, arguments.sizes = 1, 1, 2, [100]
-    if arguments.dataset in NAMED and not (arguments.data / NAMED[arguments.dataset].file).is_file():
-        print(f"no {arguments.dataset} in {arguments.data}: nothing measured; set HISTOVAR_DATA or --data")
-        return
     data = load(arguments.dataset, arguments)
     arguments.units = arguments.units or (UNITS if arguments.shallow else UNITS[:1])
     kinds = {name: getattr(arguments, name) for name in ("shallow", "curve", "ablations", "pairs")}

@@ -1,22 +1,23 @@
-"""Whether a GPU gives what the CPU gives, and how fast it is beside its own matrix products.
+"""Compare results on a GPU with those on the CPU, and its speed with the card's rate of matrix products.
 
     python benchmarks/device.py                          # all parts on CUDA; meant to take 8 minutes on an H100
-    python benchmarks/device.py --parts equal waits      # some of them
-    python benchmarks/device.py --device cpu --smoke     # the CPU against itself, to see that it runs: a minute
+    python benchmarks/device.py --parts equal waits      # only these parts
+    python benchmarks/device.py --device cpu --smoke     # a minute, to see that it runs: the CPU against itself
 
 | part | what it does |
 |---|---|
-| equal | tokens, values, draws, intervals, calibration, adaptation there and on the CPU; saving and loading across |
-| waits | counts how often a step of generation or training has the host wait for the device |
-| speed | generation and training steps of both configurations in fp32, TF32 and bf16, as shares of the matrix rate |
-| converge | trains there and on the CPU, in full and in mixed precision, and compares scores on a section held out |
-| resume | interrupts a training, continues it, and compares with one that was not interrupted |
-| processes | two processes on one card, compared with one of the same global batch |
-| reference | the whole reference system and the default, each her2st section held out in turn, in a limited time |
-| compile | how many times as fast ``torch.compile`` makes generation and training, with CUDA graphs and without |
+| equal | compares tokens, values, draws, intervals, calibration and adaptation on device and CPU; saves, loads |
+| waits | counts how often the host waits for the device in a step of generation or training |
+| speed | times generation and training steps of both configurations in fp32, TF32 and bf16 |
+| converge | trains on device and CPU, in full and in mixed precision, and compares scores on a held-out section |
+| resume | interrupts a training, continues it, and compares it with an uninterrupted one |
+| processes | trains by two processes on one card, and compares it with one process and the same global batch |
+| reference | trains the reference system and the default in limited time, with each her2st section held out in turn |
+| compile | measures the speed-up by ``torch.compile``, with CUDA graphs and without |
 
-The last lines say which checks failed, and so does the exit code. ``speed.py`` has the formula of operations, and
-``compare.py`` the splits and scores.
+The last line names the checks that failed; the exit code is then 1. ``speed.py`` has the formula by which operations
+are counted, ``compare.py`` the splits and scores of "reference", for which the environment variable HISTOVAR_DATA
+names the directory with her2st.
 """
 
 from __future__ import annotations
@@ -54,30 +55,29 @@ import histovar as hv
 from histovar._memory import keep_freed_memory
 from histovar.model import Decoding, ModelConfig, TwoStageVARST
 
-# Values as far from the CPU's as this, in standard deviations of the gene, are the same.
+# Values that differ by less than this, in standard deviations of the gene, count as equal.
 SAME = 1e-3
-# Sizes of batches, and largest ones of the reference: generated in scale and in token order, and trained on.
+# Batch sizes, and the largest of them for the reference: generation in scale and in token order, training.
 BATCHES = [64, 1024, 8192, 65_536]
 MOST_OF_REFERENCE = {"scale": 8192, "token": 1024, "training": 128}
 MOST_TRAINED, MOST_IN_TOKEN_ORDER = 8192, 8192
-# The reference system's training: more epochs than it takes, and how many seconds a stage and fold may take.
+# Training of the reference system: seconds that each stage of a fold may take, and more epochs than fit into them.
 REFERENCE_OPTIONS: dict[str, Any] = {"max_epochs": 200, "learning_rate": 1e-4, "precision": "bf16-mixed"}
-SECONDS_OF_STAGES = (5, 25)
+STAGE_SECONDS = (5, 25)
 
 
 @dataclass
 class Bench:
-    """What all parts need, and what they found."""
+    """Data, models and settings that all parts share, and their results."""
 
     device: torch.device
     smoke: bool
-    data: Path
     seconds: float
     failed: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def check(self, what: str, value: float, most: float) -> None:
-        """Print a number, and keep in mind if it is larger than it may be."""
+        """Print a number, and record the check as failed if the number is larger than allowed."""
         good = bool(value <= most)
         print(f"{'ok' if good else 'FAILED':>6}  {what}: {value:.4g} (at most {most:g})", flush=True)
         if not good:
@@ -93,21 +93,21 @@ class Bench:
 
     @property
     def training(self) -> AnnData:
-        """Three of them."""
+        """Three sections, to train on."""
         return self.cohort[self.cohort.obs["section"] != "S4"].copy()
 
     @property
     def query(self) -> AnnData:
-        """The fourth."""
+        """The fourth section, held out."""
         return self.cohort[self.cohort.obs["section"] == "S4"].copy()
 
     def config(self, **changes: Any) -> ModelConfig:
-        """The default, cut in smoke mode."""
+        """The default configuration, smaller in smoke mode."""
         cut = {"n_members": 3, "prior_hidden": 32, "codebook_size": 128, "n_neighbors": (4, 8)} if self.smoke else {}
         return ModelConfig.default(30 if self.smoke else 200, **{**cut, **changes})
 
     def train(self, accelerator: str | None = None, **options: Any) -> TwoStageVARST:
-        """The default, trained on the device unless another accelerator is named."""
+        """Train the default configuration, on the device unless another accelerator is named."""
         quick = {"max_epochs": 1} if self.smoke else {}
         shared = {"use_rep": "X_histology", "library_key": "section", "enable_progress_bar": False}
         chosen = {"accelerator": accelerator or self.device.type, "config": self.config()}
@@ -115,13 +115,13 @@ class Bench:
 
     @cached_property
     def model(self) -> TwoStageVARST:
-        """Trained on the CPU; its gate is open, or expected values would be the prior's."""
+        """A model trained on the CPU, with its gate open: were it shut, expected values would be the prior's alone."""
         model = self.train("cpu")
         model.var_stage.head.gate.fill_(1)
         return model
 
     def copy_of(self, model: TwoStageVARST) -> TwoStageVARST:
-        """A model saved and loaded."""
+        """Copy a model by saving and loading it."""
         with tempfile.TemporaryDirectory() as directory:
             model.save(directory)
             return TwoStageVARST.load(directory)
@@ -132,7 +132,7 @@ class Bench:
 
 
 def equal(bench: Bench) -> None:
-    """What a model gives on the device and on the CPU."""
+    """Compare what a model gives on the device and on the CPU."""
     model, there, sds = bench.model, str(bench.device), bench.gene_sds()
 
     def both(verb: Callable[..., Any], *args: Any, **options: Any) -> tuple[AnnData, AnnData]:
@@ -141,18 +141,24 @@ def equal(bench: Bench) -> None:
     def apart(one: AnnData, other: AnnData) -> np.ndarray:
         return np.abs(hv.get.prediction(one).X - hv.get.prediction(other).X) / sds
 
-    def other_tokens(one: AnnData, other: AnnData) -> float:
+    def differing_tokens(one: AnnData, other: AnnData) -> float:
         return float((one.obsm["histovar_tokens"] != other.obsm["histovar_tokens"]).mean())
 
-    bench.check("share of other tokens of measured expression", other_tokens(*both(hv.tl.tokenize, model)), 1e-3)
-    bench.check("share of other greedy tokens", other_tokens(*both(hv.tl.predict, model, decoding="greedy")), 1e-2)
+    bench.check(
+        "share of tokens of measured expression that differ", differing_tokens(*both(hv.tl.tokenize, model)), 1e-3
+    )
+    bench.check(
+        "share of greedy tokens that differ", differing_tokens(*both(hv.tl.predict, model, decoding="greedy")), 1e-2
+    )
     levels = (0.05, 0.5, 0.95)
     here, away = both(hv.tl.predict, model, quantiles=levels, n_samples=20, random_state=3)
     bench.check("expected values, s.d. of their genes", apart(here, away).max(), SAME)
     std = np.abs(hv.get.prediction(here).layers["std"] - hv.get.prediction(away).layers["std"]) / sds
     bench.check("standard deviations, s.d. of their genes", std.max(), SAME)
     cubes = [one.obsm["histovar_quantiles"] for one in (here, away)]
-    bench.check("share of other quantiles", float((np.abs(cubes[0] - cubes[1]).max(-1) / sds > SAME).mean()), 1e-2)
+    bench.check(
+        "share of quantiles that differ", float((np.abs(cubes[0] - cubes[1]).max(-1) / sds > SAME).mean()), 1e-2
+    )
     draws = [one.obsm["histovar_samples"].mean(-1) for one in (here, away)]
     error = hv.get.prediction(here).layers["std"].clip(1e-3) * np.sqrt(2 / 20)
     bench.check(
@@ -160,10 +166,12 @@ def equal(bench: Bench) -> None:
     )
     again = hv.tl.predict(bench.query, model, n_samples=20, random_state=3, quantiles=levels, device=there, copy=True)
     bench.check(
-        "draws of the same seed", float(np.abs(again.obsm["histovar_samples"] - away.obsm["histovar_samples"]).max()), 0
+        "difference between draws of one seed",
+        float(np.abs(again.obsm["histovar_samples"] - away.obsm["histovar_samples"]).max()),
+        0,
     )
     fast = hv.tl.predict(bench.query, model, precision="bf16", device=there, copy=True)
-    bench.check("bf16, mean, s.d. of genes", apart(away, fast).mean(), 1e-2)
+    bench.check("bf16, mean difference, s.d. of genes", apart(away, fast).mean(), 1e-2)
 
     calibrated = []
     for device in ("cpu", there):
@@ -171,22 +179,24 @@ def equal(bench: Bench) -> None:
         hv.tl.calibrate(bench.query, calibrated[-1], library_key="section", device=device)
     for name in ("dispersion", "depth_errors", "levels"):
         one, other = (m.var_stage.observation.get_buffer(name) for m in calibrated)
-        bench.check(f"calibration, {name}", float((one - other).abs().max() / one.abs().max()), 1e-2)
+        bench.check(
+            f"calibration, relative difference of {name}", float((one - other).abs().max() / one.abs().max()), 1e-2
+        )
 
     moved = bench.copy_of(model).to(bench.device)
     loaded = bench.copy_of(moved)
     same = all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    bench.check("weights saved from the device and loaded on the CPU", float(not same), 0)
+    bench.check("differences in weights saved from the device and loaded on the CPU", float(not same), 0)
     inputs = bench.query
     hv.tl.predict(inputs, moved, device="cpu")
-    bench.check("of a model that lives on the device, predicted on the CPU", apart(here, inputs).max(), SAME)
+    bench.check("prediction on the CPU by a model on the device, s.d. of genes", apart(here, inputs).max(), SAME)
     lazy = bench.query
     lazy.obsm["X_histology"] = da.from_array(np.asarray(lazy.obsm["X_histology"]), chunks=(40, -1))
     hv.tl.predict(lazy, moved, device=there)
     for slots in (lazy.obsm, lazy.layers):
         for key in [key for key, value in slots.items() if isinstance(value, da.Array)]:
             slots[key] = slots[key].compute()
-    bench.check("of dask arrays, by a model that lives on the device", apart(here, lazy).max(), SAME)
+    bench.check("prediction of dask arrays by a model on the device, s.d. of genes", apart(here, lazy).max(), SAME)
     measured = np.arange(bench.query.n_obs) % 3 == 0
     adapted = []
     for device in ("cpu", there):
@@ -194,24 +204,26 @@ def equal(bench: Bench) -> None:
         section.obs["measured"] = measured
         own = hv.tl.adapt(section, bench.copy_of(model), "measured", device=device)
         adapted.append(hv.tl.predict(section, own, device=device, copy=True))
-    bench.check("adapted to measured spots, s.d. of genes", apart(*adapted).max(), 10 * SAME)
+    bench.check("prediction of adapted models, s.d. of genes", apart(*adapted).max(), 10 * SAME)
     retrained = hv.tl.train_stage2(
         bench.training, moved, use_rep="X_histology", library_key="section", max_epochs=1, enable_progress_bar=False,
         accelerator=bench.device.type,
     )  # fmt: skip
     bench.check(
-        "loss after training a model that lived on the device", retrained.history["stage2"]["val_loss"].min(), 20
+        "validation loss after training a model that was on the device",
+        retrained.history["stage2"]["val_loss"].min(),
+        20,
     )
 
 
 def waits(bench: Bench) -> None:
-    """How often the host waits for the device, by the line that makes it."""
+    """Count how often the host waits for the device, by the line of code that waits."""
     if bench.device.type != "cuda":
         print("        the CPU waits for nothing; tests/test_devices.py looks for waits without a device")
         return
 
     def count(what: str, work: Callable[[], Any], allowed: int) -> None:
-        work()  # what is prepared once may wait
+        work()  # what is computed once may wait
         torch.cuda.synchronize()
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
@@ -253,7 +265,7 @@ def waits(bench: Bench) -> None:
 
 
 def in_order(model: TwoStageVARST, order: str) -> TwoStageVARST:
-    """The same weights in another order, gate open, where the model is."""
+    """The same weights in another order, with the gate open, on the model's device."""
     other = TwoStageVARST(model.config.replace(order=order))
     other.load_state_dict(model.state_dict())
     other.var_stage.head.gate.fill_(1)
@@ -271,7 +283,7 @@ def models_of(bench: Bench) -> dict[str, TwoStageVARST]:
 
 
 def speed(bench: Bench) -> None:
-    """Generation and training beside the matrix rate of the same run."""
+    """Time generation and training beside the matrix rate measured in the same run."""
     device, size = bench.device, 256 if bench.smoke else 8192
     kinds = ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
     limits = {kind: matrix_rate(kind, size, bench.seconds, device) for kind in kinds}
@@ -310,12 +322,12 @@ def speed(bench: Bench) -> None:
         scale = found[found["what"] == "expected, scale order"]
         best = scale.groupby("model")[["share of limit", "spots/s"]].max()
         share = scale[(scale["model"] == "reference") & (scale["type"] == "bf16")]["share of limit"].max()
-        bench.check("reference, bf16, scale order: what is missing of half of the bf16 limit", 0.5 - share, 0)
-        bench.check("default: what is missing of 100,000 spots/s", 1e5 - best.loc["default", "spots/s"], 0)
+        bench.check("reference, bf16, scale order: shortfall from half of the bf16 limit", 0.5 - share, 0)
+        bench.check("default: shortfall from 100,000 spots/s", 1e5 - best.loc["default", "spots/s"], 0)
 
 
 def compiled(bench: Bench) -> None:
-    """What compiling the transformer's layers gains: a row for each, in the table of speed."""
+    """Measure the speed-up by compiling the transformer's layers."""
     if bench.smoke:
         print("        compiling takes minutes without a device: left out of smoke mode")
         return
@@ -340,7 +352,7 @@ def score(bench: Bench, model: TwoStageVARST) -> float:
 
 
 def converge(bench: Bench) -> None:
-    """Scores of trainings there and on the CPU."""
+    """Compare scores after training on the device and on the CPU."""
     here = score(bench, bench.model)
     for precision in ("32-true", "bf16-mixed", "16-mixed"):
         if precision == "16-mixed" and bench.device.type != "cuda":
@@ -352,7 +364,7 @@ def converge(bench: Bench) -> None:
         print(
             f"        {precision}: mean correlation {there:.4f} in {seconds:.0f} s, on the CPU {here:.4f}", flush=True
         )
-        bench.check(f"correlation less than the CPU's, {precision}", here - there, 0.5 if bench.smoke else 0.02)
+        bench.check(f"mean correlation below the CPU's, {precision}", here - there, 0.5 if bench.smoke else 0.02)
 
 
 class Interruption(Callback):
@@ -365,7 +377,7 @@ class Interruption(Callback):
 
 
 def resume(bench: Bench) -> None:
-    """A training that was interrupted, and one that was not."""
+    """Compare an interrupted and continued training with an uninterrupted one."""
     with tempfile.TemporaryDirectory() as directory:
         options: dict[str, Any] = {"max_epochs": 3, "checkpoint_dir": directory}
         try:
@@ -376,16 +388,16 @@ def resume(bench: Bench) -> None:
             raise RuntimeError("the training was not interrupted")
     whole = bench.train(max_epochs=3)
     losses = [model.history["stage2"]["val_loss"].to_numpy() for model in (whole, continued)]
-    bench.check("epochs more or fewer after resuming", abs(len(losses[0]) - len(losses[1])), 0)
+    bench.check("difference in number of epochs after resuming", abs(len(losses[0]) - len(losses[1])), 0)
     n = min(map(len, losses))
-    bench.check("loss of a resumed training", float(np.abs(losses[0][:n] - losses[1][:n]).max()), 1e-2)
+    bench.check("difference in loss of a resumed training", float(np.abs(losses[0][:n] - losses[1][:n]).max()), 1e-2)
 
 
 WITHOUT_DROPOUT = {"dropout": 0.0, "prior_dropout": 0.0, "prior_input_dropout": 0.0}
 
 
 def worker(bench: Bench, out: Path) -> None:
-    """One of two processes; the first writes the history."""
+    """Train in one of two processes; the first writes the history."""
     strategy = DDPStrategy(process_group_backend="gloo")  # NCCL refuses two processes on one card
     config = bench.config(**WITHOUT_DROPOUT)
     model = bench.train(config=config, strategy=strategy, num_nodes=2, devices=1, batch_size=16, max_epochs=2)
@@ -394,7 +406,7 @@ def worker(bench: Bench, out: Path) -> None:
 
 
 def processes(bench: Bench) -> None:
-    """Two processes on one card, as two nodes of one device would be."""
+    """Train by two processes on one card, set up as two nodes of one device."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as directory:
         free.bind(("127.0.0.1", 0))
         port, out = free.getsockname()[1], Path(directory) / "history.json"
@@ -415,17 +427,18 @@ def processes(bench: Bench) -> None:
     one = bench.train(config=bench.config(**WITHOUT_DROPOUT), batch_size=32, max_epochs=2).history
     for stage, losses in two.items():
         apart = np.abs(np.array(losses) - one[stage]["val_loss"].to_numpy()).max()
-        bench.check(f"loss of two processes less one's, {stage}", float(apart), 1e-2)
+        bench.check(f"difference in loss between two processes and one, {stage}", float(apart), 1e-2)
 
 
 def reference(bench: Bench) -> None:
-    """The reference system and the default on held-out sections, as ``compare.py`` scores them."""
+    """Train the reference system and the default, and score them on held-out sections as ``compare.py`` does."""
     name = "simulated" if bench.smoke else "her2st"
-    if name == "her2st" and not (bench.data / compare.NAMED[name].file).is_file():
-        print(f"no her2st in {bench.data}: not trained; set HISTOVAR_DATA or --data")
+    try:
+        data = compare.load(name, argparse.Namespace(smoke=bench.smoke, curve=False, group_key=None))
+    except SystemExit as missing:
+        print(f"not trained: {missing}")
         return
-    wanted = argparse.Namespace(data=bench.data, smoke=bench.smoke, curve=False, group_key=None)
-    data, rows = compare.load(name, wanted), []
+    rows: list[dict[str, Any]] = []
     methods = [compare.OURS, compare.REFERENCE if bench.smoke else compare.WHOLE_REFERENCE]
     for held_out, train, query in compare.splits(data, 1 if bench.smoke else None, pairs=False):
         hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
@@ -435,7 +448,7 @@ def reference(bench: Bench) -> None:
                 options |= {"max_epochs": 1, "limit_train_batches": 1}
             elif method != compare.OURS:
                 options |= REFERENCE_OPTIONS
-                for stage, seconds in enumerate(SECONDS_OF_STAGES, 1):
+                for stage, seconds in enumerate(STAGE_SECONDS, 1):
                     options[f"stage{stage}"] = {"callbacks": [Timer(timedelta(seconds=seconds))]}
             for _, scores in compare.run(method, train, query, data, ["lognorm"], 0, options, 0):
                 rows.append({"method": method, "held out": held_out, "seed": 0, **scores})
@@ -455,20 +468,19 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 }
 
 
-# What smoke mode runs unless told otherwise; tests have trainings by two processes, and of the reference.
+# Default parts of smoke mode; the tests train by two processes, and train the reference, on the CPU.
 QUICK = ("equal", "waits", "speed", "resume")
 
 
 def main() -> None:
-    """Run the parts, and say what failed."""
+    """Run the parts and name the checks that failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="all by default; of --smoke, the quick ones")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
-    parser.add_argument("--seconds", type=float, default=0.3, help="least time of each measurement of speed")
-    parser.add_argument("--minutes", type=float, default=7, help="no part is begun later than this")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="default all; of --smoke, the quick ones")
+    parser.add_argument("--seconds", type=float, default=0.3, help="shortest time of each measurement of speed")
+    parser.add_argument("--minutes", type=float, default=7, help="no part starts after this time")
     parser.add_argument("--out", type=Path, help="CSV file for the measurements")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="small models and data, to see that it runs")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
@@ -478,7 +490,7 @@ def main() -> None:
     torch.manual_seed(0)
     keep_freed_memory()
     seconds = 0.0 if arguments.smoke else arguments.seconds
-    bench = Bench(arguments.device, arguments.smoke, arguments.data, seconds)
+    bench = Bench(arguments.device, arguments.smoke, seconds)
     if arguments.worker:
         worker(bench, arguments.worker)
         return

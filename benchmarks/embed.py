@@ -1,23 +1,24 @@
-"""Embeddings from slides: agreement with an independent computation, rate, memory; a study of layers and poolings.
+"""Check ``pp.embed`` against an independent computation, time it, and compare layers and poolings of DINOv2.
 
-    python benchmarks/embed.py             # her2st's patient C: agreement, rate and memory
-    python benchmarks/embed.py --study     # which layers and poolings serve, on training sections alone
+    python benchmarks/embed.py             # her2st's patient C: agreement, speed and memory
+    python benchmarks/embed.py --study     # accuracy of ridge regression by layers and pooling
     python benchmarks/embed.py --smoke     # to see that it runs: a few spots of one section
 
-``HISTOVAR_DATA`` names the directory with the data. Agreement is the cosine between ``pp.embed`` of the raw JPEGs (a
-field of 224 and of 448 pixels of 0.73 um) and the embeddings that the data set has, which were made without histovar.
-The rate is compared with that of timm's network alone over patches that are in memory, normalised; the two take turns,
-so that what else runs on the machine slows both, and seconds of the processor are given beside those of the clock. Peak
-memory is that of the whole process.
+The environment variable HISTOVAR_DATA names the directory with the data.
 
-The study predicts each section from the other three by ridge regression, its penalty chosen among those sections (leave
-one out), of the 200 most variable genes; PCC-200 is the mean over genes and sections of Pearson's correlation.
+Agreement is the cosine similarity between embeddings by ``pp.embed`` from the raw JPEGs (fields of 224 and of 448
+pixels) and those in the data set, which were computed without histovar. Speed is compared with that of timm's network
+alone on normalised patches in memory; the two are run by turns, so that other load slows both alike, and processor
+time is given beside wall-clock time. Peak memory is that of the whole process.
+
+``--study`` predicts the 200 most variable genes of each section by ridge regression on the other three, with the
+penalty chosen by leaving out each of the three in turn; PCC-200 is Pearson's correlation, averaged over genes and
+sections.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from real_data import HER2ST, data_path
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
@@ -35,28 +37,29 @@ from histovar.encoders.features import Features
 from histovar.slides import Patches, open_image
 
 MPP, PX = 0.73, 224
-PAIRS = {1: "X_dinov2", 2: "X_dinov2_wide"}
+# Embeddings of the data set, by the width of their field in patches.
+REFERENCES = {1: "X_dinov2", 2: "X_dinov2_wide"}
 ALPHAS = 10.0 ** np.arange(2, 6.5, 0.5)
 TARGET_COSINE, TARGET_RATE, TARGET_GB = 0.999, 0.9, 2.0
 
 
-def cosine(found: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
-    """Mean over spots."""
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(reference, axis=1)
-    return float(((found * reference).sum(1) / norms).mean())
+def cosine(embedding: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
+    """Cosine similarity, mean over spots."""
+    norms = np.linalg.norm(embedding, axis=1) * np.linalg.norm(reference, axis=1)
+    return float(((embedding * reference).sum(1) / norms).mean())
 
 
 def agreement(adata: ad.AnnData, images: dict[str, Path], weights: Path) -> pd.DataFrame:
-    """Cosine with the data set's own embeddings, and spots a second, of each section."""
+    """Cosine similarity with the data set's own embeddings, and patches per second, of each section."""
     rows = []
     for section, image in images.items():
         part = adata[(adata.obs["section"] == section).to_numpy()].copy()
         start = time.perf_counter()
-        fields = [factor * PX * MPP for factor in PAIRS]
+        fields = [factor * PX * MPP for factor in REFERENCES]
         hv.pp.embed(part, image=image, mpp=MPP, field_um=fields, weights=weights, device="cpu")
         seconds = time.perf_counter() - start
-        row = {"section": section, "spots": part.n_obs, "patches / s": len(fields) * part.n_obs / seconds}
-        for field, reference in zip(fields, PAIRS.values(), strict=True):
+        row = {"section": section, "spots": part.n_obs, "patches/s": len(fields) * part.n_obs / seconds}
+        for field, reference in zip(fields, REFERENCES.values(), strict=True):
             row[reference] = cosine(part.obsm[f"X_dinov2_vits14_{field:g}um"], part.obsm[reference])
         rows.append(row)
         print(row, flush=True)
@@ -64,7 +67,7 @@ def agreement(adata: ad.AnnData, images: dict[str, Path], weights: Path) -> pd.D
 
 
 def rate(adata: ad.AnnData, image: Path, weights: Path, repeats: int, batch: int = 32) -> float:
-    """Rate of ``pp.embed`` over that of the bare network: the median of paired runs.
+    """Speed of ``pp.embed`` relative to the network alone: the median of paired runs.
 
     Loading the weights is left out of both; decoding the image is a part of ``pp.embed``'s time.
     """
@@ -73,7 +76,7 @@ def rate(adata: ad.AnnData, image: Path, weights: Path, repeats: int, batch: int
     layers = {"indices": list(features.encoder.layers), "norm": False, "output_fmt": "NLC"}
 
     class Pooled(torch.nn.Module):
-        """What ``pp.embed`` computes, of weights that are loaded."""
+        """What ``pp.embed`` computes, with weights already loaded."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -105,15 +108,15 @@ def rate(adata: ad.AnnData, image: Path, weights: Path, repeats: int, batch: int
         ours, cpu_ours = time.perf_counter() - start, time.process_time() - cpu
         ratios.append(bare / ours)
         print(
-            f"bare {len(ready) / bare:.1f} patches/s, pp.embed {len(ready) / ours:.1f}, {ratios[-1]:.3f}; "
-            f"by processor time {len(ready) / cpu_bare:.1f}, {len(ready) / cpu_ours:.1f}, {cpu_bare / cpu_ours:.3f}",
+            f"patches/s: network {len(ready) / bare:.1f}, pp.embed {len(ready) / ours:.1f}, ratio {ratios[-1]:.3f}; by "
+            f"processor time {len(ready) / cpu_bare:.1f}, {len(ready) / cpu_ours:.1f}, {cpu_bare / cpu_ours:.3f}",
             flush=True,
         )
     return float(np.median(ratios))
 
 
 def study(adata: ad.AnnData, images: dict[str, Path], weights: Path) -> pd.DataFrame:
-    """PCC-200 of blocks and poolings of DINOv2 ViT-S/14, of fields of 112 and 224 um."""
+    """PCC-200 for blocks and poolings of DINOv2 ViT-S/14, with fields of 112 and 224 um."""
     blocks = {"block 11": (11,), "block 8": (8,), "block 5": (5,), "block 2": (2,), "blocks 5, 8": (5, 8)}
     blocks |= {"blocks 2, 5, 8, 11": (2, 5, 8, 11)}
     encoder = hv.encoders.get("dinov2_vits14").replace(layers=(2, 5, 8, 11))
@@ -135,7 +138,7 @@ def study(adata: ad.AnnData, images: dict[str, Path], weights: Path) -> pd.DataF
 
 
 def pcc200(inputs: NDArray, values: NDArray, counts: NDArray, adata: ad.AnnData) -> float:
-    """Mean over held-out sections and genes; genes and penalty are chosen on the other sections."""
+    """Correlation of ridge regression, mean over held-out sections and genes; choices are made on the others."""
     sections = adata.obs["section"].astype(str).to_numpy()
     scaled = np.empty_like(inputs)
     for section in np.unique(sections):
@@ -161,28 +164,25 @@ def pcc200(inputs: NDArray, values: NDArray, counts: NDArray, adata: ad.AnnData)
 
 
 def correlation(predicted: NDArray, measured: NDArray) -> float:
-    """Mean over genes."""
+    """Pearson's correlation, mean over genes."""
     return float(np.nanmean(hv.metrics.pearson(predicted, measured)))
 
 
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--study", action="store_true")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sections", nargs="+", help="of C2, C3, C4, C5; all by default")
-    parser.add_argument("--out", type=Path, help="CSV of the study")
+    parser.add_argument("--study", action="store_true", help="compare layers and poolings")
+    parser.add_argument("--smoke", action="store_true", help="a few spots of one section")
+    parser.add_argument("--repeats", type=int, default=3, help="paired runs of the speed comparison")
+    parser.add_argument("--sections", nargs="+", help="some of C2, C3, C4 and C5; default all")
+    parser.add_argument("--out", type=Path, help="CSV file for --study")
     arguments = parser.parse_args()
-    data = Path(os.environ.get("HISTOVAR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-    if not (data / "her2st" / "paired.h5ad").is_file():
-        print(f"no data in {data}; set HISTOVAR_DATA")
-        return
-    adata = ad.read_h5ad(data / "her2st" / "paired.h5ad")
-    weights = data / "encoders" / "dinov2_vits14.safetensors"
+    adata = ad.read_h5ad(data_path(HER2ST))
+    weights = data_path("encoders/dinov2_vits14.safetensors")
+    folder = data_path("her2st/raw/data/ST-imgs")
     chosen = ["C3"] if arguments.smoke else arguments.sections
     sections = sorted(adata.obs["section"].unique()) if chosen is None else chosen
-    images = {s: next((data / "her2st/raw/data/ST-imgs" / s[0] / s).glob("*.jpg")) for s in sections}
+    images = {section: next((folder / section[0] / section).glob("*.jpg")) for section in sections}
     if arguments.study:
         table = study(adata, images, weights)
         print(table.round(3).to_string())
@@ -194,13 +194,13 @@ def main() -> None:
         adata = first = first[:8].copy()
     found = agreement(adata, images, weights)
     print(found.round(4).to_string())
-    lowest = found[list(PAIRS.values())].min().min()
+    lowest = found[list(REFERENCES.values())].min().min()
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     ratio = rate(first, images[sections[-1]], weights, 1 if arguments.smoke else arguments.repeats)
     verdicts = {
-        f"cosine {lowest:.4f}, at least {TARGET_COSINE}": lowest >= TARGET_COSINE,
-        f"rate {ratio:.2f} of the bare network's, at least {TARGET_RATE}": ratio >= TARGET_RATE,
-        f"peak memory {gigabytes:.2f} GB, less than {TARGET_GB}": gigabytes < TARGET_GB,
+        f"lowest cosine {lowest:.4f}, target at least {TARGET_COSINE}": lowest >= TARGET_COSINE,
+        f"speed {ratio:.2f} of the network alone, target at least {TARGET_RATE}": ratio >= TARGET_RATE,
+        f"peak memory {gigabytes:.2f} GB, target less than {TARGET_GB}": gigabytes < TARGET_GB,
     }
     for what, met in verdicts.items():
         print(f"{what}: {'met' if met else 'missed'}")

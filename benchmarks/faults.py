@@ -1,18 +1,19 @@
-"""What becomes of models, predictions and trainings under kills, damage, hostile files and rivals, and of wrong calls.
+"""Count what becomes of models, predictions and trainings under injected faults, and of wrong calls.
 
     python benchmarks/faults.py            # all parts
     python benchmarks/faults.py --smoke    # a tenth of the cases, to see that it runs
     python benchmarks/faults.py --only cards kills
 
-Prints a table: of how many cases the model, prediction or training was
+Faults are kills, full disks, damaged and hostile files, and processes that write to one place. A table has the number
+of cases of each outcome:
 
-whole    as without the fault
-refused  one line of ValueError or FileNotFoundError; of commands that were interrupted, exit code 130
-unseen   other than without the fault, but finite, where the format of the file has no checksums
-wrong    any other error, a mixture, numbers that are not finite, more than ten seconds, an earlier model that is lost
+whole    as without the fault; for calls, a valid call that was done
+refused  an error of one line (ValueError, FileNotFoundError); for interrupted commands, exit code 130
+unseen   other numbers than without the fault, all finite, where the file format has no checksums
+wrong    anything else: another error, a mixture of two models, numbers that are not finite, more than ten seconds, an
+         earlier model that is lost; for calls, see ``fault_parts/arguments.py``
 
-Ends with status 1 if anything went wrong. Faults of other things than saved models are in ``fault_parts``; of
-calls ("arguments", "objects") whole is a valid call that was done, and ``fault_parts/arguments.py`` says what is wrong.
+The exit status is 1 if any case is wrong. Faults of saved models are in this file, all others in ``fault_parts``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from histovar.model.card import content_digest
 from histovar.model.checkpoint import verify
 
 MOST_SECONDS = 10
-# Models of formats 1 to 5, without checksums, where the repository is there.
+# Models of formats 1 to 5, which have no checksums; none if only this folder was copied.
 OLD_MODELS = sorted((Path(__file__).parents[1] / "tests" / "data").glob("model-*"))
 KEYS = {"use_rep": "X_histology", "spatial_key": "spatial", "library_key": "section"}
 
@@ -57,6 +58,7 @@ DELETED = object()
 DEEP: Any = "deep"
 for _ in range(200):
     DEEP = [DEEP]
+# Values that replace a field of a model's card.
 CORRUPTIONS = {
     "deleted": DELETED,
     "null": None,
@@ -82,7 +84,7 @@ CORRUPTIONS = {
 
 
 class Setting:
-    """Two models with the same stage 1, a section to predict, and what the first predicts of it."""
+    """Two models with the same stage 1, a held-out section, and the first model's prediction of it."""
 
     def __init__(self, scratch: Path, rng: np.random.Generator) -> None:
         self.scratch, self.rng = scratch, rng
@@ -116,8 +118,8 @@ class Setting:
         self.digests = [verify(scratch / name) for name in ("first", "second")]
         self.expected = self.predict(self.models[0])
 
-    def fresh(self, name: str) -> Path:
-        """A directory with the first model and a file of the user."""
+    def fresh_copy(self, name: str) -> Path:
+        """Copy the first model to a directory, and add a file of the user."""
         path = self.scratch / name
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.scratch / "first", path)
@@ -125,7 +127,7 @@ class Setting:
         return path
 
     def objects(self) -> arguments.Objects:
-        """Objects for calls."""
+        """Objects for the wrong calls of ``fault_parts``."""
         return arguments.Objects(self.training.copy(), self.query.copy(), self.models[0], self.config)
 
     def predict(self, model: hv.TwoStageVARST) -> np.ndarray:
@@ -133,7 +135,7 @@ class Setting:
         return np.asarray(hv.tl.predict(self.query, model, **KEYS, copy=True).obsm["histovar"])  # type: ignore
 
     def outcome(self, path: Path, *, same: bool = False) -> str:
-        """What becomes of the model at a path; `same`: it must predict as the first does."""
+        """Load the model at a path, predict, and tell the outcome; with `same`, it must predict as the first model."""
         start = time.monotonic()
         try:
             model = hv.TwoStageVARST.load(path)
@@ -143,17 +145,17 @@ class Setting:
         except BaseException as error:  # noqa: BLE001
             return f"load: {error!r}"
         try:
-            made = self.predict(model)
+            prediction = self.predict(model)
         except BaseException as error:  # noqa: BLE001
             return f"predict: {error!r}"
         if time.monotonic() - start > MOST_SECONDS:
             return "slow"
-        if not np.isfinite(made).all() or (same and not np.array_equal(made, self.expected)):
-            return "predicts otherwise"
+        if not np.isfinite(prediction).all() or (same and not np.array_equal(prediction, self.expected)):
+            return "another prediction"
         return "whole"
 
     def whole_outcome(self, path: Path) -> str:
-        """As :meth:`outcome`, of a directory that one of the two models was saved to."""
+        """Outcome for a directory to which one of the two models was saved: a mixture of both is wrong."""
         try:
             if (path / "notes.txt").exists() and verify(path) not in self.digests:
                 return "a mixture"
@@ -163,7 +165,7 @@ class Setting:
 
 
 def fields_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every field of a card; of lists the first two and the last value."""
+    """Paths of every field of a card; of lists, those of the first two values and the last."""
     items: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())
@@ -174,7 +176,7 @@ def fields_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from fields_of(item, (*path, name))
 
 
-def corrupted(card: Any, path: tuple, value: Any) -> Any:
+def corrupt(card: Any, path: tuple, value: Any) -> Any:
     changed = deepcopy(card)
     place = changed
     for name in path[:-1]:
@@ -187,7 +189,7 @@ def corrupted(card: Any, path: tuple, value: Any) -> Any:
 
 
 def cards(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Every field of a card, wrong in every way."""
+    """Replace each field of a model's card by each corruption."""
     for what, source, sign, share_of_source in (
         ("cards, edited", setting.scratch / "first", False, share),
         ("cards, edited and signed anew", setting.scratch / "first", True, share),
@@ -200,7 +202,7 @@ def cards(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
         for field in fields_of(card):
             for value in CORRUPTIONS.values():
                 if setting.rng.random() < share_of_source:
-                    changed = corrupted(card, field, value)
+                    changed = corrupt(card, field, value)
                     if changed == card:
                         continue
                     if sign and field != ("sha256",):
@@ -211,7 +213,7 @@ def cards(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a process of its own; its number."""
+    """Run a function in a forked process, and return the process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -222,8 +224,8 @@ def in_child(function: Callable[[], object]) -> int:
 
 
 def kills(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Saves over a model, and to a new directory, killed at a random moment."""
-    path = setting.fresh("killed")
+    """Kill a save at a random moment: over a model, and to a new directory."""
+    path = setting.fresh_copy("killed")
     start = time.monotonic()
     setting.models[1].save(path)
     seconds = time.monotonic() - start
@@ -236,7 +238,7 @@ def kills(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
         time.sleep(setting.rng.uniform(0, 1.1 * seconds))
         os.kill(pid, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
-            continue  # it was done
+            continue  # it had ended
         n_killed += 1
         outcome = setting.whole_outcome(to)
         if not is_new and outcome == "refused":
@@ -249,9 +251,9 @@ def kills(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def flips(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """One bit of one file."""
+    """Flip one bit of one file."""
     for _ in range(round(200 * share)):
-        path = setting.fresh("flipped")
+        path = setting.fresh_copy("flipped")
         file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name not in ("README.md", "notes.txt")])
         content = bytearray(file.read_bytes())
         content[setting.rng.integers(len(content))] ^= 1 << int(setting.rng.integers(8))
@@ -260,9 +262,9 @@ def flips(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def truncations(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """One file, cut."""
+    """Cut one file short."""
     for _ in range(round(30 * share)):
-        path = setting.fresh("cut")
+        path = setting.fresh_copy("cut")
         file = setting.rng.choice([f for f in sorted(path.iterdir()) if f.name not in ("README.md", "notes.txt")])
         content = file.read_bytes()
         file.write_bytes(content[: setting.rng.integers(len(content))])
@@ -270,8 +272,8 @@ def truncations(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def writers(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Two processes that save to one directory at once, while a third reads."""
-    path = setting.fresh("shared")
+    """Save to one directory by two processes at once, while a third reads."""
+    path = setting.fresh_copy("shared")
     for _ in range(round(30 * share)):
         pids = [in_child(lambda model=model: model.save(path)) for model in setting.models]  # type: ignore[misc]
         outcome = setting.whole_outcome(path)
@@ -283,7 +285,7 @@ def writers(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def full_disk(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Saves over a model on a disk that has too little room, a little less each time."""
+    """Save over a model on disks of increasing size, most of which have too little room."""
     size = sum(file.stat().st_size for file in (setting.scratch / "first").iterdir())
     disk = setting.scratch / "disk"
     disk.mkdir(exist_ok=True)
@@ -311,7 +313,7 @@ def full_disk(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def wrong_calls(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Wrong arguments of functions and commands."""
+    """Call functions and commands with wrong arguments."""
     with contextlib.chdir(setting.scratch):
         objects = setting.objects()
         yield from arguments.wrong_arguments(objects, setting.scratch, share, setting.rng)
@@ -319,7 +321,7 @@ def wrong_calls(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def wrong_objects(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Broken objects, and views."""
+    """Call functions with broken objects, and with views."""
     objects = setting.objects()
     yield from broken_objects.broken_objects(objects, setting.scratch, share, setting.rng)
     yield from broken_objects.views(objects, setting.rng)
@@ -352,12 +354,12 @@ def print_counts(counts: dict[str, Counter[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="Parts to run.")
-    parser.add_argument("--smoke", action="store_true", help="A tenth of the cases.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the random moments, bits and fields.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--smoke", action="store_true", help="a tenth of the cases")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments, bits and fields")
     options = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in background jobs of a shell
     mpl.use("agg")
     wrong: list[str] = []
     print(f"{'what':46} {'cases':>8}" + "".join(f"{kind:>8}" for kind in OUTCOMES))

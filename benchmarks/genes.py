@@ -1,11 +1,11 @@
-"""Cost, memory and accuracy over the number of genes.
+"""Time, memory and accuracy by the number of genes.
 
-    python benchmarks/genes.py                  # time and memory of 200, 2,000 and 18,000 simulated genes
+    python benchmarks/genes.py                  # time and memory with 200, 2,000 and 18,000 simulated genes
     python benchmarks/genes.py --accuracy       # her2st: the same 200 genes in panels of 200 and of 2,000
     python benchmarks/genes.py --smoke          # to see that it runs
 
-Each size runs in a process of its own, whose peak memory is given. Simulated expression has 24 programmes over all
-genes. Named data are found by ``--data`` or the environment variable HISTOVAR_DATA.
+Each size runs in a process of its own, whose peak memory is given. Simulated expression follows 24 programmes that all
+genes share. The environment variable HISTOVAR_DATA names the directory with her2st.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import resource
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from real_data import HER2ST, data_path
 
 import histovar as hv
 
@@ -53,7 +53,7 @@ def names(n: int) -> list[str]:
 
 
 def train(n_genes: int, n_training: int, scratch: Path) -> None:
-    """Train one epoch, predict, and print a line of JSON."""
+    """Train one epoch, save the model and print time and memory as a line of JSON."""
     adata = simulated(n_training, n_genes, 1)
     adata.var["histovar_panel"] = True
     quick: dict[str, Any] = {"max_epochs": 1, "enable_progress_bar": False}
@@ -66,7 +66,7 @@ def train(n_genes: int, n_training: int, scratch: Path) -> None:
 
 
 def predict(n_genes: int, n_spots: int, scratch: Path) -> None:
-    """Predict and print a line of JSON."""
+    """Predict and print time and memory as a line of JSON."""
     model = hv.TwoStageVARST.load(scratch / f"model_{n_genes}")
     query = simulated(n_spots, 1, 2)
     start = time.perf_counter()
@@ -76,46 +76,47 @@ def predict(n_genes: int, n_spots: int, scratch: Path) -> None:
     print(json.dumps({"genes": n_genes, "spots": n_spots, "prediction, ms a spot": 1e3 * seconds / n_spots, "GB": gb}))
 
 
-def accuracy(data: Path, section: str, smoke: bool) -> None:
-    """PCC of the same 200 genes, learnt alone and among 2,000."""
-    adata = ad.read_h5ad(data / "her2st" / "paired.h5ad")
+def accuracy(section: str, smoke: bool) -> None:
+    """Print the PCC of the same 200 genes, trained on alone and in a panel of 2,000."""
+    adata = ad.read_h5ad(data_path(HER2ST))
     training, query = (adata[(adata.obs["section"] == section) == held_out].copy() for held_out in (False, True))
     hv.pp.gene_panel(training, n_genes=200)
     genes = training.var_names[training.var["histovar_panel"]].tolist()
     for n_genes in (200, 2000):
-        some = training.copy()
+        subset = training.copy()
         if n_genes > 200:
-            hv.pp.gene_panel(some, n_genes=n_genes)
-            further = some.var_names[some.var["histovar_panel"]].tolist()
+            hv.pp.gene_panel(subset, n_genes=n_genes)
+            further = subset.var_names[subset.var["histovar_panel"]].tolist()
             panel = (genes + [g for g in further if g not in set(genes)])[:n_genes]
-            some.var["histovar_panel"] = some.var_names.isin(panel)
+            subset.var["histovar_panel"] = subset.var_names.isin(panel)
         quick: dict[str, Any] = {"max_epochs": 1} if smoke else {}
         start = time.perf_counter()
         model = hv.tl.train(
-            some,
+            subset,
             use_rep=["X_squeezenet", "X_squeezenet_wide"],
             library_key="section",
             enable_progress_bar=False,
             **quick,
         )
         seconds = time.perf_counter() - start
-        made = hv.tl.predict(query, model, copy=True)
-        pcc = hv.tl.evaluate(made).loc[genes, "pearson"].mean()
+        predicted = hv.tl.predict(query, model, copy=True)
+        pcc = hv.tl.evaluate(predicted).loc[genes, "pearson"].mean()
         print(f"{section}, panel of {n_genes}: PCC of the 200 genes {pcc:.4f}, training {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
     """Run every size in a process of its own and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--genes", nargs="+", type=int, default=[200, 2000, 18000])
-    parser.add_argument("--spots", type=int, default=4000)
-    parser.add_argument("--training-spots", type=int, default=512)
-    parser.add_argument("--accuracy", action="store_true")
-    parser.add_argument("--sections", nargs="+", default=["C2", "C3", "C4", "C5"])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
+    parser.add_argument("--genes", nargs="+", type=int, default=[200, 2000, 18000], help="sizes of the panel")
+    parser.add_argument("--spots", type=int, default=4000, help="spots to predict")
+    parser.add_argument("--training-spots", type=int, default=512, help="spots to train on")
+    parser.add_argument("--accuracy", action="store_true", help="accuracy on her2st instead of time and memory")
+    parser.add_argument(
+        "--sections", nargs="+", default=["C2", "C3", "C4", "C5"], help="held-out sections of --accuracy"
+    )
     parser.add_argument("--part", choices=["train", "predict"], help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, default=Path("genes_output"), help="where models are written")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--scratch", type=Path, default=Path("genes_output"), help="directory for models")
+    parser.add_argument("--smoke", action="store_true", help="50 genes, 100 spots")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -123,7 +124,7 @@ def main() -> None:
         arguments.genes, arguments.spots, arguments.training_spots = [50], 100, 100
     if arguments.accuracy:
         for section in arguments.sections:
-            accuracy(arguments.data, section, arguments.smoke)
+            accuracy(section, arguments.smoke)
         return
     if arguments.part == "train":
         train(arguments.genes[0], arguments.training_spots, arguments.scratch)

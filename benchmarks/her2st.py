@@ -1,11 +1,14 @@
-"""Stage 1 and stage 2 on her2st, with default settings.
+"""Scores of stage 1 and stage 2 on her2st, with default settings.
 
-Stage 1: `expression_only.h5ad`, one patient held out, 200 genes chosen on the others; reconstruction of the held-out
-patient and use of the codebook. Stage 2: sections C2, C3, C4 train, C5 is predicted; scores, time, how far bf16 is from
-fp32, and the map of three of the best genes. The data are found by `--data` or the environment variable HISTOVAR_DATA.
+- Stage 1 is trained on all patients but one (``expression_only.h5ad``), with 200 genes chosen on them: reconstruction
+  of the held-out patient, and how many codes are in use.
+- Stage 2 is trained on sections C2, C3 and C4, and predicts C5: scores, time, and how far predictions in bf16 are from
+  those in fp32. ``--picture`` draws maps of the three best genes.
+
+The environment variable HISTOVAR_DATA names the directory with the data.
 
     python benchmarks/her2st.py                 # both tables
-    python benchmarks/her2st.py --smoke         # a few minutes: fewer spots and epochs, to see that it runs
+    python benchmarks/her2st.py --smoke         # a few minutes, to see that it runs: fewer spots and epochs
     python benchmarks/her2st.py --reference     # also one step of each stage of the reference configuration
 """
 
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import resource
 import time
 from pathlib import Path
@@ -23,15 +25,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from real_data import HER2ST, data_path
 
 import histovar as hv
 
 REPS = ["X_squeezenet", "X_squeezenet_wide"]
 
 
-def stage1(data: Path, held_out: str, smoke: bool) -> pd.DataFrame:
+def stage1(held_out: str, smoke: bool) -> pd.DataFrame:
     """Reconstruction of a patient that stage 1 has not seen."""
-    adata = ad.read_h5ad(data / "expression_only.h5ad")
+    adata = ad.read_h5ad(data_path("her2st/expression_only.h5ad"))
     if smoke:
         kept = adata.obs["section"].isin(["A1", "B1", "C1", "C2"])
         adata = adata[kept & (np.arange(adata.n_obs) % 2 == 0).tolist()].copy()
@@ -61,9 +64,9 @@ def stage1(data: Path, held_out: str, smoke: bool) -> pd.DataFrame:
     ).T
 
 
-def stage2(data: Path, held_out: str, smoke: bool, picture: Path | None) -> pd.DataFrame:
-    """The main job."""
-    adata = ad.read_h5ad(data / "paired.h5ad")
+def stage2(held_out: str, smoke: bool, picture: Path | None) -> pd.DataFrame:
+    """Scores of a section that stage 2 has not seen, time, and the difference between bf16 and fp32."""
+    adata = ad.read_h5ad(data_path(HER2ST))
     training = adata[adata.obs["section"] != held_out].copy()
     query = adata[adata.obs["section"] == held_out].copy()
     options: dict[str, Any] = {"max_epochs": 1} if smoke else {}
@@ -80,14 +83,14 @@ def stage2(data: Path, held_out: str, smoke: bool, picture: Path | None) -> pd.D
     if picture is not None:
         hv.pl.spatial(query, scores["pearson"].nlargest(3).index.tolist(), section=held_out, save=picture)
     summary = query.uns["histovar"]["evaluation"].loc[held_out]
-    model.var_stage.head.gate.fill_(1)  # where it is shut, means are the prior's in any precision
-    made = [hv.tl.predict(query, model, precision=precision, copy=True) for precision in ("fp32", "bf16")]
-    full, half = (hv.get.prediction(one).X for one in made)
+    model.var_stage.head.gate.fill_(1)  # with the gate shut, means would be the prior's, which is fp32 in both
+    predictions = [hv.tl.predict(query, model, precision=precision, copy=True) for precision in ("fp32", "bf16")]
+    full, half = (hv.get.prediction(one).X for one in predictions)
     others = pd.Series(
         {
             "training, s": trained - begin,
             "prediction, s": predicted - trained,
-            "bf16 apart from fp32, s.d. of genes": float(
+            "difference of bf16 from fp32, s.d. of genes": float(
                 np.abs((half - full) / model.stage1.scales.std.numpy()).mean()
             ),
         }
@@ -95,9 +98,9 @@ def stage2(data: Path, held_out: str, smoke: bool, picture: Path | None) -> pd.D
     return pd.concat([summary, others]).to_frame(f"stage 2, section {held_out} held out")
 
 
-def reference(data: Path) -> pd.DataFrame:
-    """One training step of each stage of the 85,484,996 parameters, and 4 spots predicted end to end."""
-    adata = ad.read_h5ad(data / "paired.h5ad")
+def reference() -> pd.DataFrame:
+    """Train each stage of the reference configuration for one step, and predict 4 spots."""
+    adata = ad.read_h5ad(data_path(HER2ST))
     training = adata[adata.obs["section"] == "C2"][:40].copy()
     hv.pp.gene_panel(training, n_genes=200)
     config = hv.ModelConfig.reference()
@@ -119,27 +122,22 @@ def reference(data: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
-    parser.add_argument("--smoke", action="store_true", help="fewer spots and epochs")
-    parser.add_argument("--reference", action="store_true", help="also the reference configuration")
-    parser.add_argument("--patient", default="C", help="patient that stage 1 does not see")
-    parser.add_argument("--section", default="C5", help="section that stage 2 does not see")
-    parser.add_argument("--picture", type=Path, help="file for the map")
+    parser.add_argument("--smoke", action="store_true", help="fewer spots, one epoch")
+    parser.add_argument("--reference", action="store_true", help="also train the reference configuration for one step")
+    parser.add_argument("--patient", default="C", help="patient held out of stage 1")
+    parser.add_argument("--section", default="C5", help="section held out of stage 2")
+    parser.add_argument("--picture", type=Path, help="image file for the maps")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("histovar").setLevel(logging.INFO)
-    data = arguments.data / "her2st"
-    if not (data / "paired.h5ad").is_file():
-        print(f"no her2st data in {arguments.data}: nothing measured; set HISTOVAR_DATA or --data")
-        return
     tables = [
-        stage1(data, arguments.patient, arguments.smoke),
-        stage2(data, arguments.section, arguments.smoke, arguments.picture),
+        stage1(arguments.patient, arguments.smoke),
+        stage2(arguments.section, arguments.smoke, arguments.picture),
     ]
     if arguments.reference:
-        tables.append(reference(data))
+        tables.append(reference())
     for table in tables:
         print(f"\n{table.to_string(float_format=lambda v: f'{v:.4g}')}")
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")

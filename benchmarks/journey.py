@@ -1,26 +1,24 @@
-"""From a slide to a map: tiles of a slide against measured spots, and what each step takes.
+"""Accuracy at tiles of a slide compared with measured spots, and time and memory of each step from slide to map.
 
-    python benchmarks/journey.py --out DIR   # her2st: C2, C4 and C5 train, the slide of C3 is predicted
+    python benchmarks/journey.py --out DIR   # train on C2, C4 and C5 of her2st, predict the slide of C3
     python benchmarks/journey.py --smoke     # to see that it runs: simulated sections, a small image, a toy encoder
 
-``HISTOVAR_DATA`` names the directory with the data. Of C3 there are 180 measured spots, 200 um apart; 93 um give a
-thousand tiles. ``--out`` keeps the model and the embedded spots for the next run, whose times and memory then are those
-of a process that has not trained.
+The environment variable HISTOVAR_DATA names the directory with the data. C3 has 180 measured spots, 200 um apart; a
+spacing of 93 um gives a thousand tiles. ``--out`` keeps the model and the embedded spots for the next run, whose times
+and memory are then those of a process that has not trained.
 
-Predictions of tiles are brought to the spots by linear interpolation between the three tiles around each (Delaunay);
-a spot outside of all such triangles takes the nearest tile's. They and predictions from the H&E around the spots
-themselves are scored against the measured spots by the package's metrics.
+Predictions for tiles are interpolated linearly at the spots, between the three tiles around each (Delaunay
+triangulation); a spot outside of the triangles takes the nearest tile's. They are scored against measured expression,
+as are predictions from the H&E around the spots themselves.
 
-Steps are the calls behind ``histovar tile | embed | predict | report | export``, when libraries and model are loaded.
-Seconds are those of the clock and of the processor, which differ where other work runs beside. Memory is the peak of
-the process during the step; what is in use in any case, libraries and model, is in the first line. It is measured on
-Linux alone.
+Steps are the calls behind ``histovar tile | embed | predict | report | export``, with libraries and model already
+loaded. Seconds are wall-clock and processor time, which differ if other work runs on the machine. Memory is the
+process's peak during the step, on Linux only; the first row is what libraries and model take.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +35,7 @@ import torch
 from compare import NAMED
 from numpy.typing import NDArray
 from PIL import Image
+from real_data import data_path
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 from torch import nn
 
@@ -51,7 +50,7 @@ FIELDS_UM = (112, 224)
 
 @dataclass
 class Case:
-    """Sections with measured spots and H&E, one of them held out, of which there is a slide."""
+    """Sections with measured spots and H&E, one of which is held out and has a slide."""
 
     adata: ad.AnnData
     images: dict[str, Path]
@@ -82,14 +81,15 @@ class Case:
         )
 
 
-def her2st(data: Path) -> Case:
+def her2st() -> Case:
     """Patient C of her2st, by DINOv2."""
     named = NAMED["her2st"]
-    adata = ad.read_h5ad(data / named.file)
-    images = {s: next((data / "her2st/raw/data/ST-imgs/C" / s).glob("*.jpg")) for s in adata.obs["section"].unique()}
-    weights = data / "encoders" / "dinov2_vits14.safetensors"
+    adata = ad.read_h5ad(data_path(named.file))
+    folder = data_path("her2st/raw/data/ST-imgs/C")
+    images = {section: next((folder / section).glob("*.jpg")) for section in adata.obs["section"].unique()}
+    weights = data_path("encoders/dinov2_vits14.safetensors")
     panel = {"n_genes": 200, "min_fraction": named.min_fraction}
-    slide = data / "slides" / "her2st_C3.tif"
+    slide = data_path("slides/her2st_C3.tif")
     return Case(adata, images, HELD_OUT, slide, MPP, hv.encoders.get("dinov2_vits14"), weights, SPACINGS_UM, panel, {})
 
 
@@ -103,7 +103,7 @@ class Colours(nn.Module):
 
 
 def simulated(folder: Path) -> Case:
-    """Three small sections, a pixel of whose images is a micron."""
+    """Three small sections with images of 1 um a pixel."""
     adata = hv.datasets.simulate(3, 60, 30)
     images = {}
     for section, entry in adata.uns["spatial"].items():
@@ -120,7 +120,7 @@ def simulated(folder: Path) -> Case:
 
 
 def prepare(case: Case, folder: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
-    """The model of the other sections, and the held-out spots, predicted and scored; both are kept in the folder."""
+    """Train on the other sections, predict and score the held-out spots; keep model and spots in the folder."""
     spots_file, model_folder = folder / "spots.h5ad", folder / "model"
     if not spots_file.is_file():
         adata = case.adata
@@ -139,15 +139,15 @@ def prepare(case: Case, folder: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
 
 
 def peak_gb() -> float:
-    """Peak memory of the process since :func:`forget_peak`; NaN where Linux does not tell."""
+    """Peak memory of the process since :func:`reset_peak`, in GB; NaN if the system does not tell."""
     with suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
     return float("nan")
 
 
-def forget_peak() -> None:
-    """Count peak memory from what is in use now."""
+def reset_peak() -> None:
+    """Reset the process's peak memory to what is in use now."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -156,12 +156,12 @@ class Steps:
     """Seconds and peak memory of one step after another."""
 
     def __init__(self) -> None:
-        forget_peak()
+        reset_peak()
         self.rows: list[dict[str, Any]] = [{"step": "before", "GB": peak_gb()}]
 
     def run(self, step: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call a function, and note what it took."""
-        forget_peak()
+        """Call a function, and record its time and memory."""
+        reset_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         result = function(*arguments, **options)
         took = {"seconds": time.perf_counter() - wall, "processor, s": time.process_time() - cpu, "GB": peak_gb()}
@@ -175,7 +175,7 @@ class Steps:
 
 
 def journey(case: Case, model: hv.TwoStageVARST, spacing_um: float, folder: Path) -> tuple[ad.AnnData, pd.DataFrame]:
-    """From the slide to the map and to other programs: the predicted tiles, and what each step took."""
+    """Tile, embed, predict and export a slide; return the predicted tiles, and time and memory of each step."""
     steps = Steps()
     tiles = steps.run("tile", hv.pp.tile, case.slide, spacing_um=spacing_um, mpp=case.mpp, section=case.held_out)
     steps.run("embed", case.embed, tiles)
@@ -192,7 +192,7 @@ def journey(case: Case, model: hv.TwoStageVARST, spacing_um: float, folder: Path
 
 
 def at_spots(tiles: ad.AnnData, spots: ad.AnnData) -> tuple[NDArray[np.floating], int]:
-    """Predictions of tiles at the spots, and how many spots lie outside of the triangles between tiles."""
+    """Predictions for tiles interpolated at the spots, and the number of spots outside of the triangles."""
     values, place = hv.get.prediction(tiles).X, spots.obsm["spatial"]
     linear = LinearNDInterpolator(tiles.obsm["spatial"], values)(place)
     outside = np.isnan(linear).any(1)
@@ -201,7 +201,7 @@ def at_spots(tiles: ad.AnnData, spots: ad.AnnData) -> tuple[NDArray[np.floating]
 
 
 def agreement(tiles_by_spacing: dict[float, ad.AnnData], spots: ad.AnnData) -> pd.DataFrame:
-    """Scores at the measured spots of what was predicted at them, and at tiles of each spacing."""
+    """Scores at the measured spots: of predictions at the spots, and at tiles of each spacing."""
     predicted = hv.get.prediction(spots)
     genes = predicted.var_names.tolist()
     measured = spots[:, genes].layers["lognorm"].toarray()
@@ -213,7 +213,9 @@ def agreement(tiles_by_spacing: dict[float, ad.AnnData], spots: ad.AnnData) -> p
         main = "PCC-200" if "PCC-200" in scores else "PCC-all"
         alike = float(np.nanmean(hv.metrics.pearson(values, predicted.X)))
         kept = {main: scores[main], "PCC-50": scores.get("PCC-50", np.nan), "MSE": scores["MSE"]}
-        rows.append({"predicted at": name, **kept, "r with the spots' prediction": alike, "spots outside": outside})
+        rows.append(
+            {"predicted at": name, **kept, "correlation with prediction at spots": alike, "spots outside": outside}
+        )
     table = pd.DataFrame(rows).set_index("predicted at")
     table.insert(1, "difference", table.iloc[:, 0] - table.iloc[0, 0])
     return table
@@ -222,17 +224,15 @@ def agreement(tiles_by_spacing: dict[float, ad.AnnData], spots: ad.AnnData) -> p
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="keep what is made here, and use what is here")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument(
+        "--out", type=Path, help="directory to keep model, spots and outputs in, and to reuse them from"
+    )
+    parser.add_argument("--smoke", action="store_true", help="simulated sections, a small image, a toy encoder")
     arguments = parser.parse_args()
-    data = Path(os.environ.get("HISTOVAR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-    if not arguments.smoke and not (data / NAMED["her2st"].file).is_file():
-        print(f"no data in {data}; set HISTOVAR_DATA")
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.out or Path(temporary)) / ("smoke" if arguments.smoke else "her2st")
         folder.mkdir(parents=True, exist_ok=True)
-        case = simulated(folder) if arguments.smoke else her2st(data)
+        case = simulated(folder) if arguments.smoke else her2st()
         model, spots = prepare(case, folder)
         tiles = {}
         for spacing_um in case.spacings_um:

@@ -1,28 +1,30 @@
-"""The page "How good is it?" of the documentation, from the results of compare.py.
+"""Write the page "How good is it?" of the documentation from the results of compare.py.
 
-    python benchmarks/compare.py her2st --out docs/_static/results     # and mob, --shallow, --curve
-    python benchmarks/report.py                                        # tables, and figures of the held-out mouse
+    python benchmarks/compare.py her2st --out docs/_static/results     # likewise mob, --shallow, --curve, ...
+    python benchmarks/report.py                                        # the page, with maps of the held-out mouse
 
-Numbers and figures come from the results in ``--results``; the calibration plot and the maps from a model trained here
-on one mouse of the olfactory bulb set and applied to the other (`--no-figures` leaves those as they are).
+Tables and bar charts come from the CSV files in ``--results``. The calibration plot and the maps are of one mouse of
+the olfactory bulb set, predicted by a model that is trained here on the other; ``--no-figures`` leaves them as they
+are. The environment variable HISTOVAR_DATA names the directory with the olfactory bulb set.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import anndata as ad
 import pandas as pd
 from compare import NOISE, OURS, SCORES, TRAINING, interval, plot, with_one_full_size
+from real_data import MOB, data_path
 
 import histovar as hv
 
 DIRECTIONS = hv.metrics.describe()["direction"]
 MAIN = ["PCC-50", "PCC-200", "PCC-partial", "Spearman", "R2", "MSE", "CRPS", "coverage 90"]
-DISTRIBUTION = ["coverage 90 top tenth", *(name for name in SCORES if name.endswith(" given depth"))]
-# Of expected expression and of draws.
+COVERAGE = ["coverage 90", "coverage 90 top tenth"]
+GIVEN_DEPTH = [name.removesuffix(" given depth") for name in SCORES if name.endswith(" given depth")]
+# Scores of expected expression and of draws.
 STRUCTURE = [name.removesuffix(" of draws") for name in SCORES if name.endswith(" of draws")]
 ARROWS = {"higher is better": " ↑", "lower is better": " ↓"}
 BOUNDS = ["noise ceiling", "depth oracle", TRAINING, NOISE]
@@ -42,19 +44,22 @@ maps. All methods get the same training spots, the same 200 most variable genes 
   counts. The **depth oracle** knows each spot's total count and nothing else.
 - Methods **per section** standardise embeddings within sections; **HEST recipe** is the ridge regression of
   {cite:t}`jaume2024`.
+- The noise ceiling and the depth oracle see the held-out counts; the methods do not.
 - Settings were chosen on sections inside the training data. Training times are upper bounds, as runs shared the cores.
+- *Expected expression* is a method's prediction; *draws* are samples of its predicted distribution: joint ones of
+  histovar, independent ones for each gene of the other methods.
 """
 TEXTS = {
     "her2st_table": (
         "## Another section of the same patient",
         "her2st {cite:p}`andersson2021`, sections C2 to C5 of one patient, 732 spots; each is left out in turn. "
-        "MFBP and VAR_ST were written for this comparison from a short description; at this size VAR_ST learns next to "
-        "nothing from so few spots, which says little about the original.",
+        "MFBP and VAR_ST were reimplemented for this comparison from short descriptions; at this size VAR_ST learns "
+        "next to nothing from so few spots, which says little about the original.",
     ),
     "her2st_table_log_counts": (
-        "## The same in raw log counts",
+        "## Another section of the same patient, in raw log counts",
         "As above, scored on log1p of the counts themselves, where depth is part of what is predicted. histovar is the "
-        "same model, which learnt from counts; other methods are trained again on log1p of the counts.",
+        "same model, as it learns from counts; other methods are trained again on log1p of the counts.",
     ),
     "her2st_dinov2_table": (
         "## Another section of the same patient, with DINOv2",
@@ -62,7 +67,7 @@ TEXTS = {
         "of the spot and of a wider field.",
     ),
     "her2st_dinov2_table_log_counts": (
-        "## The same in raw log counts, with DINOv2",
+        "## Another section of the same patient, in raw log counts, with DINOv2",
         "histovar is the same model; other methods are trained again on log1p of the counts.",
     ),
     "mob_table": (
@@ -71,55 +76,56 @@ TEXTS = {
         "turn.",
     ),
     "mob_table_log_counts": (
-        "## Another individual in raw log counts",
-        "As above, scored on log1p of the counts: histovar is the same model; other methods are trained again.",
+        "## Another individual, in raw log counts",
+        "As above, scored on log1p of the counts. histovar is the same model; other methods are trained again.",
     ),
     "mob_dinov2_table": (
         "## Another individual, with DINOv2",
         "The same mice with embeddings of DINOv2 ViT-S/14 (patch tokens after blocks 5 and 8) of 224 um fields.",
     ),
     "mob_dinov2_table_log_counts": (
-        "## Another individual in raw log counts, with DINOv2",
+        "## Another individual, in raw log counts, with DINOv2",
         "histovar is the same model; other methods are trained again on log1p of the counts.",
     ),
     "her2st_shallow": (
-        "## A shallow section from elsewhere",
-        "A stand-in for another patient: the held-out section's counts are thinned to a median of 650, and its "
-        "embeddings shifted by random amounts of one standard deviation. *Given depth*, every spot's total count is "
-        "known.",
+        "## A shallow section with another stain",
+        "An imitation of another patient: the held-out section's counts are thinned to a median of 650 a spot, and "
+        "each column of its embeddings is shifted by a random amount with that column's standard deviation.",
     ),
     "her2st_shallow_log_counts": (
-        "## A shallow section from elsewhere, in raw log counts",
-        "As above: histovar is the same model; other methods are trained again on log1p of the counts.",
+        "## A shallow section with another stain, in raw log counts",
+        "As above. histovar is the same model; other methods are trained again on log1p of the counts.",
     ),
     "her2st_pairs": (
         "## Two training sections",
-        "her2st, trained on every pair of the four sections, scored on the other two.",
+        "her2st: methods are trained on each pair of the four sections and scored on the other two.",
     ),
     "mob_pairs": (
         "## Two training sections, mouse olfactory bulb",
-        "Trained on every pair of the four sections, of one mouse or of both, scored on the other two.",
+        "Methods are trained on each pair of the four sections, of one mouse or of both, and scored on the other two.",
     ),
     "her2st_curve": (
         "## Few training spots",
-        "her2st, each section left out in turn, by the number of training spots, which are drawn at random from the "
-        "other sections; neighbours are taken among the spots drawn.",
+        "her2st, each section left out in turn. Training spots are drawn at random from the other sections, and "
+        "neighbours are taken among the spots drawn.",
     ),
     "simulated_curve": (
         "## Many training spots",
-        "Simulated sections (`hv.datasets.simulate`), one held out. Measured before histovar learnt from counts.",
+        "Simulated sections (`hv.datasets.simulate`), one held out. Measured with an earlier version, which learnt "
+        "log-normalised values rather than counts.",
     ),
     "her2st_ablations": (
-        "## What each part does",
-        "histovar with one thing changed, her2st, section C2 held out; and the reference configuration cut to what "
-        "two CPU cores train (one layer, 256 codes, scale order). One seed: compare differences with those of seeds, "
-        "above. Measured before histovar learnt from counts.",
+        "## Ablations: what each part contributes",
+        "histovar with one part left out or changed, on her2st with section C2 held out; and the reference "
+        "configuration cut to what two CPU cores can train (one layer, 256 codes, scale order). With one seed, so "
+        "compare differences with those between seeds, above. Measured with an earlier version, which learnt "
+        "log-normalised values rather than counts.",
     ),
 }
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, three digits."""
+    """Format a table as Markdown, with three decimals."""
     lines = [" | ".join(["", *table.index.names, *table.columns, ""]).strip()]
     lines.append("|" + "---|" * (len(table.index.names) + table.shape[1]))
     for label, row in table.iterrows():
@@ -132,12 +138,12 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def heading(score: str) -> str:
-    """A score's name with an arrow to where it is better."""
+    """A score's name with an arrow in the direction that is better."""
     return score + ARROWS.get(DIRECTIONS.get(score, ""), "")
 
 
 def mean_and_draws(means: pd.DataFrame) -> pd.DataFrame:
-    """Scores of structure, of expected expression and of draws in one cell."""
+    """Scores of variances, co-expression and patterns, of expected expression and of draws in one cell."""
     cells = {}
     for score in (s for s in STRUCTURE if s in means):
         of_draws = means.get(f"{score} of draws", pd.Series(float("nan"), means.index))
@@ -147,7 +153,7 @@ def mean_and_draws(means: pd.DataFrame) -> pd.DataFrame:
 
 
 def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
-    """One part of the page."""
+    """Write a part of the page: text, tables and figure of one file of results."""
     title, text = TEXTS[name]
     rows = with_one_full_size(rows)
     keys = ["spots", "method"] if "spots" in rows else ["method"]
@@ -162,17 +168,29 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
         shown.insert(0, f"{main}, 95 %", by_group.apply(interval))
     parts = [title, text, markdown(shown)]
     if "spots" not in rows:
-        distribution = means[[c for c in DISTRIBUTION if c in numbers]].dropna(how="all").rename(columns=heading)
         structure = mean_and_draws(means.loc[means[[c for c in STRUCTURE if c in numbers]].notna().any(axis=1)])
-        if distribution.shape[1]:
-            parts += ["The predicted distribution:", markdown(distribution)]
+        coverage = means[[c for c in COVERAGE if c in numbers]].dropna(how="any")
+        if coverage.shape[1] == len(COVERAGE):
+            parts += [
+                "Coverage of 90 % intervals, of all spots and of a gene's tenth with the highest prediction:",
+                markdown(coverage),
+            ]
+        given = [score for score in GIVEN_DEPTH if f"{score} given depth" in numbers]
+        if given:
+            both = {"as predicted": given, "given depth": [f"{score} given depth" for score in given]}
+            table = pd.DataFrame({name: means.loc[OURS, names].to_numpy() for name, names in both.items()})
+            table.index = pd.Index(map(heading, given), name="score of histovar")
+            parts += ["histovar, as predicted and if each spot's total count is given:", markdown(table)]
         if structure.shape[1]:
-            parts += ["Variances, co-expression and patterns, of expected expression / of draws:", markdown(structure)]
+            parts += [
+                "Variances, co-expression and spatial patterns, of expected expression / of draws:",
+                markdown(structure),
+            ]
     if "spots" in rows and len(groups) > 1:
         fewest = rows[rows["spots"] == rows["spots"].min()]
         for score in (s for s in (main, "PCC-partial") if s in numbers):
             parts += [
-                f"{score} of every held-out group, with {fewest['spots'].iloc[0]:g} spots:",
+                f"{score} by held-out group, with {fewest['spots'].iloc[0]:g} spots:",
                 markdown(fewest.pivot_table(score, "method", "held out", sort=False)),
             ]
     if "spots" not in rows and len(groups) > 1:
@@ -180,7 +198,7 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             by_group = rows.groupby(["method", "held out"], sort=False)[score].mean().unstack()
             by_group = by_group.dropna(how="all").dropna(how="all", axis="columns")
             parts += [
-                f"{score} of every held-out group:",
+                f"{score} by held-out group:",
                 markdown(by_group.loc[[m for m in means.index if m in by_group.index]]),
             ]
             if OURS not in by_group.index or score not in (main, "PCC-partial"):
@@ -188,10 +206,10 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
             rivals = by_group.drop(index=[OURS, *BOUNDS], errors="ignore")
             behind = [g for g in by_group if by_group.loc[OURS, g] < rivals[g].max()]
             if behind:
-                best = ", ".join(f"{g} ({rivals[g].idxmax()} {rivals[g].max():.3f})" for g in behind)
-                parts.append(f"histovar is **not** the best on {best}.")
+                best = ", ".join(f"{g} ({rivals[g].idxmax()}: {rivals[g].max():.3f})" for g in behind)
+                parts.append(f"histovar does **not** have the highest score on {best}.")
             else:
-                parts.append("histovar is the best of the methods, which see no counts, on each of them.")
+                parts.append("histovar has the highest score of the methods in each group.")
     ours = rows[rows["method"] == OURS]
     if "spots" not in rows and ours["seed"].nunique() > 1:
         for method in (OURS, "MLP"):
@@ -209,13 +227,12 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
         floor, noise = (rows.loc[rows["method"] == m, "correlation error"].mean() for m in (TRAINING, NOISE))
         if pd.notna(floor):
             parts.append(
-                f"Co-expression measured in the training sections itself has an error of {floor:.3f} on the held-out "
-                "ones."
+                f"The co-expression measured in the training sections has an error of {floor:.3f} on the held-out ones."
             )
         if pd.notna(noise):
             parts.append(
-                f"The true co-expression would have an error of about {noise:.3f}, as so few spots measure it no "
-                "better (half of the difference between random halves of the spots)."
+                f"Even the true co-expression would have an error of about {noise:.3f}, as so few spots do not measure "
+                "it better (half of the difference between random halves of the spots)."
             )
     seconds = rows.groupby("method")["training, s"].mean() if "training, s" in rows else None
     if seconds is not None and OURS in seconds and "spots" not in rows:
@@ -228,9 +245,9 @@ def section(name: str, rows: pd.DataFrame, figures: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def train_on_one_mouse(data: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
-    """A model of one mouse, and the sections of the other."""
-    adata = ad.read_h5ad(data / "mob.h5ad")
+def train_on_one_mouse() -> tuple[hv.TwoStageVARST, ad.AnnData]:
+    """Train a model on one mouse; return it, and the sections of the other."""
+    adata = ad.read_h5ad(data_path(MOB))
     held_out = adata.obs["animal"].astype(str) == sorted(adata.obs["animal"].astype(str).unique())[1]
     train, query = adata[~held_out].copy(), adata[held_out].copy()
     hv.pp.gene_panel(train, n_genes=200, min_fraction=0.2)
@@ -239,7 +256,7 @@ def train_on_one_mouse(data: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
 
 
 def draw_other_mouse(model: hv.TwoStageVARST, query: ad.AnnData, figures: Path) -> None:
-    """Predict the other mouse; draw calibration and the maps of its two best genes."""
+    """Predict the other mouse, and draw its calibration and the maps of its two best genes."""
     hv.tl.predict(query, model, quantiles=[0.005 + 0.01 * i for i in range(100)])
     scores = hv.tl.evaluate(query)
     hv.pl.calibration(query, save=figures / "mob_calibration.png")
@@ -251,21 +268,23 @@ def draw_other_mouse(model: hv.TwoStageVARST, query: ad.AnnData, figures: Path) 
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
-    parser.add_argument("--results", type=Path, default=Path("docs/_static/results"))
-    parser.add_argument("--page", type=Path, default=Path("docs/how_good.md"))
-    parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/_static/results"), help="directory of CSV files and figures"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/how_good.md"), help="file to write")
+    parser.add_argument("--no-figures", action="store_true", help="do not draw calibration and maps")
     arguments = parser.parse_args()
     if not arguments.no_figures:
-        draw_other_mouse(*train_on_one_mouse(arguments.data), arguments.results)
+        draw_other_mouse(*train_on_one_mouse(), arguments.results)
     parts = [HEAD]
     for name in TEXTS:
         if (arguments.results / f"{name}.csv").is_file():
             parts.append(section(name, pd.read_csv(arguments.results / f"{name}.csv"), arguments.results))
     if (arguments.results / "mob_map.png").is_file():
         parts.append(
-            "## Uncertainty and maps\n\nA model trained on one mouse and applied to the other, with the intervals that "
-            "`tl.train` calibrated on the training sections.\n\n![Calibration](_static/results/mob_calibration.png)\n\n"
+            "## Calibration and maps of another individual\n\nA model trained on one mouse and applied to the other, "
+            "with the intervals that `tl.train` calibrated on the training sections.\n\n"
+            "![Calibration](_static/results/mob_calibration.png)\n\n"
             "![Measured, predicted and standard deviation of the two best genes](_static/results/mob_map.png)\n"
         )
     arguments.page.write_text("\n".join(parts))

@@ -1,10 +1,10 @@
-"""How large a report is, and how long a browser takes to open it.
+"""Size of a report, and the time that a browser takes to open it.
 
     python benchmarks/report_size.py [--spots 4000] [--genes 200] [--smoke]
 
-A small model, trained on simulated sections, predicts one of so many spots, with measured expression and an H&E of
-2,000 pixels a side, and the report of it is written. Opening is timed in Chromium without a network, from the request
-to the moment at which the first map is drawn: the median of five times. Without a browser the size alone is printed.
+A small model predicts a simulated section with measured expression and an H&E image of 2,000 pixels a side, of which a
+report is written. Opening is timed in Chromium without a network, from the request until the first map is drawn: the
+median of five runs. Without a browser, only the size is printed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 
 import histovar as hv
 
-# Milliseconds after which a page is given up.
-PATIENCE = 180_000
+# Longest time to wait for a page, in milliseconds.
+TIMEOUT = 180_000
 IMAGE_SIDE, TIMES = 2000, 5
 DRAWN = "window.Bokeh && Bokeh.documents.length && Bokeh.documents[0].is_idle"
 
 
 def prediction(n_spots: int, n_genes: int) -> tuple[ad.AnnData, hv.TwoStageVARST]:
-    """A predicted section, and the model."""
+    """A predicted section and its model."""
     training = hv.datasets.simulate(2, 100, n_genes, embedding_dim=32)
     query = hv.datasets.simulate(1, n_spots, n_genes, embedding_dim=32)
     config = hv.ModelConfig.default(
@@ -40,7 +40,7 @@ def prediction(n_spots: int, n_genes: int) -> tuple[ad.AnnData, hv.TwoStageVARST
     image = query.uns["spatial"]["S1"]
     pixels = np.asarray(image["images"]["hires"])
     rows = np.linspace(0, len(pixels) - 1, IMAGE_SIDE).astype(int)
-    # Grain like that of tissue, which JPEG cannot leave out.
+    # Grain like that of tissue, which JPEG does not compress away.
     grain = np.random.default_rng(0).normal(0, 12, (IMAGE_SIDE, IMAGE_SIDE, 1))
     image["images"]["hires"] = np.clip(pixels[np.ix_(rows, rows)] + grain, 0, 255).astype(np.uint8)
     image["scalefactors"]["tissue_hires_scalef"] *= IMAGE_SIDE / len(pixels)
@@ -48,7 +48,7 @@ def prediction(n_spots: int, n_genes: int) -> tuple[ad.AnnData, hv.TwoStageVARST
 
 
 def seconds_to_open(path: Path) -> list[float]:
-    """Seconds until the map is drawn, several times; empty without a browser."""
+    """Seconds until the map is drawn, of several runs; empty without a browser."""
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
@@ -61,7 +61,7 @@ def seconds_to_open(path: Path) -> list[float]:
         browser = playwright.chromium.launch(executable_path=browser_path)
         for _ in range(TIMES):
             page = browser.new_context(offline=True).new_page()
-            page.set_default_timeout(PATIENCE)
+            page.set_default_timeout(TIMEOUT)
             begin = time.monotonic()
             page.goto(path.as_uri())
             page.wait_for_function(DRAWN)
@@ -73,9 +73,9 @@ def seconds_to_open(path: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spots", type=int, default=4000)
-    parser.add_argument("--genes", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="keep the report here")
+    parser.add_argument("--spots", type=int, default=4000, help="spots of the section")
+    parser.add_argument("--genes", type=int, default=200, help="genes of the panel")
+    parser.add_argument("--out", type=Path, help="file for the report")
     parser.add_argument("--smoke", action="store_true", help="few spots and genes, no browser, to see that it runs")
     options = parser.parse_args()
     n_spots, n_genes = (150, 20) if options.smoke else (options.spots, options.genes)

@@ -1,13 +1,13 @@
-r"""How fast the model trains and generates, against the machine's own rate of matrix products.
+r"""Speed of training and generation, as a share of the machine's rate of matrix products.
 
     python benchmarks/speed.py            # half an hour on two cores
     python benchmarks/speed.py --smoke    # to see that it runs
 
-All in one run, as machines and their moods differ: compare shares, not seconds. The limit is the best rate of
-``torch.matmul`` on square matrices; bf16 is left out where that is slower than in fp32. Achieved is the number of
-floating-point operations over the time they took, where a matrix product of (m, k) and (k, n) counts 2 m k n and all
-else (softmax, norms, activations, random numbers) counts nothing. For one spot, with T tokens of which a token of scale
-k attends to :math:`s_k` tokens and M memory vectors:
+Everything is measured in one run, as machines and their load differ: compare shares, not seconds. The limit is the best
+rate of ``torch.matmul`` on square matrices; bf16 is left out where it is slower than fp32. The rate achieved is the
+number of floating-point operations over the time they took, where a matrix product of (m, k) and (k, n) counts 2 m k n
+and all else (softmax, norms, activations, random numbers) counts nothing. For one spot, with T tokens of which a token
+of scale k attends to :math:`s_k` tokens and M memory vectors:
 
 - condition and prior: :math:`F w + N (F H + H^2 + H (G + 1))`, with F features, N members with H hidden units and G
   genes (projecting the embeddings onto principal components, once a spot before all else, is left out);
@@ -18,11 +18,11 @@ k attends to :math:`s_k` tokens and M memory vectors:
   :math:`2 c_k`; the output layer, applied once for all spots to the codes where :math:`w < D`, is left out;
 
 each counted twice (a product and a sum). A training step of stage 2 costs three times the transformer, output layer
-(:math:`w D` a token) and condition (forward, and backward with respect to inputs and weights), and for the loss
-:math:`\sum_k 2 n_k K_k (D + 2 c_k)`, and what prior and expected teacher cost. Of a wide finest scale it learns a third
-of the tokens, which alone are counted.
+(:math:`w D` a token) and condition (forward, and backward with respect to inputs and weights), for the loss
+:math:`\sum_k 2 n_k K_k (D + 2 c_k)`, and the cost of the prior and of expected values as inputs. Of a wide finest scale
+it learns a third of the tokens; only these are counted.
 
-Of the reference configuration, token order and training are measured in batches of 64 at most; larger take minutes.
+For the reference configuration, token order and training are measured in batches of 64 at most; larger take minutes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def products_in(kind: str) -> Iterator[None]:
-    """Have devices that can do so compute products of 32-bit floats in TF32, or not."""
+    """Allow products of 32-bit floats in TF32, or forbid them, on devices that have it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
@@ -64,7 +64,7 @@ def products_in(kind: str) -> Iterator[None]:
 
 
 def best_time(work: Callable[[], Any], seconds: float, device: torch.device = CPU) -> float:
-    """Shortest time of as many repetitions as fit, and two at the least after one to warm up, unless that was long."""
+    """Shortest time of at least three runs, and of as many as fit; of the first if that takes three times as long."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -82,14 +82,14 @@ def best_time(work: Callable[[], Any], seconds: float, device: torch.device = CP
 
 
 def matrix_rate(kind: str, size: int, seconds: float, device: torch.device = CPU) -> float:
-    """FLOP/s of a square matrix product."""
+    """Rate of a square matrix product, FLOP/s."""
     a, b = torch.randn(2, size, size, device=device).to(TYPES[kind])
     with products_in(kind):
         return 2 * size**3 / best_time(lambda: a @ b, seconds, device)
 
 
 def flops(model: TwoStageVARST, training: bool = False) -> float:
-    """Operations of one spot; see the module's docstring for the formula."""
+    """Floating-point operations for one spot; the module's docstring has the formula."""
     config, head = model.config, model.var_stage.head
     w, dim, n_layers = config.width, config.codebook_dim, config.n_layers
     if config.condition == "mlp":
@@ -132,7 +132,7 @@ def flops(model: TwoStageVARST, training: bool = False) -> float:
 
 
 def trained(config: ModelConfig, n_genes: int) -> TwoStageVARST:
-    """A model whose stage 1 uses its codes as real ones do; its stage 2 is barely trained."""
+    """A model with realistic use of codes; its stage 2 is barely trained."""
     adata = hv.datasets.simulate(3, 150, n_genes + 40, embedding_dim=config.embedding_dims[0], random_state=0)
     hv.pp.gene_panel(adata, n_genes=n_genes)
     quick: dict[str, Any] = {"max_epochs": 2, "enable_progress_bar": False, "library_key": "section"}
@@ -145,7 +145,7 @@ def trained(config: ModelConfig, n_genes: int) -> TwoStageVARST:
 
 
 def spots(config: ModelConfig, n: int, device: torch.device = CPU) -> Histology:
-    """Random inputs, aligned."""
+    """Random inputs of the model, already aligned."""
     widths = config.aligned_dims if config.condition == "pca" else config.source_dims
     sources = tuple(torch.randn(n, width, device=device) for width in widths)
     place = torch.rand(n, 2 * config.coordinates, device=device)
@@ -153,7 +153,7 @@ def spots(config: ModelConfig, n: int, device: torch.device = CPU) -> Histology:
 
 
 def peak_gb(device: torch.device = CPU) -> float:
-    """Peak memory of the process so far, or of a device since the last call."""
+    """Peak memory of the process so far, or of a CUDA device since the last call."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
@@ -162,13 +162,13 @@ def peak_gb(device: torch.device = CPU) -> float:
 
 
 class Table:
-    """Rows printed as they are measured."""
+    """Measurements, printed as they come."""
 
     def __init__(self, limits: dict[str, float], device: torch.device = CPU) -> None:
         self.limits, self.device, self.rows = limits, device, list[dict[str, Any]]()
 
     def add(self, model: str, what: str, batch: int, seconds: float, per_spot: float, kind: str = "fp32") -> float:
-        """One measurement of a batch; returns spots per second."""
+        """Record the time of one batch, and return spots per second."""
         rate = per_spot * batch / seconds
         row = {
             "model": model,
@@ -192,8 +192,8 @@ class Table:
         return float(row["spots/s"])
 
 
-def recomputed(model: TwoStageVARST, histology: Histology) -> torch.Tensor:
-    """Greedy tokens one after another, all before it recomputed for each: what caches save."""
+def generate_without_cache(model: TwoStageVARST, histology: Histology) -> torch.Tensor:
+    """Greedy tokens in token order without caches: all earlier tokens are recomputed for each."""
     config = model.config
     tokens = torch.zeros(len(histology.novelty), config.n_tokens, dtype=torch.long)
     stage2 = model.var_stage
@@ -210,13 +210,13 @@ def recomputed(model: TwoStageVARST, histology: Histology) -> torch.Tensor:
 
 
 def generation(table: Table, name: str, model: TwoStageVARST, arguments: argparse.Namespace) -> dict[str, float]:
-    """Expected, greedy and sampled decoding in both orders."""
+    """Time expected, greedy and sampled decoding in both orders."""
     found: dict[str, float] = {}
     for order in ("scale", "token"):
         other = TwoStageVARST(model.config.replace(order=order))
         other.load_state_dict(model.state_dict())
         other.eval()
-        other.var_stage.head.gate.fill_(1)  # open: where it is shut, means are the prior's in any precision
+        other.var_stage.head.gate.fill_(1)  # with the gate shut, means would be the prior's, in any precision
         for batch in arguments.batches:
             if order == "token" and model.config.style == "reference" and batch > MOST_OF_REFERENCE:
                 continue
@@ -254,13 +254,16 @@ def without_tokens(name: str, model: TwoStageVARST, inputs: Histology, rate: flo
 
 @torch.no_grad()
 def caching(model: TwoStageVARST, n_spots: int) -> None:
-    """Token order with caches against recomputing the prefix."""
+    """Time token order with caches and without."""
     other = TwoStageVARST(model.config.replace(order="token"))
     other.load_state_dict(model.state_dict())
     other.eval()
     inputs = spots(model.config, n_spots)
     times, tokens = [], []
-    for work in (lambda: other.predict(inputs, Decoding("greedy")).tokens, lambda: recomputed(other, inputs)):
+    for work in (
+        lambda: other.predict(inputs, Decoding("greedy")).tokens,
+        lambda: generate_without_cache(other, inputs),
+    ):
         start = time.perf_counter()
         tokens.append(work())
         times.append(time.perf_counter() - start)
@@ -271,7 +274,7 @@ def caching(model: TwoStageVARST, n_spots: int) -> None:
 
 
 def training_step(model: TwoStageVARST, batch: int, kind: str = "fp32") -> Callable[[], None]:
-    """A step of stage 2 with its backward pass, on random spots, where the model is; bf16 is mixed precision."""
+    """Training step of stage 2 on random spots, on the model's device; bf16 is mixed precision."""
     device = model.device
     model.set_training_stage(2)
     if model.var_stage.prior is not None:
@@ -296,7 +299,7 @@ def training_step(model: TwoStageVARST, batch: int, kind: str = "fp32") -> Calla
 
 
 def training(table: Table, name: str, model: TwoStageVARST, arguments: argparse.Namespace) -> None:
-    """A training step of every size of batch."""
+    """Time a training step with each batch size."""
     for batch in arguments.batches[1:]:
         if model.config.style == "modern" or batch <= MOST_OF_REFERENCE:
             seconds = best_time(training_step(model, batch), arguments.seconds)
@@ -306,7 +309,7 @@ def training(table: Table, name: str, model: TwoStageVARST, arguments: argparse.
 def compiling(
     name: str, model: TwoStageVARST, batch: int, seconds: float, mode: str = "default"
 ) -> tuple[float, float]:
-    """How many times as fast ``torch.compile`` makes training and generation, of the transformer's layers."""
+    """Speed-up of training and generation by compiling the transformer's layers."""
 
     def times() -> list[float]:
         found = []
@@ -323,7 +326,7 @@ def compiling(
     for layer in model.var_stage.transformer.layers:
         layer._compiled_call_impl = None
     print(
-        f"{name}, batch {batch}, layers compiled ({mode}), times as fast: training {training:.2f}, "
+        f"{name}, batch {batch}, layers compiled ({mode}), speed-up: training {training:.2f}, "
         f"generation {generation:.2f}",
         flush=True,
     )
@@ -331,7 +334,7 @@ def compiling(
 
 
 def stage1_epoch(arguments: argparse.Namespace) -> None:
-    """Seconds of an epoch of stage 1 at the size of her2st: 13,159 spots and 200 genes."""
+    """Time an epoch of stage 1 at the size of her2st: 13,159 spots and 200 genes."""
     n_spots, batch = (13_159, 64) if not arguments.smoke else (256, 64)
     model = TwoStageVARST(ModelConfig.default(200))
     module = Stage1Module(model, TrainingOptions(enable_progress_bar=False))
@@ -352,13 +355,13 @@ def stage1_epoch(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["default", "reference"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 512])
-    parser.add_argument("--seconds", type=float, default=3.0, help="least time of each measurement")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", default=["default", "reference"], help="configurations")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 512], help="batch sizes")
+    parser.add_argument("--seconds", type=float, default=3.0, help="shortest time of each measurement")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--out", type=Path, default=None, help="CSV file")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too; needs a C++ compiler")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which needs a C++ compiler")
+    parser.add_argument("--smoke", action="store_true", help="small models, one repetition")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -1,12 +1,12 @@
-"""Memory and time of training from a zarr store, over the number of spots.
+"""Memory and time of training from a zarr store, by the number of spots.
 
     python benchmarks/stored.py            # 10,000 and 1,000,000 spots: a quarter of an hour on two cores, 7 GB of disk
     python benchmarks/stored.py --smoke    # to see that it runs
 
 Sections of 5,000 spots (a Visium slide has 4,992), 1,024-d embeddings in 16-bit floats, 60 genes. Each size runs in a
-process of its own, whose peak memory is given. Every spot is read, its neighbourhoods averaged, projected, tokenised
-and kept on disk; of the training itself, which takes as long as one lets it, each epoch is 200 batches. The model is
-a small one (40 genes, one layer 32 wide, 512 codes).
+process of its own, whose peak memory is given. Every spot is read, its neighbourhoods are averaged, projected,
+tokenised and kept on disk; training itself is cut to epochs of 200 batches. The model is a small one (40 genes, one
+layer 32 wide, 512 codes).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ N_GENES, N_PANEL, CHUNK = 60, 40, 4096
 
 
 def add_expression(path: Path, n_spots: int) -> None:
-    """Counts that follow the embeddings, written chunk by chunk."""
+    """Add counts that depend on the embeddings, chunk by chunk."""
     group = zarr.open_group(path, mode="r+", use_consolidated=False)
     ad.io.write_elem(group, "var", pd.DataFrame(index=[f"gene{i}" for i in range(N_GENES)]))
     counts = group.create_array(
@@ -50,7 +50,7 @@ def add_expression(path: Path, n_spots: int) -> None:
 
 
 def train(path: Path, n_spots: int) -> None:
-    """Train and print a line of JSON."""
+    """Train and print time and memory as a line of JSON."""
     start = time.perf_counter()
     adata = zarr_store.read_zarr(path)
     hv.pp.gene_panel(adata, n_genes=N_PANEL)
@@ -76,11 +76,11 @@ def train(path: Path, n_spots: int) -> None:
 def main() -> None:
     """Run every size in a process of its own and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--spots", nargs="+", type=int, default=[10_000, 1_000_000])
-    parser.add_argument("--section-size", type=int, default=5_000)
-    parser.add_argument("--scratch", type=Path, default=Path("stored_output"))
+    parser.add_argument("--spots", nargs="+", type=int, default=[10_000, 1_000_000], help="sizes of the store")
+    parser.add_argument("--section-size", type=int, default=5_000, help="spots of a section")
+    parser.add_argument("--scratch", type=Path, default=Path("stored_output"), help="directory for the stores")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="600 spots")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -1,26 +1,25 @@
-"""Whether genes can be trusted as far as ``hv.get.genes`` says.
+"""Compare the correlations that ``hv.get.genes`` expects with those on held-out sections; count false discoveries.
 
-Sections (of her2st's patient C) or mice (of mob) are left out in turn. A model trained on the others says which
-correlation to expect of every gene on a new section, and between which bounds; the section that was left out says what
-it is. Then the same training with half of the panel's genes made to have no pattern of their own: the counts of a
-quarter shuffled among the spots of each section, those of another quarter reordered as a smooth random field, as noise
-with the autocorrelation of tissue. How many of them have a q-value below 0.1, out of all that have?
+Each section (of her2st's patient C) or mouse (of mob) is left out in turn. A model of the others states the correlation
+to expect of every gene on a new section, with an interval; the section that was left out shows the correlation reached.
 
-    python benchmarks/trust.py her2st mob              # every fold, two trainings each: some minutes a training
+The model is then trained again with half of the panel's genes deprived of any pattern of their own: counts of a quarter
+are shuffled among the spots of each section, those of another quarter reordered to follow a smooth random field, as
+noise that is autocorrelated like tissue. Among genes with a q-value below 0.1, these are the false discoveries.
+
+    python benchmarks/trust.py her2st mob              # every fold; two trainings of some minutes each
     python benchmarks/trust.py her2st --folds C2       # one of them
     python benchmarks/trust.py simulated --smoke       # to see that it runs
 
-The data are found by ``--data`` or the environment variable HISTOVAR_DATA.
+The environment variable HISTOVAR_DATA names the directory with the data.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import anndata as ad
@@ -28,17 +27,18 @@ import numpy as np
 import pandas as pd
 from compare import NAMED
 from numpy.typing import NDArray
+from real_data import data_path
 from scipy import sparse
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 import histovar as hv
 
-# Of a section's longer side, the width of a random field's hills.
+# Standard deviation of the smoothing of a random field, as a share of the section's longer side.
 SMOOTH = 0.15
 
 
 class DataSet(NamedTuple):
-    """Sections, their embeddings, the column of what is left out, and in how many spots a gene must be found."""
+    """Sections, their embeddings, the column of what is left out, the smallest share of spots that detect a gene."""
 
     adata: ad.AnnData
     use_rep: list[str]
@@ -46,16 +46,16 @@ class DataSet(NamedTuple):
     min_fraction: float
 
 
-def read(name: str, data: Path) -> DataSet:
-    """A data set by its name."""
+def read(name: str) -> DataSet:
+    """Read a data set by its name."""
     if name == "simulated":
         return DataSet(hv.datasets.simulate(4, 60, 40, embedding_dim=16), ["X_histology"], "section", 0.0)
     known = NAMED[name]
-    return DataSet(ad.read_h5ad(data / known.file), known.use_rep, known.group_key, known.min_fraction)
+    return DataSet(ad.read_h5ad(data_path(known.file)), known.use_rep, known.group_key, known.min_fraction)
 
 
-def trained(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.TwoStageVARST:
-    """A model with default settings."""
+def train(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.TwoStageVARST:
+    """Train a model with default settings."""
     return hv.tl.train(
         training,
         use_rep=data.use_rep,
@@ -66,8 +66,8 @@ def trained(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.T
     )
 
 
-def realised(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, dict[str, Any]]]:
-    """How expected correlations compare with those on each section that was left out."""
+def expected_and_observed(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compare expected correlations with those observed on each held-out section."""
     table = hv.get.genes(model)
     z = np.arctanh(np.array(model.registry["trust"]["pearson"], dtype=float))
     for section in query.obs["section"].astype(str).unique():
@@ -78,14 +78,14 @@ def realised(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, 
             section,
             {
                 "expected": of["expected_pearson"].mean(),
-                "realised": found.mean(),
+                "observed": found.mean(),
                 "correlation": np.corrcoef(of["expected_pearson"], found)[0, 1],
-                "within": found.between(of["lower"], of["upper"]).mean(),
-                "below": (found < of["lower"]).mean(),
-                "above": (found > of["upper"]).mean(),
-                "width": (of["upper"] - of["lower"]).mean(),
+                "in interval": found.between(of["lower"], of["upper"]).mean(),
+                "below it": (found < of["lower"]).mean(),
+                "above it": (found > of["upper"]).mean(),
+                "width of interval": (of["upper"] - of["lower"]).mean(),
                 "q < 0.1": int((table["q_value"] < 0.1).sum()),
-                "groups apart": np.nanmean(z, axis=1).std(ddof=1),
+                "s.d. of groups": np.nanmean(z, axis=1).std(ddof=1),
                 "ceiling": table["ceiling"].mean(),
                 "for": table.attrs["expected on"].split(";")[0],
             },
@@ -93,7 +93,7 @@ def realised(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, 
 
 
 def random_field(place: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.float64]:
-    """A smooth random field at some places."""
+    """Values of a smooth random field at the spots."""
     size = 64
     reach = int(4 * SMOOTH * size)  # hills wrap around beyond the section
     field = gaussian_filter(rng.normal(size=(size + reach, size + reach)), SMOOTH * size, mode="wrap")
@@ -103,7 +103,7 @@ def random_field(place: NDArray[np.floating], rng: np.random.Generator) -> NDArr
 
 
 def without_pattern(training: ad.AnnData, seed: int) -> tuple[ad.AnnData, pd.Series]:
-    """Training sections in which half of the panel's genes have no pattern of their own, and which those are."""
+    """Copy the training sections, deprive half of the panel's genes of their pattern, and return each gene's kind."""
     rng = np.random.default_rng(seed)
     panel = rng.permutation(training.var_names[training.var["histovar_panel"]])
     quarter = len(panel) // 4
@@ -128,41 +128,40 @@ def without_pattern(training: ad.AnnData, seed: int) -> tuple[ad.AnnData, pd.Ser
 
 
 def discoveries(table: pd.DataFrame, kinds: pd.Series) -> dict[str, Any]:
-    """How many genes of each kind have a q-value below 0.1."""
+    """Count the genes of each kind with a q-value below 0.1."""
     found = table["q_value"] < 0.1
     kinds = kinds[table.index]
     counts = {
         f"{kind}, q < 0.1": f"{int(found[kinds == kind].sum())} of {int((kinds == kind).sum())}"
         for kind in sorted(set(kinds))
     }
-    return {**counts, "false share": float((kinds[found] != "real").mean()) if found.any() else 0.0}
+    return {**counts, "share of false discoveries": float((kinds[found] != "real").mean()) if found.any() else 0.0}
 
 
 def main() -> None:
-    """Print a table of what was expected and found, and one of false discoveries."""
+    """Print a table of expected and observed correlations, and one of false discoveries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="her2st, mob (both by default) or simulated")
     parser.add_argument("--folds", nargs="+", help="sections or mice to leave out; each in turn by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the genes without pattern")
     parser.add_argument("--smoke", action="store_true", help="one fold of simulated sections, one epoch")
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     accuracy, false = {}, {}
     for name in ["simulated"] if arguments.smoke else arguments.names or ["her2st", "mob"]:
-        data = read(name, arguments.data)
+        data = read(name)
         groups = data.adata.obs[data.column].astype(str)
         for fold in arguments.folds or (["S4"] if arguments.smoke else sorted(groups.unique())):
             training, query = data.adata[groups != fold].copy(), data.adata[groups == fold].copy()
             n_genes = min(200, data.adata.n_vars // 2)
             hv.pp.gene_panel(training, n_genes=n_genes, min_fraction=data.min_fraction)
             changed, kinds = without_pattern(training, arguments.seed)
-            model = trained(training, data, arguments.seed, arguments.smoke)
-            for section, row in realised(query, model):
+            model = train(training, data, arguments.seed, arguments.smoke)
+            for section, row in expected_and_observed(query, model):
                 accuracy[name, fold, section] = row
                 print(name, fold, section, row, flush=True)
-            model = trained(changed, data, arguments.seed, arguments.smoke)
+            model = train(changed, data, arguments.seed, arguments.smoke)
             false[name, fold] = discoveries(hv.get.genes(model), kinds)
             print(name, fold, false[name, fold], flush=True)
     for rows in (accuracy, false):

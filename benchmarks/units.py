@@ -1,25 +1,27 @@
-"""How much patients differ: in the counts that a gene panel takes, in genes' rates and in depth.
+"""Differences between patients of her2st: share of counts in a gene panel, rates of genes, and depth.
 
-Panels are chosen on one patient of her2st's expression (HISTOVAR_DATA names the directory with the data), and looked at
-in every section of all patients: by which factor the panel's total in the middle spot lies outside that of 90 % of the
-training spots. ``histovar.anndata_io.expression`` warns of factors above any of these.
+    python benchmarks/units.py
+    python benchmarks/units.py --smoke    # simulated sections, to see that it runs
 
-Then, of the 200 most variable genes of all patients, the standard deviation of log rates (medians over genes) and of
-mean log depth, between sections of a patient and between patients: what ``histovar.model.observation`` expects before
-it has seen groups of its own.
+The first table is what a warning of ``histovar.anndata_io.normalization`` rests on. A panel is chosen on one patient;
+in every section of all patients, the median of the panel's total is compared with the central 90 % of the training
+spots. A factor above 1 tells how far it lies outside. The warning is given beyond the largest of these factors.
 
-    python benchmarks/units.py [--smoke]
+The second table is what ``histovar.model.observation`` assumes before it has seen several groups: the standard
+deviation of log rates (median over the 200 most variable genes) and of mean log depth, between sections of a patient
+and between patients.
+
+The environment variable HISTOVAR_DATA names the directory with the data.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+from real_data import data_path
 
 import histovar as hv
 from histovar._keys import LOGNORM
@@ -30,13 +32,13 @@ N_GENES = 200
 
 
 def normalization(adata: ad.AnnData, genes: pd.Index) -> Normalization:
-    """How much of the expression is the panel's."""
+    """Normalisation of the object, with the panel's share of the counts."""
     totals = expression(adata, LOGNORM, adata.var_names.get_indexer(genes)).totals["all"]
     return totals.normalization(LOGNORM, adata.n_vars, len(genes))
 
 
 def factors(adata: ad.AnnData, patient: str) -> pd.Series:
-    """By which factor each section lies outside a patient's training spots; below 1 within them."""
+    """Factor by which each section lies outside the central 90 % of a patient's spots; below 1 inside."""
     training = adata[adata.obs["patient"] == patient].copy()
     hv.pp.gene_panel(training, n_genes=min(N_GENES, adata.n_vars // 2))
     genes = training.var_names[training.var["histovar_panel"]]
@@ -48,8 +50,8 @@ def factors(adata: ad.AnnData, patient: str) -> pd.Series:
     return pd.Series(found)
 
 
-def apart(adata: ad.AnnData) -> pd.DataFrame:
-    """Standard deviations between sections of a patient, and between patients."""
+def spread_of_groups(adata: ad.AnnData) -> pd.DataFrame:
+    """Standard deviations of log rates and log depth between sections of a patient, and between patients."""
     adata = adata.copy()
     hv.pp.gene_panel(adata, n_genes=min(N_GENES, adata.n_vars // 2))
     totals = np.asarray(adata.X.sum(1)).ravel()
@@ -58,7 +60,7 @@ def apart(adata: ad.AnnData) -> pd.DataFrame:
     def groups(column: str) -> tuple[pd.DataFrame, pd.Series]:
         names = adata.obs[column].astype(str).to_numpy()
         rows = {name: names == name for name in np.unique(names)}
-        # Half a count more, for genes that were not measured.
+        # A pseudocount of a half, for genes without counts.
         rates = {n: np.log((np.asarray(panel[r].sum(0)).ravel() + 0.5) / totals[r].sum()) for n, r in rows.items()}
         depth = {name: np.log(totals[r].clip(1)).mean() for name, r in rows.items()}
         return pd.DataFrame(rates).T, pd.Series(depth)
@@ -83,12 +85,11 @@ def main() -> None:
         adata = hv.datasets.simulate(4, 60, 40, embedding_dim=4)
         adata.obs["patient"] = np.where(adata.obs["section"].isin(["S1", "S2"]), "A", "B")
     else:
-        data = Path(os.environ.get("HISTOVAR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-        adata = ad.read_h5ad(data / "her2st" / "expression_only.h5ad")
+        adata = ad.read_h5ad(data_path("her2st/expression_only.h5ad"))
     table = pd.DataFrame({patient: factors(adata, patient) for patient in adata.obs["patient"].unique()})
     print(pd.DataFrame({"median": table.median(), "largest": table.max(), "of section": table.idxmax()}).to_string())
     print(f"largest of {table.size} pairs: {table.max().max():.2f}")
-    print(apart(adata).to_string(float_format=lambda value: f"{value:.2f}"))
+    print(spread_of_groups(adata).to_string(float_format=lambda value: f"{value:.2f}"))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ html_theme_options = {
     "path_to_docs": "docs",
     "use_repository_button": True,
     "use_issues_button": True,
-    "navbar_persistent": [],  # the side bar has a search box
+    "navbar_persistent": [],  # no second search box: the side bar has one
 }
 
 autosummary_generate = True
@@ -52,7 +52,8 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 
-nb_execution_mode = "off"  # the notebook is committed with its outputs
+nb_execution_mode = "off"  # notebooks are committed with their outputs
+nb_merge_streams = True  # a single block for all log lines of a cell
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
@@ -65,7 +66,7 @@ ogp_site_url = "https://histovar.readthedocs.io/en/latest/"
 ogp_image = "_static/demo_map.png"
 ogp_social_cards = {"enable": False}
 
-# An inventory that cannot be fetched is replaced by the empty one; see ignore_packages_out_of_reach.
+# Without a network, the empty inventory takes the place of each; see ignore_packages_out_of_reach.
 intersphinx_mapping = {
     name: (url, (None, "empty.inv"))
     for name, url in {
@@ -81,7 +82,7 @@ intersphinx_mapping = {
     }.items()
 }
 nitpicky = True
-nitpick_ignore = [  # names by which types are not documented as classes
+nitpick_ignore = [  # types that their packages do not document as classes
     ("py:class", "numpy.float64"),
     ("py:class", "numpy.int64"),
     ("py:class", "torch._C.Generator"),
@@ -98,7 +99,7 @@ nitpick_ignore_regex = [
     )
 ]
 
-# Types go by the names under which their packages document them.
+# Refer to types by the names under which their packages document them.
 for documented, module in (
     (AnnData, "anndata"),
     (SpatialData, "spatialdata"),
@@ -108,13 +109,13 @@ for documented, module in (
 ):
     documented.__module__ = module
 
-# Notebooks live at the top level, where users look for them; Sphinx wants them beside its pages.
+# Notebooks are at the top level, where users look for them; Sphinx needs them beside its pages.
 for notebook in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb"):
     shutil.copy(notebook, Path(__file__).parent)
 
 
 def ignore_packages_out_of_reach(app):
-    """Without a network, check references to this package alone."""
+    """Without a network, check only references to this package."""
     reached = InventoryAdapter(app.env).named_inventory
     for name in intersphinx_mapping:
         if not reached.get(name):
@@ -123,7 +124,7 @@ def ignore_packages_out_of_reach(app):
 
 
 def show_plain_types(app, function, is_method):
-    """Show types of arguments, and of a class's fields, without the conditions that their annotations hold."""
+    """Show types of arguments and fields without the checks that their annotations contain."""
     function = inspect.unwrap(getattr(function, "__func__", function), stop=_set_plain_types)
     _set_plain_types(function)
     owner = getattr(function, "__qualname__", "").split(".")[0]
@@ -134,7 +135,7 @@ def _set_plain_types(documented):
     try:
         types = get_type_hints(inspect.unwrap(documented), localns={"Data": AnnData | SpatialData})
         documented.__annotations__ = types
-    except (NameError, TypeError, AttributeError):  # names for type checkers alone; built-in functions
+    except (NameError, TypeError, AttributeError):  # names that only type checkers import; built-in functions
         pass
 
 

@@ -9,23 +9,24 @@ from histovar.metrics import METRICS
 PAGE = Path(__file__).parent / "metrics.md"
 HEAD = """# Scores
 
-The scores that `hv.tl.evaluate` writes into `uns["histovar"]["evaluation"]`, one row for each section and one for
-their mean; `hv.metrics.describe()` returns this table as a DataFrame. Scores with a column in `var` are means over the
-genes for which they are defined. Where the unit is *expression*, it is that of the prediction.
+`hv.tl.evaluate` writes these scores into `uns["histovar"]["evaluation"]`, one row for each section and one for their
+mean; `hv.metrics.describe()` returns this table as a DataFrame.
+
+- A score with a column in `var` has a value for each gene there; its mean is over the genes for which it is defined.
+- Scores *of draws* are those of joint draws instead of expected expression.
+- Scores *given depth* are those of the prediction for each spot's total count.
+- Where the unit is *expression*, it is the unit of the prediction.
 
 In the formulas, $\\hat y_{ig}$ is the predicted and $y_{ig}$ the measured expression of gene $g$ in spot $i$ of $n$;
 $F_{ig}$, $q$ and $\\sigma_{ig}$ are the distribution function, quantiles and standard deviation of the prediction;
-$N_i$ is the total count of a spot, $r_{gh}$ the correlation of two genes over the spots, and $w_{ij}$ is 1 over the
-number of neighbours of spot $i$ for each of its neighbours, 0 for other spots.
-
-Columns whose names end in *of draws* score joint draws in place of expected expression; those that end in *given depth*
-score the prediction made with each spot's total count known.
+$N_i$ is the total count of a spot and $r_{gh}$ the correlation of two genes over the spots; $w_{ij}$ is 0 unless spot
+$j$ is a neighbour of spot $i$, and then 1 over the number of its neighbours.
 """
-COLUMNS = ("score", "what it is", "unit", "best", "also", "in `var`", "source")
+COLUMNS = ("score", "definition", "unit", "best", "also", "in `var`", "source")
 
 
 def cite(source: str) -> str:
-    """A source with its papers as citations; keys in references.bib are the first author and the year."""
+    """Turn the papers of a source into citations; keys in references.bib are the first author and the year."""
 
     def role(match: re.Match[str]) -> str:
         key = unicodedata.normalize("NFKD", match["first"]).encode("ascii", "ignore").decode().lower()

@@ -1,4 +1,4 @@
-"""A real browser for tests, if one is installed."""
+"""A browser for tests, if one is installed."""
 
 import shutil
 from contextlib import contextmanager

@@ -64,13 +64,13 @@ def prepared(simulated):
 
 @pytest.fixture(scope="session")
 def model(prepared):
-    """Trained; tests must not change it."""
+    """A trained model; tests must not change it."""
     return hv.tl.train(prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), **QUICK)
 
 
 @pytest.fixture(scope="session")
 def model_of_values(prepared):
-    """Trained on a layer of values, as if there were no counts; tests must not change it."""
+    """A model trained on a layer of values instead of counts; tests must not change it."""
     adata = prepared.copy()
     adata.layers["values"] = adata.layers["lognorm"]
     options = {"use_rep": "X_histology", "library_key": "section", "config": small_config()}
@@ -79,7 +79,7 @@ def model_of_values(prepared):
 
 @contextmanager
 def few_steps() -> Iterator[None]:
-    """Fewer of the steps that training takes whatever `max_epochs` is, where it does not matter what is learnt."""
+    """Cut the steps that training takes regardless of `max_epochs`, for tests that do not look at what is learnt."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("histovar.training.stage1.WARMUP_STEPS", 20)
         patch.setattr("histovar.training.stage2.PRIOR_EPOCHS", 4)
@@ -88,14 +88,14 @@ def few_steps() -> Iterator[None]:
 
 @pytest.fixture
 def brief():
-    """Training by few steps; the shared models were trained by all of them."""
+    """Train with few steps in this test; the shared models are trained with all of them."""
     with few_steps():
         yield
 
 
 @pytest.fixture
 def loaded_of_values(model_of_values, tmp_path):
-    """A copy of it that tests may change."""
+    """A copy of the model of values that tests may change."""
     model_of_values.save(tmp_path / "of_values")
     return hv.TwoStageVARST.load(tmp_path / "of_values")
 
@@ -109,7 +109,7 @@ def loaded(model, tmp_path):
 
 @pytest.fixture
 def histovar(tmp_path, monkeypatch, capsys):
-    """Run the command line in this process, in `tmp_path`: exit code, standard output, standard error."""
+    """Run a command in this process, in `tmp_path`; returns exit code, standard output and standard error."""
     package = logging.getLogger("histovar")
     monkeypatch.setattr(package, "level", package.level)
     monkeypatch.chdir(tmp_path)

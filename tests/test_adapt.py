@@ -1,4 +1,4 @@
-"""A few measured spots of a new section: what they correct, and what is refused."""
+"""Adaptation to a few measured spots of a new section: what it corrects, and what is refused."""
 
 import logging
 
@@ -12,7 +12,7 @@ from .conftest import QUICK, small_config
 
 
 def shallower(query, share=0.2, seed=0):
-    """The section thinned, with every gene's rate off by a factor of its own."""
+    """Thin the section's counts, and multiply every gene's rate by a random factor."""
     rng = np.random.default_rng(seed)
     counts = np.asarray(query.X.toarray() if hasattr(query.X, "toarray") else query.X)
     factors = np.exp(0.8 * rng.normal(size=query.n_vars))
@@ -59,13 +59,13 @@ def test_more_spots_are_better(query, model):
     assert scores(section, many)["CRPS"] < scores(section, few)["CRPS"]
 
 
-def test_a_section_that_is_as_expected_stays_about_so(query, model):
+def test_a_section_as_expected_is_hardly_corrected(query, model):
     section = choose(query, 9)
     before, after = scores(section, model), scores(section, hv.tl.adapt(section, model, "measured"))
     assert after["CRPS"] < 1.05 * before["CRPS"]
 
 
-def test_measured_spots_tell_those_near_them(query, model):
+def test_spots_near_measured_ones_are_corrected(query, model):
     section = choose(query, 40)
     place = section.obsm["spatial"]
     left = place[:, 0] < np.median(place[:, 0])
@@ -80,7 +80,7 @@ def test_measured_spots_tell_those_near_them(query, model):
     assert np.median(depth[left & unseen]) > 2.5 * np.median(depth[~left & unseen])
 
 
-def test_the_model_given_stays_as_it_is_and_the_copy_is_saved(section, model, adapted, tmp_path):
+def test_the_given_model_is_unchanged_and_the_copy_can_be_saved(section, model, adapted, tmp_path):
     assert "adapted" not in model.registry and model.stage2.adaptation is None
     adapted.save(tmp_path / "adapted")
     loaded = hv.TwoStageVARST.load(tmp_path / "adapted")
@@ -97,7 +97,7 @@ def test_the_model_given_stays_as_it_is_and_the_copy_is_saved(section, model, ad
     assert "adaptation.place" not in model.stage2.state_dict()
 
 
-def test_units_and_depth_go_through(section, adapted):
+def test_adapted_models_predict_in_all_units_and_at_any_depth(section, adapted):
     for units in ("lognorm", "log_counts", "counts", "rates"):
         hv.tl.predict(section, adapted, units=units, quantiles=(0.05, 0.95))
         result = hv.get.prediction(section)
@@ -140,7 +140,7 @@ def test_a_section_without_a_name_is_known_by_its_measured_spots(section, model,
 
 
 def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, caplog):
-    """Where training's had no name either, it is known by its number of spots; a name says that it is another."""
+    """It is recognised by its number of spots if that of training had no name either; with a name it is another."""
     unnamed = prepared[prepared.obs["section"] == "S1"].copy()
     del unnamed.obs["section"]
     model = hv.tl.train(unnamed, use_rep="X_histology", config=small_config(), **QUICK)
@@ -156,7 +156,7 @@ def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, 
     assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
 
 
-def test_chunks_are_predicted_alike(section, adapted):
+def test_chunks_are_predicted_as_the_whole(section, adapted):
     da = pytest.importorskip("dask.array")
     hv.tl.predict(section, adapted)
     lazy = section.copy()
@@ -165,7 +165,7 @@ def test_chunks_are_predicted_alike(section, adapted):
     np.testing.assert_allclose(np.asarray(lazy.obsm["lazy"]), section.obsm["histovar"], rtol=1e-3, atol=1e-4)
 
 
-def test_measured_spots_alone_will_do(section, model, caplog):
+def test_an_object_of_measured_spots_alone_is_adapted_to(section, model, caplog):
     alone = section[section.obs["measured"].to_numpy()].copy()
     adapted = hv.tl.adapt(alone, model)
     assert "measured_key: not given" in caplog.text

@@ -1,4 +1,4 @@
-"""What the verbs read and write."""
+"""What the functions of ``pp``, ``tl`` and ``get`` read from an AnnData, and write to it."""
 
 import warnings
 
@@ -74,7 +74,7 @@ def test_niche_is_the_mean_of_the_neighbours_within_the_section(training):
             np.testing.assert_allclose(made[spot, 16:32], shuffled.obsm["X_histology"][near].mean(0), atol=1e-5)
 
 
-def test_niche_tells_how_near_the_outline_a_spot_lies():
+def test_niche_features_show_how_near_the_outline_a_spot_lies():
     place = np.stack(np.meshgrid(np.arange(15.0), np.arange(15.0)), 2).reshape(-1, 2)
     names = np.repeat(["a", "b"], 225)
     found = Neighborhoods.of(np.concatenate([place, 100 * place + 7]), names, (8, 48)).outline
@@ -320,7 +320,7 @@ def test_spatialdata(query, model):
         hv.tl.predict("file.h5ad", model)
 
 
-def test_evaluation_scores_sections_apart_and_counts_constants(simulated, model):
+def test_evaluation_scores_each_section_and_counts_constant_predictions(simulated, model):
     adata = simulated[simulated.obs["section"].isin(["S3", "S4"])].copy()
     hv.tl.predict(adata, model)
     adata.obsm["histovar"][:, 0] = 1.0
@@ -435,7 +435,7 @@ def test_evaluating_what_was_trained_on_is_warned_of(training, query, model, cap
         assert any("among those trained on" in r.message for r in caplog.records) == warned
 
 
-def test_neighbours_in_a_small_section_say_what_the_spot_says(simulated, caplog):
+def test_neighbourhoods_are_cut_to_a_quarter_of_a_small_section(simulated, caplog):
     small = simulated[simulated.obs["section"] == "S1"][:24].copy()
     small.obsm["X_place"] = np.asarray(small.obsm["spatial"], dtype=np.float32)
     hv.pp.niche(small, use_rep="X_place", n_neighbors=(8, 48), library_key="section")
@@ -445,7 +445,7 @@ def test_neighbours_in_a_small_section_say_what_the_spot_says(simulated, caplog)
         assert (hv.metrics.pearson(mean, small.obsm["X_place"]) > 0.7).all()
 
 
-def test_a_panel_set_by_hand_is_taken(training):
+def test_a_panel_set_by_hand_is_used(training):
     training.var["histovar_panel"] = np.arange(training.n_vars) < 25
     model = hv.tl.train_stage1(training, library_key="section", **QUICK)
     assert model.registry["genes"] == training.var_names[:25].tolist()

@@ -1,4 +1,4 @@
-"""The methods to compare with."""
+"""The methods that histovar is compared with."""
 
 import numpy as np
 import pytest

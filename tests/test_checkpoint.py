@@ -32,7 +32,7 @@ def test_saved_model_predicts_the_same(model, query, tmp_path):
     assert {f.suffix for f in (tmp_path / "m").iterdir()} == {".json", ".md", ".safetensors"}
 
 
-def test_stages_travel_apart(model, query, tmp_path):
+def test_stages_are_saved_and_loaded_separately(model, query, tmp_path):
     model.save_stage(tmp_path / "one", 1)
     model.save_stage(tmp_path / "two", 2)
     alone = hv.TwoStageVARST.load(tmp_path / "one")
@@ -117,7 +117,7 @@ def test_models_of_every_format_still_predict(path, query):
 
 
 def edit(path, change, sign=True):
-    """Change a card; with its SHA-256 made anew, as somebody would who knows the format."""
+    """Change a model's card; `sign` computes its SHA-256 again, as somebody who knows the format would."""
     file = path / "model.json"
     card = json.loads(file.read_text())
     change(card)
@@ -227,7 +227,7 @@ def test_save_stage_joins_what_belongs_together(model, loaded, prepared, query, 
     assert hv.TwoStageVARST.load(path).stage2 is None and not (path / "stage2.safetensors").exists()
 
 
-def test_damage_is_seen(model, loaded, tmp_path):
+def test_damaged_files_are_refused(model, loaded, tmp_path):
     path, other = tmp_path / "m", tmp_path / "other"
     model.save(path)
     with torch.no_grad():
@@ -331,7 +331,7 @@ def corrupted(card, path, value):
 
 
 @pytest.mark.parametrize("version", [1, 6])
-def test_no_corrupted_card_is_half_believed(version, model, query, tmp_path):
+def test_corrupted_cards_are_refused_in_one_line_or_load_a_whole_model(version, model, query, tmp_path):
     path = tmp_path / "m"
     if version == 1:
         shutil.copytree(Path(__file__).parent / "data" / "model-0.1.0", path)

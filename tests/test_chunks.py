@@ -1,4 +1,4 @@
-"""Embeddings that are never in memory whole: the same predictions, chunk by chunk, resumed where they stopped."""
+"""Prediction of dask and zarr arrays chunk by chunk: the same as in memory, and continued after an interruption."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ KEY = "X_histology"
 
 @pytest.fixture
 def whole(simulated):
-    """Sections in no order, so that chunks hold spots of several and neighbours are in other chunks."""
+    """Spots in random order, so that chunks hold spots of several sections and neighbours are in other chunks."""
     return simulated[np.random.default_rng(0).permutation(simulated.n_obs)].copy()
 
 
@@ -174,14 +174,14 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
 
 @pytest.fixture
 def command(loaded, tmp_path):
-    """To stream a store of three chunks; with the model and the input that it names."""
+    """A command that streams a store of three chunks, with its model and input."""
     hv.datasets.simulate(1, 4200, 40, embedding_dim=16, random_state=1).write_zarr(tmp_path / "in.zarr")
     loaded.save(tmp_path / "model")
     return ["predict", str(tmp_path / "in.zarr"), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out.zarr")]
 
 
 def killed(command, moment):
-    """Run a command in a process of its own, and kill it at a moment."""
+    """Run a command in a process of its own, and kill it when `moment` becomes true."""
     process = subprocess.Popen([sys.executable, "-c", "from histovar.cli import main; main()", *command])
     while not moment():
         assert process.poll() is None, "the command ended before that moment"

@@ -126,7 +126,7 @@ def test_gpus_that_are_not_there_are_refused_with_the_flag_that_helps(histovar):
 
 
 @pytest.mark.parametrize("command", ["train", "predict", "calibrate", "adapt", "evaluate", "describe", "demo", "info"])
-def test_help(command):
+def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
 
@@ -339,7 +339,7 @@ def test_calibration_with_held_out_sections(trained, query):
         (["calibrate", "query.h5ad", "-m", "model"], "--out"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(trained, histovar, tmp_path, arguments, message):
+def test_impossible_options_are_refused_in_one_line(trained, histovar, tmp_path, arguments, message):
     (tmp_path / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     code, out, error = histovar(*arguments)
@@ -405,7 +405,7 @@ def test_a_panel_of_another_number_is_refused(histovar, prepared, tmp_path):
     assert "--n-genes 20: the file has a panel of 30 genes already, in var['histovar_panel']" in line
 
 
-def test_a_card_cannot_write_to_the_terminal(trained, capsys):
+def test_a_model_card_cannot_send_control_characters_to_the_terminal(trained, capsys):
     card = json.loads(Path("model/model.json").read_text())
     card["registry"]["units"] = "\x1b]0;owned\x07\n\u202e"
     Path("model/model.json").write_text(json.dumps(card | {"sha256": content_digest(card)}))

@@ -1,4 +1,4 @@
-"""A GPU gives what the CPU gives; ``benchmarks/device.py`` looks closer, and measures speed."""
+"""Results on a GPU equal those on the CPU; ``benchmarks/device.py`` compares more, and measures speed."""
 
 import warnings
 
@@ -21,13 +21,13 @@ SAME = 1e-3  # of a gene's standard deviation
 
 @pytest.fixture
 def open_gate(loaded):
-    """Shut, expected values would be the prior's alone."""
+    """The model with its gate open: were it shut, expected values would be the prior's alone."""
     loaded.stage2.head.gate.fill_(1)
     return loaded
 
 
 def apart(one, other, model):
-    """Mean predictions, how far apart, in standard deviations of their genes."""
+    """Differences of two mean predictions, in standard deviations of the genes."""
     values = [hv.get.prediction(adata).X for adata in (one, other)]
     return np.abs(values[0] - values[1]) / model.stage1.scales.std.cpu().numpy()
 
@@ -71,7 +71,7 @@ def test_models_move(open_gate, query, tmp_path):
 
 
 class Watch(Callback):
-    """Where weights are averaged; an error where a step after the first has the host wait for the device."""
+    """Check where weights are averaged; raise an error if the host waits for the device after the first step."""
 
     def __init__(self):
         self.devices = set()

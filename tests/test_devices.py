@@ -1,4 +1,4 @@
-"""Nothing in the loops has the host wait for a device: meta tensors have no values to wait for."""
+"""No loop makes the host wait for a device: run on meta tensors, which have no values to wait for."""
 
 from pathlib import Path
 

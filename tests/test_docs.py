@@ -1,4 +1,4 @@
-"""The guide keeps up with the code."""
+"""The documentation agrees with the code."""
 
 import inspect
 import re

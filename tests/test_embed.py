@@ -23,7 +23,7 @@ MPP = 0.5
 
 
 class Grid(torch.nn.Module):
-    """Mean colours of the four quarters of a patch, 0 to 255: features whose value is known."""
+    """Toy encoder with known features: mean colours of the four quarters of a patch, 0 to 255."""
 
     def forward(self, images):
         pooled = torch.nn.functional.adaptive_avg_pool2d(images, 2)
@@ -34,7 +34,7 @@ GRID = hv.encoders.Encoder(name="grid", module=Grid(), input_px=32, mean=(0, 0, 
 
 
 def quarters(pixels):
-    """What Grid makes of a patch."""
+    """Features of a patch by Grid."""
     half = len(pixels) // 2
     parts = [[pixels[:half, :half], pixels[:half, half:]], [pixels[half:, :half], pixels[half:, half:]]]
     return np.array([[[part.mean((0, 1))[c] for part in row] for row in parts] for c in range(3)]).ravel()
@@ -42,7 +42,7 @@ def quarters(pixels):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """A smooth image, of which no two places are alike."""
+    """A smooth image in which no two places are alike."""
     y, x = np.mgrid[:300, :400]
     return np.stack([x * 0.6, y * 0.8, 127 + 100 * np.sin(x / 40) * np.cos(y / 30)], 2).astype(np.uint8)
 
@@ -326,7 +326,7 @@ def test_model_keeps_what_made_its_embeddings(prepared, query, png, tmp_path, ca
 
 
 def of_weights(weights, adata, image, **changes):
-    """Embedded by a linear map of the mean colours."""
+    """Embed by a linear map of the mean colours with these weights."""
     module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 16))
     module[2].weight.data[:] = weights
     encoder = hv.encoders.Encoder(name="colours", module=module, input_px=32, **changes)
@@ -363,7 +363,7 @@ def test_other_weights_under_the_same_name_are_refused(prepared, query, png):
 
 
 def test_files_embedded_one_by_one_keep_their_scale(prepared, png, tmp_path, caplog):
-    """Joined with uns_merge, or by the shell, whatever sections are called; else training says how to keep it."""
+    """They keep it if joined with uns_merge or by the command line, whatever the section names; else training warns."""
     adata = prepared.copy()
     del adata.uns["spatial"]
     adata.obsm["spatial"] = adata.obsm["spatial"] / adata.obsm["spatial"].max() * 200 + 50
@@ -393,7 +393,7 @@ def test_files_embedded_one_by_one_keep_their_scale(prepared, png, tmp_path, cap
 
 
 def test_files_of_two_versions_keep_what_made_their_embeddings(prepared, png, tmp_path):
-    """Joined, they have no version: what made them and their scale is known all the same, and a mixture refused."""
+    """Joined objects have no version; encoder and scale are known all the same, and mixed encoders are refused."""
     adata = prepared.copy()
     del adata.uns["spatial"], adata.layers["lognorm"]
     adata.obsm["spatial"] = adata.obsm["spatial"] / adata.obsm["spatial"].max() * 200 + 50
@@ -428,7 +428,7 @@ def cosines(found, reference):
 
 
 def test_dinov2_as_in_the_shared_data(data_dir):
-    """The same spots, image and layers as an independent computation: the same embedding."""
+    """For the same spots, image and layers, embeddings equal those of an independent computation."""
     adata = ad.read_h5ad(data_dir / "her2st" / "paired.h5ad")
     adata = adata[adata.obs["section"] == "C3"][:6].copy()
     image = next((data_dir / "her2st/raw/data/ST-imgs/C/C3").glob("*.jpg"))

@@ -20,7 +20,7 @@ def features(encoder, device="cpu"):
 
 
 @pytest.mark.parametrize("name", hv.encoders.ENCODERS)
-def test_contract(name):
+def test_every_encoder_is_built_as_declared(name):
     """Built as declared, without weights: input size, layers, width; and what a user must know of it is there."""
     encoder = hv.encoders.get(name)
     assert encoder.name == name

@@ -1,4 +1,4 @@
-"""Bad input: a message that helps, and an object as it was, whatever fails."""
+"""Bad input is refused with a helpful message, and the object stays as it was whatever fails."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Several files as one object: sections, spots, images and arrays stay those of their file."""
+"""Several files read as one object: sections, spots, images and arrays stay with their file."""
 
 import logging
 
@@ -15,7 +15,7 @@ KEY = "X_uni"
 
 
 def slide(n=3, genes="ABCD", width=4, sections=None, images=None, seed=0):
-    """A small slide with the barcodes that every slide has."""
+    """A small slide, with the same barcodes as every other slide."""
     rng = np.random.default_rng(seed)
     obs = pd.DataFrame(index=[f"AAAC-{i}" for i in range(n)])
     adata = ad.AnnData(rng.poisson(3, (n, len(genes))).astype(np.float32), obs, pd.DataFrame(index=list(genes)))

@@ -1,4 +1,4 @@
-"""Values that are no numbers, or too large to be calculated with, going in and coming out."""
+"""NaN, infinite and too large values, in the input and in predictions."""
 
 import dask.array as da
 import numpy as np

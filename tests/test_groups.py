@@ -143,7 +143,7 @@ def test_a_novel_section_is_warned_of_and_less_certain(model, query, caplog):
 
 
 def uneven_groups(n_groups, n_genes, generator):
-    """Counts of groups of which the small ones, two in three, vary more; and what is predicted of them."""
+    """Counts of groups, two thirds of which are small and vary more, with their predictions."""
     small = torch.arange(n_groups) % 3 > 0
     groups = torch.arange(n_groups).repeat_interleave(torch.where(small, 20, 300))
     shape = torch.where(small, 4.0, 40.0)[groups][:, None].expand(-1, n_genes)

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, without a network: from a cache that was filled before."""
+"""Models on the Hugging Face Hub, without a network, from a cache that was filled before."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_model_is_loaded_from_the_cache(model, cache):
     assert len(verify(folder / "snapshots" / REVISION)) == 64
 
 
-def test_what_is_not_to_be_had_is_one_line(model, cache, monkeypatch):
+def test_models_that_cannot_be_fetched_are_one_line(model, cache, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match="path: 'lab/absent' could not be downloaded from the Hugging Face Hub"
     ) as error:
@@ -76,7 +76,7 @@ def metadata(card):
 
 
 def test_what_people_write_around_the_card_stays(loaded, tmp_path):
-    """Above, below and in the metadata, while what the model says is written anew."""
+    """Text above, below and in the metadata stays; the model's own part is written anew."""
     file = tmp_path / "README.md"
     loaded.save(tmp_path)
     assert "license" not in metadata(file.read_text()) and "Tissue" not in file.read_text()

@@ -354,7 +354,7 @@ def test_sections_may_be_numbers(sections, gene, as_given):
         (False, TypeError, "section: expected text or a whole number or None, got False"),
     ],
 )
-def test_a_section_is_not_given_only_if_it_is_none(one, gene, section, error, message):
+def test_zero_false_and_empty_text_are_not_taken_for_no_section(one, gene, section, error, message):
     with pytest.raises(error, match=message):
         hv.pl.spatial(one, gene, section=section)
 

@@ -1,4 +1,4 @@
-"""No two files of the package import each other, not in functions nor for types alone; the model knows no AnnData."""
+"""No import circles in the package, not even in functions or for types; the model does not import AnnData."""
 
 import ast
 from collections.abc import Iterator

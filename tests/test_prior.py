@@ -1,4 +1,4 @@
-"""The conditional mean: members that have seen all, members that have not, and the linear part."""
+"""The conditional mean: members trained on all spots, cross-fitted members, and the linear part."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_new_spots_are_predicted_by_members_that_saw_all(prior):
     torch.testing.assert_close(after[1], before[1])
 
 
-def test_linear_part_is_taken_where_it_is_better(prior):
+def test_the_linear_part_is_used_where_it_is_better(prior):
     features = torch.randn(90, 8)
     targets = features @ torch.randn(8, 12) + 0.1 * torch.randn(90, 12)
     folds = torch.arange(90) % 3
@@ -107,7 +107,7 @@ def test_rates_are_positive_however_far_the_line_goes():
     assert (prior(torch.randn(4, 8)) > 0).all()
 
 
-def test_share_is_nothing_where_members_are_better_and_all_where_they_are_noise():
+def test_the_linear_share_is_0_where_members_are_better_and_1_where_they_are_noise():
     part, truth = LinearPart(2, 3, 4), torch.randn(500, 4)
     part.set_share(truth, truth + 0.1 * torch.randn(500, 4), truth + torch.randn(500, 4), torch.ones(500))
     assert part.share == 0

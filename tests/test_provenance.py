@@ -1,4 +1,4 @@
-"""Nothing is silently wrong: units, gene spaces, stale slots, slots of the user, order of rows."""
+"""No silent errors: units, genes, outdated slots, slots of the user, order of rows."""
 
 import anndata as ad
 import numpy as np
@@ -120,7 +120,7 @@ def test_predictions_of_two_models_are_not_joined(simulated, prepared, model):
 # Units
 
 
-def test_panel_alone_is_not_normalised_anew(query, model, loaded):
+def test_an_object_of_the_panel_alone_is_not_normalised_again(query, model, loaded):
     panel = panel_of(query, model)
     counts = r"normalised over the panel's 30 genes alone, that of training over 40"
     hv.tl.predict(panel, model)
@@ -179,7 +179,7 @@ def test_one_section_in_other_units_is_refused(simulated, training, model):
             verb(training.copy(), library_key="section")
 
 
-def test_a_few_genes_of_the_panel_are_not_drawn_in_other_units(query, model):
+def test_an_object_of_a_few_panel_genes_is_not_drawn_in_other_units(query, model):
     few = query[:, model.registry["genes"][:8]].copy()
     hv.tl.predict(few, model)
     assert hv.pl.spatial(few, few.var_names[0]).shape == (1, 2)
@@ -479,7 +479,7 @@ def test_neighbourhoods_depend_on_geometry_alone(kind, rounded):
     np.testing.assert_allclose(rotated.outline, straight.outline, atol=0.05)
 
 
-def test_spots_on_one_another_have_neighbours():
+def test_coincident_spots_have_neighbours():
     place = np.concatenate([np.zeros((300, 2)), grid("square", 5)])
     graph = Neighborhoods.of(place, None, (8,)).graphs[0]
     assert (np.diff(graph.indptr) >= 8).all() and graph.diagonal().max() == 0
@@ -499,7 +499,7 @@ def test_predictions_depend_neither_on_order_nor_on_rotation(simulated, model):
 
 @pytest.fixture(scope="module")
 def of_array(prepared):
-    """Trained on embeddings in an array, of 32 bits; tests must not change it."""
+    """A model trained on embeddings in a 32-bit array; tests must not change it."""
     with few_steps():
         return hv.tl.train(prepared.copy(), **ONE_EPOCH)
 
@@ -611,7 +611,7 @@ def test_too_few_training_spots_are_refused_before_any_work(training, n_spots):
     )
 
 
-def test_a_default_of_64_bits_changes_nothing(prepared, query, of_array, tmp_path):
+def test_torch_default_of_64_bit_floats_changes_nothing(prepared, query, of_array, tmp_path):
     expected = values(query, of_array)
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,4 +1,4 @@
-"""The main job on her2st: skipped, with the reason, where the data are absent."""
+"""Training and prediction on her2st; skipped where the data are absent."""
 
 import anndata as ad
 import numpy as np
@@ -29,7 +29,7 @@ SHORT = {"enable_progress_bar": False, "stage1": {"max_epochs": 1}, "stage2": {"
 
 @pytest.fixture(scope="module")
 def sections(data_dir):
-    """Three sections with their panel, and a fourth."""
+    """Three training sections with their panel, and a held-out fourth."""
     adata = ad.read_h5ad(data_dir / "her2st" / "paired.h5ad")
     training, query = (adata[adata.obs["section"].isin(s)].copy() for s in (["C2", "C3", "C4"], ["C5"]))
     hv.pp.gene_panel(training, n_genes=200)

@@ -1,4 +1,4 @@
-"""The report, as somebody sees it who opens it in a browser without a network."""
+"""The report as it looks in a browser without a network."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def predicted(simulated, model):
-    """Two sections, S3 of which was trained on."""
+    """Two predicted sections, of which S3 was trained on."""
     adata = simulated[simulated.obs["section"].isin(["S3", "S4"])].copy()
     hv.tl.predict(adata, model)
     hv.tl.evaluate(adata)
@@ -78,7 +78,7 @@ def on_screen(page, x, y):
 
 
 def pointed_at(page, adata, spot):
-    """What the page says of a spot when one points at it."""
+    """Text that the page shows when one points at a spot."""
     x, y = on_screen(page, *map(float, adata.obsm["spatial"][adata.obs_names.get_loc(spot)]))
     page.mouse.move(x - 3, y - 3)
     page.mouse.move(x, y)
@@ -89,7 +89,7 @@ def pointed_at(page, adata, spot):
 
 
 def shows(page, text):
-    """Whether a text is to be seen."""
+    """Whether the page shows a text."""
     found = page.get_by_text(text)
     return found.count() > 0 and found.first.is_visible()
 

@@ -1,4 +1,4 @@
-"""Training that is interrupted loses at most an epoch, and never mixes with another."""
+"""Interrupted training loses at most an epoch, and is never mixed with another."""
 
 import json
 import logging
@@ -28,13 +28,13 @@ THREE = {**QUICK, "max_epochs": 3, "patience": 50}
 
 @pytest.fixture(scope="module", autouse=True)
 def brief_module(model):
-    """Every training here, but for that of the shared model, which comes before."""
+    """Train with few steps in this file; the shared model is trained before."""
     with few_steps():
         yield
 
 
 class Interrupt(Callback):
-    """Ctrl-C at the end of an epoch, of one of the stages."""
+    """Interrupt a stage at the end of an epoch, as Ctrl-C does."""
 
     def __init__(self, epoch, module=""):
         self.epoch, self.module = epoch, module
@@ -56,7 +56,7 @@ def stage1(adata, **options):
 
 @pytest.fixture(scope="module")
 def whole(prepared):
-    """Trained without interruption."""
+    """A model trained without interruption."""
     return train(prepared)
 
 

@@ -1,4 +1,4 @@
-"""Scores: what they are registered as, by individual, with intervals, of gene and spatial structure."""
+"""Scores: registry, averages over individuals, confidence intervals, gene and spatial structure."""
 
 import warnings
 
@@ -253,7 +253,7 @@ def test_structure_of_few_spots_is_undefined_and_warned_of(unseen, caplog):
 
 
 def test_baselines_leave_out_individuals():
-    """Sections of one individual are alike here, and individuals are not, so that only whole ones tell of new ones."""
+    """Sections of an individual are alike here and individuals differ, so only whole ones tell about new ones."""
     adata = hv.datasets.simulate(6, 60, 40, embedding_dim=16, random_state=3)
     adata.obs["animal"] = adata.obs["section"].astype(str).map({f"S{i}": "xyz"[(i - 1) // 2] for i in range(1, 7)})
     rng = np.random.default_rng(0)

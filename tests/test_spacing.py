@@ -1,4 +1,4 @@
-"""Neighbourhoods reach as far, in microns, whatever the grid."""
+"""Neighbourhoods have the same size in microns on any grid."""
 
 import numpy as np
 import pytest
@@ -95,8 +95,8 @@ def test_the_model_knows_its_spacing_and_says_so(of_sparse, dense, tmp_path, cap
     assert "microns per pixel of sections ['S4'] are not known" in caplog.text
 
 
-def test_a_section_in_which_spots_lie_no_distance_apart(dense, caplog):
-    """Its scale is known all the same, and the others tell the spacing; an unknown scale is another case."""
+def test_a_section_whose_spots_coincide(dense, caplog):
+    """Its scale is known, and the other sections tell the spacing; an unknown scale is another case."""
 
     def spacing_of(adata):
         caplog.clear()
@@ -121,7 +121,7 @@ def test_a_section_in_which_spots_lie_no_distance_apart(dense, caplog):
 
 
 def test_the_scale_of_a_section_counts_before_one_without_a_name(dense):
-    """Recorded of the section; else in uns["spatial"]; else recorded of an object that was one section then."""
+    """The scale recorded for the section comes first, then uns["spatial"], then that of an object of one section."""
     adata = dense.copy()
     made = {"X_a_112um": {"encoder": "a", "pooling": "cls"}}
     adata.uns["X_a"] = {"embeddings": made, "scale": {"*": 0.9}}

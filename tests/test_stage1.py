@@ -39,7 +39,7 @@ def test_scales_split_expression_without_loss(fitted):
     torch.testing.assert_close(stage1.assemble(parts), expression, atol=1e-4, rtol=1e-4)
 
 
-def test_some_genes_are_made_as_among_all(fitted):
+def test_some_genes_are_encoded_and_decoded_as_among_all(fitted):
     stage1, expression = fitted
     stage1.train()
     stage1.start_codebook(expression)

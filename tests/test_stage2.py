@@ -1,4 +1,4 @@
-"""What a token may know of others, and that all ways of generating agree."""
+"""Attention masks of the transformer, and agreement of all ways of generating tokens."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def histology_of(config, n=6, seed=0):
 
 @pytest.fixture(params=[("scale", 64), ("scale", 1), ("token", 1)], ids=["scale", "wide", "token"])
 def ordered(request, loaded):
-    """The trained model in either order, or with scales that do not attend to themselves; its head not at its start."""
+    """The trained model in either order, or with scales that do not attend to themselves; its head is not at zero."""
     order, limit = request.param
     config = loaded.config.replace(order=order, attention_limit=limit)
     state = loaded.stage2.state_dict()
@@ -70,8 +70,8 @@ def test_cached_generation_agrees_with_teacher_forcing(ordered):
 
 
 @torch.no_grad()
-def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
-    """Given coarser scales, tokens of a wide one are independent: generated and learnt some at a time."""
+def test_a_wide_scale_is_the_same_in_chunks(loaded, monkeypatch):
+    """Given coarser scales, tokens of a wide scale are independent, so they are generated and trained in chunks."""
     state = loaded.stage2.state_dict()
     loaded.add_stage2(loaded.config.replace(attention_limit=1))
     loaded.stage2.load_state_dict(state)
@@ -96,7 +96,7 @@ def test_wide_scale_is_the_same_in_pieces(loaded, monkeypatch):
             torch.testing.assert_close(some, every[:, asked], atol=1e-3, rtol=1e-4)
 
 
-def test_attention_to_few_keys_is_that_to_many(ordered, monkeypatch):
+def test_both_implementations_of_attention_agree(ordered, monkeypatch):
     """Plain products and ``scaled_dot_product_attention``: the same scores, predictions and gradients."""
     histology, config = histology_of(ordered.config), ordered.config
     tokens = torch.randint(0, config.codebook_size, (6, config.n_tokens), generator=torch.Generator().manual_seed(0))
@@ -319,7 +319,7 @@ def test_rank_counts_the_codes_that_are_more_probable(ordered):
     assert rank.unique().numel() > 10
 
 
-def test_freezing():
+def test_training_one_stage_freezes_the_other():
     model = TwoStageVARST(small_config(embedding_dims=(16,)))
     model.set_training_stage(1)
     assert all(p.requires_grad for p in model.stage1.parameters())

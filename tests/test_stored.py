@@ -1,4 +1,4 @@
-"""Training from expression and embeddings that are never in memory whole."""
+"""Training from expression and embeddings on disk, section by section."""
 
 import anndata as ad
 import dask.array as da
@@ -26,7 +26,7 @@ def on_disk(adata, path):
 
 @pytest.fixture
 def few_at_once(monkeypatch):
-    """Chunks so small that the sections at hand have many."""
+    """Make chunks so small that the test's sections have many."""
     monkeypatch.setattr(data, "CHUNK_SPOTS", 16)
     monkeypatch.setattr(data, "SHUFFLED_CHUNKS", 3)
 

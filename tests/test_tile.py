@@ -92,7 +92,7 @@ def test_files_that_cannot_be_tiled(tmp_path):
 
 
 def test_what_lazyslide_has_tiled(slide):
-    """Its tiles as they are, features with them, corners turned into centres."""
+    """LazySlide's tiles are taken with their features; corners become centres."""
     lazyslide, wsidata = pytest.importorskip("lazyslide"), pytest.importorskip("wsidata")
     wsi = wsidata.open_wsi(slide, store=None)
     with pytest.raises(KeyError, match="tile_key: no 'tiles' in the slide's shapes"):
@@ -211,7 +211,7 @@ def test_shell_from_slide_to_embeddings(histovar, slide, data_dir, tmp_path):
 
 
 def test_tiles_of_the_shared_slides(data_dir):
-    """Pink glass is no tissue; microns per pixel that the file lacks are asked for."""
+    """A pink background is no tissue; microns per pixel are asked for if the file lacks them."""
     folder = data_dir / "slides"
     c3 = hv.pp.tile(folder / "her2st_C3.tif", spacing_um=200)
     spots = ad.read_h5ad(data_dir / "her2st" / "paired.h5ad")

@@ -207,7 +207,7 @@ def test_auto_accelerator_never_picks_mps():
 
 
 def test_a_strategy_may_be_an_object():
-    """Lightning's serves one trainer alone, and a training has several."""
+    """A strategy of Lightning serves one trainer, and a training has several."""
     options = TrainingOptions(accelerator="cpu", strategy=DDPStrategy(process_group_backend="gloo"))
     first, second = options.trainer(), options.trainer()
     assert first.strategy is not second.strategy

@@ -1,4 +1,4 @@
-"""Genes one can trust: what is expected of them on an unseen section, and which are not predicted at all."""
+"""Which genes can be trusted: expected correlations on an unseen section, and genes that are not predicted."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +15,7 @@ COLUMNS = ["expected_pearson", "lower", "upper", "ceiling", "share_of_ceiling", 
 
 @pytest.fixture(scope="module")
 def shuffled(prepared):
-    """Training sections in which every other gene of the panel has no pattern, and which those are."""
+    """Training sections in which every other gene of the panel has no pattern, and those genes."""
     adata = prepared.copy()
     del adata.layers["lognorm"]
     genes = adata.var_names[adata.var["histovar_panel"]][::2]
@@ -29,7 +29,7 @@ def shuffled(prepared):
 
 
 def random_fields(place, n, width, rng):
-    """Smooth random fields that have nothing to do with each other."""
+    """Independent smooth random fields."""
     at = (place - place.min(0)) / np.ptp(place, axis=0).max() * 60
     fields = [gaussian_filter(rng.normal(size=(90, 90)), width, mode="wrap") for _ in range(n)]
     return np.stack([map_coordinates(field / field.std(), at.T, order=1) for field in fields], 1)
@@ -63,7 +63,7 @@ def test_calibration_on_held_out_sections_replaces_it(loaded, query):
     assert np.corrcoef(found, table["expected_pearson"])[0, 1] > 0.98  # but for shrinkage, those of this very section
 
 
-def test_individuals_are_compared_where_they_are_named(loaded, simulated):
+def test_named_individuals_are_compared_instead_of_sections(loaded, simulated):
     adata = simulated[simulated.obs["section"] != "S1"].copy()
     adata.obs["section"] = adata.obs["section"].astype(str) + "'"  # new to the model
     adata.obs["patient"] = np.where(adata.obs["section"] == "S4'", "b", "a")
@@ -73,7 +73,7 @@ def test_individuals_are_compared_where_they_are_named(loaded, simulated):
 
 
 @pytest.mark.usefixtures("brief")
-def test_of_one_section_it_is_said_that_no_other_was_tested(prepared, caplog):
+def test_a_model_of_one_section_says_that_no_other_was_tested(prepared, caplog):
     from .conftest import QUICK, small_config
 
     one = prepared[prepared.obs["section"] == "S1"].copy()
@@ -240,7 +240,7 @@ def test_info_says_how_many_genes_are_predicted_and_lists_them(model, tmp_path, 
     pd.testing.assert_frame_equal(listed, table, check_flags=False)
 
 
-def test_sections_predicted_from_one_another_are_no_independent_witnesses():
+def test_sections_predicted_from_one_another_are_not_independent():
     rng = np.random.default_rng(0)
     features, noise, place = rng.normal(size=(3, 80, 4)), rng.normal(size=(3, 80, 1000)), rng.uniform(size=(80, 2))
     sections = []

@@ -37,7 +37,7 @@ def evaluated(adata, model, **options):
 
 @pytest.fixture
 def measured(query):
-    """A section held out, with the total count of each spot."""
+    """A held-out section with each spot's total count in obs."""
     query.obs["total"] = np.asarray(query.X.sum(1)).ravel()
     return query
 
@@ -237,7 +237,7 @@ def test_intervals_at_the_measured_depth_hold(measured, model, units):
 
 
 def test_shallow_sections_are_covered_at_their_depth(simulated, model):
-    """Thinned to a twentieth, whose log-normalised values are far from those of training."""
+    """The section is thinned to a twentieth, so its log-normalised values are far from those of training."""
     query = simulated[simulated.obs["section"] == "S4"].copy()
     query.X.data = np.random.default_rng(0).binomial(query.X.data.astype(int), 0.05).astype(np.float32)
     query.X.eliminate_zeros()

@@ -1,4 +1,4 @@
-"""Stores with lost, damaged or pickled chunks: one line that names the slot, before a number of them is used."""
+"""Stores with lost, damaged or pickled chunks are refused in one line that names the slot, before they are used."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def path(query, tmp_path, zarr_format):
 
 
 def rewrite(path, slot, values, **options):
-    """Store an array anew, in other chunks."""
+    """Replace an array of a store, in other chunks."""
     root = zarr.open_group(path, mode="r+", use_consolidated=False)
     attributes = dict(root[slot].attrs) if hasattr(root[slot], "chunks") else ARRAY
     root.create_array(slot, data=values, overwrite=True, **options).attrs.update(attributes)

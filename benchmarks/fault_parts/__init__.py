@@ -1,1 +1,1 @@
-"""Parts of ``benchmarks/faults.py``, one kind of fault a module."""
+"""Parts of ``benchmarks/faults.py``: a module for each kind of fault."""

@@ -1,10 +1,10 @@
-"""Wrong arguments of every public function and command: refused in one line, with everything as it was.
+"""Wrong arguments of every public function and command: each must be refused in one line, and change nothing.
 
-Part "arguments" of ``benchmarks/faults.py``. Every parameter gets every value of :data:`VALUES`; which of them are
-valid is known by the parameter's kind. A case goes well if a valid value is taken, or a wrong one is refused by
-histovar's own checks in one line that names the argument, while data, model and figures stay as they were. Else it is
+Part "arguments" of ``benchmarks/faults.py``. Every parameter gets every value of :data:`VALUES`; its kind tells which
+of them are valid. A case goes well if a valid value is accepted, or a wrong one refused by histovar's own checks in one
+line that names the argument, with data, model and figures unchanged. Else it is
 
-- accepted: nonsense was taken,
+- accepted: a wrong value was accepted,
 - traceback: the error is not histovar's own, has several lines or does not name the argument,
 - changed: data or model are not as they were, or a figure is left open,
 - refused, but valid.
@@ -43,7 +43,7 @@ from histovar.training import TrainingOptions
 
 PACKAGE = str(Path(hv.__file__).parent)
 EMBEDDING = "X_histology"
-# Share of the valid calls that take a second or more which are made.
+# Share of valid calls that are made, of those that take a second or more.
 SLOW_SHARE = 0.03
 
 VALUES: dict[str, Any] = {
@@ -86,7 +86,7 @@ VALUES: dict[str, Any] = {
 }
 WHOLE = {"one", "NumPy integer", "billion"}
 NAMES = {"text", "number as text", "truth as text"}
-# Of a kind of parameter, the valid values; "?" before a kind also allows None.
+# Valid values by kind of parameter; "?" before a kind also allows None.
 KINDS: dict[str, set[str]] = {
     "nothing": set(),
     "count": WHOLE,
@@ -135,20 +135,20 @@ KINDS: dict[str, set[str]] = {
 
 
 class Call(NamedTuple):
-    """A public function, and how it is called."""
+    """A public function and how to call it."""
 
     name: str
     function: Callable[..., Any]
     valid: dict[str, Any]
-    """Arguments of a call that is right."""
+    """Arguments of a valid call."""
     kinds: dict[str, str]
-    """Kinds of all its parameters."""
+    """Kind of each parameter."""
     slow: bool = False
-    """Whether valid calls take a second or more: a few of them are made."""
+    """Whether valid calls take a second or more, so that only a few are made."""
 
 
 class Objects:
-    """Objects as every function needs them, and a trained model; a case gets a copy of the object."""
+    """Objects that the functions need, and a trained model; each case gets a copy of the object."""
 
     def __init__(self, training: AnnData, query: AnnData, model: hv.TwoStageVARST, config: hv.ModelConfig) -> None:
         self.model, self.config = model, config
@@ -168,7 +168,7 @@ class Objects:
         self.gene = model.registry["genes"][0]
 
     def annotations(self, scratch: Path) -> Path:
-        """A file of a region around all spots, as QuPath exports it."""
+        """File with an annotation around all spots, as QuPath exports it."""
         low, high = (f(self.query.obsm["spatial"], axis=0) for f in (np.min, np.max))
         ring = [[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]], [low[0], low[1]]]
         geometry = {"type": "Polygon", "coordinates": [[list(map(float, corner)) for corner in ring]]}
@@ -186,7 +186,7 @@ class MeanColour(torch.nn.Module):
 
 
 def slide(path: Path) -> Path:
-    """A slide with a square of texture, 1 um a pixel."""
+    """File of a slide with a square of texture, 1 um a pixel."""
     pixels = np.full((1100, 1000, 3), 240, np.uint8)
     texture = gaussian_filter(np.random.default_rng(0).normal(size=(600, 600, 3)), (1.5, 1.5, 0))
     pixels[200:800, 200:800] = np.clip((150, 90, 150) + 150 * texture, 0, 255)
@@ -195,12 +195,12 @@ def slide(path: Path) -> Path:
 
 
 def shared(**kinds: str) -> dict[str, str]:
-    """Kinds of parameters that most functions have, and of others."""
+    """Kinds of the parameters that most functions share, and of further ones."""
     return {"data": "nothing", "table_name": "?nothing", **kinds}
 
 
 def calls(objects: Objects, scratch: Path) -> list[Call]:
-    """Every public function."""
+    """Valid calls of every public function."""
     model, config = objects.model, objects.config
     key, layer, library = {"key": "nothing"}, {"layer": "?nothing"}, {"library_key": "?nothing"}
     keys = {"library_key": "nothing", "spatial_key": "nothing"}
@@ -397,7 +397,7 @@ def calls(objects: Objects, scratch: Path) -> list[Call]:
 
 
 def digest(value: Any) -> str:
-    """Digest of an object's contents, however they are stored."""
+    """Digest of an object's contents, independent of how they are stored."""
     if isinstance(value, AnnData):
         slots = (value.obs, value.var, value.obsm, value.varm, value.layers, value.uns, value.X, value.obsp)
         return digest([dict(s) if isinstance(s, Mapping) and not isinstance(s, pd.DataFrame) else s for s in slots])
@@ -423,7 +423,7 @@ def model_digest(model: hv.TwoStageVARST | None) -> str:
 
 
 def judge(error: BaseException, names: tuple[str, ...]) -> str:
-    """Whether an error is a refusal: histovar's own, in one line that has one of these names."""
+    """Whether an error is a refusal: raised by histovar, in one line with one of these names."""
     frames = traceback.extract_tb(error.__traceback__)
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if not frames or not frames[-1].filename.startswith(PACKAGE):
@@ -439,7 +439,7 @@ def judge(error: BaseException, names: tuple[str, ...]) -> str:
 def attempt(
     call: Call, changes: dict[str, Any], names: tuple[str, ...], model: hv.TwoStageVARST
 ) -> tuple[str, Any, AnnData | None]:
-    """Call a function and say what became of it; with what it returned and the object it was given."""
+    """Call a function; return the outcome, what it returned and the object that it was given."""
     arguments = {**call.valid, **changes}
     data = arguments.get("data")
     if isinstance(data, AnnData) and "data" not in changes:
@@ -466,7 +466,7 @@ def attempt(
 def wrong_arguments(
     objects: Objects, scratch: Path, share: float, rng: np.random.Generator
 ) -> Iterator[tuple[str, str]]:
-    """Every parameter of every public function with every value."""
+    """Give every value to every parameter of every public function."""
     for call in calls(objects, scratch):
         module = call.name.split(".")[0].split(",")[0]
         known = inspect.signature(call.function).parameters
@@ -591,7 +591,7 @@ TYPED = {
 def wrong_commands(
     objects: Objects, scratch: Path, share: float, rng: np.random.Generator
 ) -> Iterator[tuple[str, str]]:
-    """Every option of every command with values that are wrong; valid ones are left to the tests, as they take long."""
+    """Give wrong values to every option of every command; valid ones take long, and are left to the tests."""
     folder = scratch / "commands"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -616,7 +616,7 @@ def wrong_commands(
 
 
 def refusal(arguments: list[str], option: str, typed: str) -> str:
-    """What becomes of a command, in this process."""
+    """Outcome of a command that is run in this process."""
     package = logging.getLogger("histovar")
     handlers, level = list(package.handlers), package.level
     out, err = io.StringIO(), io.StringIO()

@@ -1,6 +1,6 @@
-"""Objects that are broken or unusual, given to every public function: the right result or one line, all as it was.
+"""Broken and unusual objects, given to every public function: the right result or one line, and nothing changed.
 
-Part "objects" of ``benchmarks/faults.py``; what goes wrong is named as in ``fault_parts/arguments.py``.
+Part "objects" of ``benchmarks/faults.py``; outcomes are named as in ``fault_parts/arguments.py``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .arguments import EMBEDDING, SLOW_SHARE, Call, Objects, attempt, calls, dig
 
 
 class Breakage(NamedTuple):
-    """What is wrong with an object."""
+    """A change that breaks an object, and what must come of it."""
 
     change: Callable[[AnnData], Any]
     slots: tuple[str, ...]
-    """Names of which a refusal has one."""
+    """Names of which a refusal must contain one."""
     refused_by: tuple[str, ...] = ()
-    """Functions that need what is wrong."""
+    """Functions that need what is broken, and must refuse the object."""
     harmless: bool = False
-    """Whether every function has to take it."""
+    """Whether every function must accept the object."""
 
 
 PLACED = ("pp.niche", "tl.predict", "tl.calibrate", "tl.adapt", "tl.baseline", "tl.train", "tl.train_stage2")
@@ -45,7 +45,7 @@ PREDICTED = ("tl.evaluate", "get.prediction", "pl.spatial", "pl.calibration", "p
 
 
 def put(store: str, name: str, make: Callable[[Any], Any]) -> Callable[[AnnData], None]:
-    """Replace what a slot holds by something made of it; nothing where there is no such slot."""
+    """Replace what a slot holds by a function of it; do nothing where there is no such slot."""
 
     def change(adata: AnnData) -> None:
         slot = getattr(adata, store)
@@ -56,14 +56,14 @@ def put(store: str, name: str, make: Callable[[Any], Any]) -> Callable[[AnnData]
 
 
 def entry(name: str, value: Any) -> Callable[[AnnData], None]:
-    """Replace an entry of histovar's record; nothing where there is none."""
+    """Replace an entry of histovar's record in ``uns``; do nothing where there is none."""
     return lambda adata: adata.uns.get("histovar", {}).update(
         {name: value} if name in adata.uns.get("histovar", ()) else {}
     )
 
 
 def with_counts(make: Callable[[np.ndarray], Any]) -> Callable[[AnnData], None]:
-    """Replace X, and have it log-normalised again."""
+    """Replace X, and drop the log-normalised layer so that it is computed again."""
 
     def change(adata: AnnData) -> None:
         for name in [name for name in adata.layers if name == "lognorm"]:
@@ -96,7 +96,7 @@ def rename(adata: AnnData, axis: str) -> None:
 
 
 def breakages() -> dict[str, Breakage]:
-    """Objects that are wrong, or unusual."""
+    """Broken and unusual objects, by name."""
     xy, rep, panel, record = "spatial", EMBEDDING, "histovar_panel", "histovar"
     found = {}
     for where, name, users in (("coordinates", xy, PLACED + ("pl.spatial",)), ("embedding", rep, EMBEDDED)):
@@ -232,7 +232,7 @@ def breakages() -> dict[str, Breakage]:
 def broken_objects(
     objects: Objects, scratch: Path, share: float, rng: np.random.Generator
 ) -> Iterator[tuple[str, str]]:
-    """Every function that takes an object, with objects that are wrong."""
+    """Give broken objects to every function that takes an object."""
     every = [
         call for call in calls(objects, scratch) if isinstance(call.valid.get("data"), AnnData) and "," not in call.name
     ]
@@ -259,13 +259,13 @@ def broken_objects(
 
 
 def is_finite(call: Call, adata: AnnData | None) -> bool:
-    """Whether the prediction that a call has written, if it is to write one, has no NaN and nothing infinite."""
+    """Whether all values of the prediction that a call has written are finite; true for calls that write none."""
     key = {"tl.predict": "histovar", "Baseline.predict": "ridge"}.get(call.name)
     return key is None or adata is None or bool(np.isfinite(adata.obsm[key]).all())
 
 
 def views(objects: Objects, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Views of an object, in any order of its spots, give what a copy of them gives."""
+    """Check that views of an object, with spots in any order, give what copies of them give."""
     n_spots = objects.query.n_obs
     for label, rows in (
         ("reversed", slice(None, None, -1)),

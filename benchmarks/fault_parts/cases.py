@@ -1,4 +1,4 @@
-"""Run a case in a process of its own and judge how it ended."""
+"""Run a case in a forked process, and tell its outcome."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from pathlib import Path
 import numpy as np
 
 MOST_SECONDS = 60
-# Address space that a case may take beyond what its process starts with: a damaged size must not fill the memory.
+# Address space that a case may take beyond that of its process at the start: a damaged size must not fill the memory.
 MOST_MEMORY = 4 * 2**30
 
 
 def outcome(case: Callable[[], str]) -> str:
-    """How a case ends: what it returns, "refused" if it raises one line of a user's error, or what went wrong.
+    """Run a case in a forked process, as a damaged file may end it, and tell its outcome.
 
     Parameters
     ----------
     case
-        Run in a forked process, as a damaged file may end it.
+        The case; what it returns is its outcome.
+
+    Returns
+    -------
+    What the case returns; "refused" if it raises an error of one line that a user may cause; else what went wrong.
     """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         with os.fdopen(writer, "w") as pipe:
-            pipe.write(_judged(case))
+            pipe.write(_run_limited(case))
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -38,7 +42,7 @@ def outcome(case: Callable[[], str]) -> str:
     return f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said
 
 
-def _judged(case: Callable[[], str]) -> str:
+def _run_limited(case: Callable[[], str]) -> str:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MOST_MEMORY, -1))
     signal.alarm(MOST_SECONDS)
@@ -53,15 +57,15 @@ def _judged(case: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def compared(made: np.ndarray, expected: np.ndarray) -> str:
-    """Whether a prediction is as it was: "whole", "unseen" if numbers are others but finite, else what is wrong."""
-    if not np.isfinite(made).all():
+def compare(prediction: np.ndarray, expected: np.ndarray) -> str:
+    """Outcome of a prediction: "whole" if as expected, "unseen" if other numbers but finite, else what is wrong."""
+    if not np.isfinite(prediction).all():
         return "not finite"
-    return "whole" if made.shape == expected.shape and np.allclose(made, expected, atol=1e-4) else "unseen"
+    return "whole" if prediction.shape == expected.shape and np.allclose(prediction, expected, atol=1e-4) else "unseen"
 
 
-def killed(run: Callable[[], object], moment: float | Callable[[], bool]) -> bool:
-    """Run in a forked process, kill that after some seconds or at a moment; whether it was killed before it ended."""
+def run_and_kill(run: Callable[[], object], moment: float | Callable[[], bool]) -> bool:
+    """Run in a forked process and kill it, after some seconds or at a moment; return whether it was killed in time."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -77,8 +81,8 @@ def killed(run: Callable[[], object], moment: float | Callable[[], bool]) -> boo
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def damaged(content: bytes, rng: np.random.Generator, kind: str) -> bytes:
-    """A file's content with one bit flipped, or cut."""
+def damage(content: bytes, rng: np.random.Generator, kind: str) -> bytes:
+    """Flip one bit of a file's content, or cut it short."""
     if kind == "cut":
         return content[: rng.integers(len(content))]
     flipped = bytearray(content)

@@ -1,4 +1,4 @@
-"""Damaged and strange files, read by ``predict`` and by the readers of data sets."""
+"""Damaged files and files of other content, read by ``predict`` and by the readers of data sets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from scipy import sparse
 import histovar as hv
 from histovar.anndata_io import files as readers
 
-from .cases import compared, damaged, outcome
+from .cases import compare, damage, outcome
 
 if TYPE_CHECKING:
     from faults import Setting
 
 
 def files(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """One bit flipped, or the end cut off, of files of each kind; embeddings of other types."""
+    """Flip one bit of files of each kind, or cut their end off; read files of embeddings with other content."""
     query = setting.query.copy()
     query.uns.clear()
     query.write_h5ad(setting.scratch / "in.h5ad")
@@ -37,29 +37,29 @@ def files(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
     def predict(path: Path) -> str:
         adata = readers.read_files([path])
         hv.tl.predict(adata, setting.models[0], **setting.keys)
-        return compared(np.asarray(adata.obsm["histovar"]), setting.expected)
+        return compare(np.asarray(adata.obsm["histovar"]), setting.expected)
 
     def stream(path: Path) -> str:
         adata = readers.read_store(path, genes=["none"])
         hv.tl.predict(adata, setting.models[0], **setting.keys)
-        return compared(np.asarray(adata.obsm["histovar"]), setting.expected)
+        return compare(np.asarray(adata.obsm["histovar"]), setting.expected)
 
     store = setting.scratch / "damaged.zarr"
     for i in range(n):
         kind = ("flip", "cut")[i % 2]
         for name in ("in.h5ad", "packed.h5ad"):
             path = setting.scratch / name
-            yield f"files, {name}, {kind}", _damage(setting, path, kind, lambda path=path: predict(path))
+            yield f"files, {name}, {kind}", _outcome_if_damaged(setting, path, kind, lambda path=path: predict(path))
         file = setting.rng.choice(np.array([f for f in sorted(store.rglob("*")) if f.is_file()], object))
-        yield f"files, zarr, {kind}", _damage(setting, file, kind, lambda: predict(store))
-        yield f"files, zarr streamed, {kind}", _damage(setting, file, kind, lambda: stream(store))
+        yield f"files, zarr, {kind}", _outcome_if_damaged(setting, file, kind, lambda: predict(store))
+        yield f"files, zarr streamed, {kind}", _outcome_if_damaged(setting, file, kind, lambda: stream(store))
     yield from _hest(setting, n)
     yield from _her2st(setting, n)
 
 
-def _damage(setting: Setting, file: Path, kind: str, case: Callable[[], str]) -> str:
+def _outcome_if_damaged(setting: Setting, file: Path, kind: str, case: Callable[[], str]) -> str:
     content = file.read_bytes()
-    file.write_bytes(damaged(content, setting.rng, kind))
+    file.write_bytes(damage(content, setting.rng, kind))
     try:
         return outcome(case)
     finally:
@@ -76,32 +76,32 @@ def _hest(setting: Setting, n: int) -> Iterator[tuple[str, str]]:
 
     def read() -> str:
         adata = hv.datasets.hest(root, embedding="uni")
-        return compared(adata.obsm["X_uni"], values)
+        return compare(adata.obsm["X_uni"], values)
 
     file = root / "S4_uni.pt"
     names = list(slide.obs_names)
     for i in range(n):
         kind = ("flip", "cut")[i % 2]
         torch.save({"embeddings": torch.from_numpy(values), "barcodes": names}, file)
-        yield f"files, hest's .pt, {kind}", _damage(setting, file, kind, read)
-        yield f"files, hest's .h5ad, {kind}", _damage(setting, root / "st" / "S4.h5ad", kind, read)
+        yield f"files, hest's .pt, {kind}", _outcome_if_damaged(setting, file, kind, read)
+        yield f"files, hest's .h5ad, {kind}", _outcome_if_damaged(setting, root / "st" / "S4.h5ad", kind, read)
         file.unlink()
         with h5py.File(file.with_suffix(".h5"), "w") as store:
             store["embeddings"], store["barcodes"] = values, names
-        yield f"files, hest's .h5, {kind}", _damage(setting, file.with_suffix(".h5"), kind, read)
+        yield f"files, hest's .h5, {kind}", _outcome_if_damaged(setting, file.with_suffix(".h5"), kind, read)
         file.with_suffix(".h5").unlink()
-    for content in _strange(values):
+    for content in _other_content(values):
         file.write_bytes(content)
         yield "files, .pt of another type", outcome(read)
     file.unlink()
-    for content in _strange(values):
+    for content in _other_content(values):
         file.with_suffix(".h5").write_bytes(content)
         yield "files, .h5 of another type", outcome(read)
     shutil.rmtree(root)
 
 
-def _strange(values: np.ndarray) -> Iterator[bytes]:
-    """Contents that are no embeddings of a slide, though some are of its numbers."""
+def _other_content(values: np.ndarray) -> Iterator[bytes]:
+    """Contents of files that are not embeddings of a slide, though some hold its numbers."""
     tensor = torch.from_numpy(values)
     objects = (
         *(
@@ -164,13 +164,13 @@ def _her2st(setting: Setting, n: int) -> Iterator[tuple[str, str]]:
 
     def read() -> str:
         adata = hv.datasets.her2st(root, image_width=30)
-        return compared(sparse.csr_matrix(adata.X).toarray(), counts)
+        return compare(sparse.csr_matrix(adata.X).toarray(), counts)
 
     for i in range(n):
         kind = ("flip", "cut")[i % 2]
         for file in (root / "ST-cnts" / "B1.tsv.gz", root / "ST-spotfiles" / "B1_selection.tsv", image):
-            yield f"files, her2st, {kind}", _damage(setting, file, kind, read)
-    # The size of an image, in the header of a JPEG, beyond that of any slide.
+            yield f"files, her2st, {kind}", _outcome_if_damaged(setting, file, kind, read)
+    # A JPEG whose header states a size beyond that of any slide.
     content = image.read_bytes()
     start = content.index(b"\xff\xc2") + 5
     image.write_bytes(content[:start] + b"\xff\xff\xff\xff" + content[start + 4 :])

@@ -1,4 +1,4 @@
-"""Ctrl-C of the command line: exit code 130 and one line."""
+"""Ctrl-C during commands: exit code 130 and one line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from faults import Setting
 
-# Before that Python itself starts, and says so in its own words.
+# Until then Python itself starts, whose message for Ctrl-C is its own.
 STARTING_SECONDS = 1.0
 PROGRAM = "from histovar.cli import main; main()"
 
 
 def interrupts(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Commands interrupted at random moments."""
+    """Interrupt commands at random moments."""
     data, model = setting.scratch / "interrupted.h5ad", setting.scratch / "first"
     setting.training.write_h5ad(data)
     columns = ["--use-rep", "X_histology", "--library-key", "section"]

@@ -1,4 +1,4 @@
-"""Predictions streamed from store to store: killed, continued after a change, from stores that lack chunk files."""
+"""Predictions from zarr store to zarr store: killed, continued after a change, from stores that lack chunk files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zarr
 import histovar as hv
 from histovar.anndata_io import files, zarr_check, zarr_store
 
-from .cases import compared, killed, outcome
+from .cases import compare, outcome, run_and_kill
 
 if TYPE_CHECKING:
     from faults import Setting
@@ -26,7 +26,7 @@ ROWS = 6
 
 
 def streams(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Streams killed at random moments and continued; the same with a changed input or option; lost chunk files."""
+    """Kill streams at random moments and continue them, also with another input or option; remove chunk files."""
     store, out = setting.scratch / "in.zarr", setting.scratch / "out.zarr"
     setting.query.write_zarr(store)
     start = time.monotonic()
@@ -36,14 +36,17 @@ def streams(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
     for _ in range(max(4, round(40 * share))):
         _remove(out)
         n_kills = sum(
-            killed(lambda: _stream(setting, store, out), setting.rng.uniform(0, 1.1 * seconds))
+            run_and_kill(lambda: _stream(setting, store, out), setting.rng.uniform(0, 1.1 * seconds))
             for _ in range(setting.rng.integers(1, 4))
         )
         if n_kills:
             what = outcome(lambda: _continued(setting, store, out, expected))
             yield "streams, killed and continued", what if what == "whole" else f"after {n_kills} kills: {what}"
     for i in range(max(2, round(20 * share))):
-        yield "streams, continued otherwise", _otherwise(setting, store, out, expected, change_input=i % 2 == 0)
+        yield (
+            "streams, continued after a change",
+            _continued_after_change(setting, store, out, expected, change_input=i % 2 == 0),
+        )
     yield from _lost_chunks(setting, share)
 
 
@@ -72,14 +75,16 @@ def _continued(setting: Setting, store: Path, out: Path, expected: np.ndarray) -
     except ValueError as error:
         return f"cannot be continued: {error}"
     left = sorted(path.name for path in out.parent.glob(f"*{out.name}*"))
-    return compared(_read(out), expected).replace("unseen", "predicts otherwise") if left == [out.name] else str(left)
+    return compare(_read(out), expected).replace("unseen", "another prediction") if left == [out.name] else str(left)
 
 
-def _otherwise(setting: Setting, store: Path, out: Path, expected: np.ndarray, *, change_input: bool) -> str:
-    """Continue after the input, or an option, has changed: refused."""
+def _continued_after_change(
+    setting: Setting, store: Path, out: Path, expected: np.ndarray, *, change_input: bool
+) -> str:
+    """Continue after the input, or an option, has changed, which must be refused."""
     _remove(out)
     part = zarr_store.unfinished(out)
-    if not killed(lambda: _stream(setting, store, out), lambda: any((part / "done").glob("*"))):
+    if not run_and_kill(lambda: _stream(setting, store, out), lambda: any((part / "done").glob("*"))):
         return "whole"
     array = zarr.open_group(store, mode="r+")[f"obsm/{KEY}"]
     before = array[:]
@@ -92,7 +97,7 @@ def _otherwise(setting: Setting, store: Path, out: Path, expected: np.ndarray, *
 
 
 def _lost_chunks(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """A chunk file of any slot removed, of the formats of zarr; read as a whole or streamed."""
+    """Remove a chunk file of a slot, in each zarr format, and read the store as a whole or streamed."""
     expected = setting.expected
     for i in range(max(3, round(90 * share))):
         path = setting.scratch / "lost.zarr"
@@ -114,6 +119,6 @@ def _lost_chunks(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
         def case(path: Path = path, lazily: bool = bool(i % 2)) -> str:
             adata = files.read_store(path, genes=["none"]) if lazily else files.read_files([path])
             hv.tl.predict(adata, setting.models[0], **setting.keys)
-            return compared(np.asarray(adata.obsm["histovar"]), expected).replace("unseen", "read as zeros")
+            return compare(np.asarray(adata.obsm["histovar"]), expected).replace("unseen", "read as zeros")
 
         yield "streams, chunk files lost", outcome(case)

@@ -1,4 +1,4 @@
-"""Trainings that meet: in one directory, in threads of one process, or continued with other inputs."""
+"""Trainings that share a directory or a process, or are continued with other inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def trainings(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Two trainings into one directory at once, and in two threads: each as alone, or refused."""
+    """Train twice at once, in one directory and in two threads: each result must be as alone, or refused."""
     alone = {seed: _weights(_train(setting, random_state=seed)) for seed in (0, 1)}
     for i in range(max(1, round(6 * share))):
         said = _in_one_directory(setting, setting.scratch / f"trained{i}", alone)
@@ -34,7 +34,7 @@ def trainings(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
 
 
 def _in_one_directory(setting: Setting, directory: Path, alone: dict[int, Any]) -> list[str]:
-    """Two processes, a thread waiting for each."""
+    """Outcomes of two processes, for each of which a thread waits."""
     said: dict[int, str] = {}
 
     def train(seed: int) -> None:
@@ -55,7 +55,7 @@ def _in_threads(setting: Setting, alone: dict[int, Any]) -> list[str]:
 
 
 def resume(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
-    """Training continued with something else than it was begun with."""
+    """Continue a training with another input, option or seed than it was begun with."""
     directory = setting.scratch / "resumed"
     _train(setting, checkpoint_dir=directory)
     whole = _weights(setting.models[0])
@@ -95,7 +95,7 @@ def resume(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
         said = outcome(case)
         expected = "whole" if name == "nothing" else "refused"
         yield (
-            "resume, as it was" if name == "nothing" else "resume, changed",
+            "resume, nothing changed" if name == "nothing" else "resume, changed",
             (said if said == expected else f"{name}: {said}"),
         )
 

@@ -1,7 +1,7 @@
 """How much patients differ: in the counts that a gene panel takes, in genes' rates and in depth.
 
 Panels are chosen on one patient of her2st's expression (HISTOVAR_DATA names the directory with the data), and looked at
-in every section of all patients: by which factor the panel's total in the middle spot lies outside that of 90 % of the
+in every section of all patients: by which factor the panel's median total in a spot lies outside that of 90 % of the
 training spots. ``histovar.anndata_io.expression`` warns of factors above any of these.
 
 Then, of the 200 most variable genes of all patients, the standard deviation of log rates (medians over genes) and of

@@ -128,7 +128,7 @@ def test_niche_refuses(query):
 
 def test_prediction_refuses_another_width_and_number(query, model):
     query.obsm["X_histology"] = query.obsm["X_histology"][:, :9]
-    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has width 9, the model was trained on width 16")
+    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has width 9, but the model was trained on width 16")
     refuse(
         query,
         lambda a: hv.tl.predict(a, model, use_rep=["X_histology", "spatial"]),

@@ -239,7 +239,7 @@ def test_without_coordinates_all_but_spatial_scores_are_taken(unseen, caplog):
     del unseen.obsm["spatial"]
     hv.tl.evaluate(unseen, key="ridge")
     after = unseen.uns["ridge"]["evaluation"]
-    assert "without scores of spatial structure" in caplog.text
+    assert "no scores of spatial structure" in caplog.text
     pd.testing.assert_frame_equal(after, before.drop(columns=["Moran correlation", "Moran error"]))
 
 

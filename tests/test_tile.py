@@ -179,10 +179,10 @@ def test_lazyslide_model_refuses_what_it_cannot_predict(wsi, loaded):
     model = hv.io.LazySlideModel(loaded)
     features = wsi.tables["histology_tiles"].X
     with pytest.raises(
-        ValueError, match=r"features: have shape \(\d+, 15\), expected \(n_tiles, 16\), which is X_hist"
+        ValueError, match=r"features: shape \(\d+, 15\), expected \(n_tiles, 16\), the embeddings X_hist"
     ):
         model.predict(features[:, :15], np.zeros((len(features), 2)))
-    with pytest.raises(ValueError, match="coords: the model needs where the tiles are"):
+    with pytest.raises(ValueError, match="coords: the model needs the tiles' positions"):
         model.predict(features)
     loaded.registry["spacing_um"] = 50.0
     with pytest.raises(ValueError, match=r"mpp: .*give mpp=wsi.properties.mpp"):

@@ -306,7 +306,7 @@ def test_measurements_in_other_units_are_refused(query, model):
     hv.tl.predict(query, model, units="counts")
     refuse(query, lambda a: hv.tl.evaluate(a, layer="lognorm"), ValueError, "^layer: .* the prediction is of counts")
     query.X.data += 0.5
-    refuse(query, hv.tl.evaluate, ValueError, "X must hold counts, for counts to be compared")
+    refuse(query, hv.tl.evaluate, ValueError, "X must hold counts, so that predicted counts can be compared")
 
 
 def test_predictions_named_like_their_units_are_not_taken_for_measured(query, model):

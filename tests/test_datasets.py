@@ -313,7 +313,7 @@ def test_hest_without_ids_needs_coords_in_the_order_of_the_slide(grid, kind, cap
         with pytest.raises(ValueError, match="coords are not in the order of .* slide 'A'.*store barcodes"):
             hv.datasets.hest(grid)
     write(file, embeddings=values[:30], coords=CORNERS[:30])
-    with pytest.raises(ValueError, match="30 rows and no barcodes, slide 'A' has 40 spots"):
+    with pytest.raises(ValueError, match="30 rows and no barcodes, but slide 'A' has 40 spots"):
         hv.datasets.hest(grid)
 
 

@@ -138,7 +138,7 @@ def test_edge_is_white_and_said_so(spots, png, caplog):
     ("options", "error", "message"),
     [
         ({"mpp": None}, ValueError, r"mpp: microns per pixel of '.*slide.png' are unknown; pass mpp="),
-        ({"field_um": 500}, ValueError, r"field_um: 500 um is more than the whole image of the spots, 200 x 150 um"),
+        ({"field_um": 500}, ValueError, r"field_um: 500 um is larger than the whole image of the spots, 200 x 150 um"),
         ({"field_um": 3}, ValueError, r"field_um: 3 um is 6.0 pixels of the image"),
         ({"field_um": ()}, ValueError, "field_um"),
         ({"field_um": (16, 16)}, ValueError, "field_um: expected fields, each once"),
@@ -207,7 +207,7 @@ def test_image_in_uns(spots, pixels, caplog):
         embed(coarse, None, mpp=None)
     found = embed(coarse, None)
     np.testing.assert_allclose(found, expected(pixels, coarse.obsm["spatial"]), atol=12)
-    assert "a field of 16 um is only 8 pixels of the image of the spots, and the encoder takes 32" in caplog.text
+    assert "a field of 16 um is only 8 pixels of the image of the spots, but the encoder's input is 32" in caplog.text
     del coarse.uns["spatial"]
     with pytest.raises(ValueError, match=r"image: no image in uns\['spatial'\] .*; pass image="):
         embed(coarse, None)

@@ -187,7 +187,7 @@ def test_expression_is_checked(training, model):
 
 
 def test_panel_and_scales_are_checked(training):
-    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes asked for, but only")
+    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes requested, but only")
     refuse(
         training,
         lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"),
@@ -277,7 +277,11 @@ WRONG = [
     ),
     (lambda a, m: hv.pl.codebook(m, ax=[]), TypeError, "ax: expected Axes or None"),
     (lambda a, m: hv.pl.training(m, save="map.nonsense"), ValueError, "save: expected a file that ends in one of"),
-    (lambda a, m: hv.pl.spatial(a, "GENE1", cmap="nonsense"), ValueError, "cmap: expected the name of a colour map"),
+    (
+        lambda a, m: hv.pl.spatial(a, "GENE1", cmap="nonsense"),
+        ValueError,
+        "cmap: expected the name of a matplotlib colour map",
+    ),
     (lambda a, m: hv.datasets.simulate(n_spots=10**9), ValueError, "n_sections=4, n_spots=1000000000, .* of memory"),
     (lambda a, m: hv.metrics.pearson(np.ones((3, 2)), np.ones((2, 2))), ValueError, "measured: expected 3 spots"),
     (lambda a, m: hv.ModelConfig.default(30, n_heads=0), ValueError, "n_heads: expected at least 1, got 0"),

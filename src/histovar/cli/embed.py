@@ -65,7 +65,7 @@ def embed(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="File with the encoder's weights, in place of a download from huggingface.co.", **PATH),
+        typer.Option(help="File with the encoder's weights, instead of a download from huggingface.co.", **PATH),
     ] = None,
     library_key: LibraryKey = None,
     spatial_key: SpatialKey = None,

@@ -43,7 +43,7 @@ def spatialdata(
     key
         Prefix of the slots, the `key_added` of :func:`histovar.tl.predict`.
     confidence_level
-        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+        Share of the measured values that intervals should contain, between 0 and 1 (both excluded).
     library_key
         Column of ``obs`` with the section; that of the prediction by default. Not for SpatialData, whose table names
         the region of each spot.

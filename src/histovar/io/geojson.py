@@ -70,7 +70,7 @@ def write_geojson(
     library_key
         Column of ``obs`` with the section; that of the prediction by default.
     confidence_level
-        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+        Share of the measured values that intervals should contain, between 0 and 1 (both excluded).
     shape
         ``"circle"`` for spots and cells, ``"square"`` for tiles.
     diameter

@@ -72,7 +72,7 @@ def adapt(
     key_added
         Prefix of the slots, for niche features computed before.
     batch_size
-        Spots at once.
+        Spots in a batch.
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state

@@ -48,7 +48,7 @@ def tokenize(
     key_added
         Prefix of the slots.
     batch_size
-        Spots at once.
+        Spots in a batch.
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     table_name

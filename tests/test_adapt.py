@@ -120,7 +120,7 @@ def test_other_sections_are_warned_of_and_have_no_measured_neighbours(simulated,
     other.obsm["spatial"] = section.obsm["spatial"][: other.n_obs].copy()
     adapted.stage2.adaptation.weights += 1.0
     hv.tl.predict(other, adapted)
-    assert "60 spots are of others" in caplog.text
+    assert "60 spots belong to other sections" in caplog.text
     rates = hv.get.prediction(other).layers["rates"]
     adapted.stage2.adaptation.weights *= 0.0
     hv.tl.predict(other, adapted)
@@ -132,7 +132,7 @@ def test_a_section_without_a_name_is_known_by_its_measured_spots(section, model,
     adapted = hv.tl.adapt(section, model, "measured")
     hv.tl.predict(section, adapted)
     assert "are of others" not in caplog.text
-    assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
+    assert "the section has no name, so it cannot be checked whether it, or a part of it, was trained on" in caplog.text
     elsewhere = section.copy()
     elsewhere.obsm["spatial"] = elsewhere.obsm["spatial"] + 7.0
     hv.tl.predict(elsewhere, adapted)
@@ -146,14 +146,14 @@ def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, 
     model = hv.tl.train(unnamed, use_rep="X_histology", config=small_config(), **QUICK)
     trained_on = choose(unnamed, 20)
     with pytest.raises(
-        ValueError, match="library_key: a section without a name, of 60 spots as this one, was trained on"
+        ValueError, match="library_key: a section without a name and with 60 spots, like this one, was trained on"
     ):
         hv.tl.adapt(trained_on, model, "measured")
     named = hv.tl.adapt(section, model, "measured", library_key="section")
     assert named.registry["adapted"]["section"] == "S4"
     assert "the section has no name" not in caplog.text
     hv.tl.adapt(trained_on[:50].copy(), model, "measured")
-    assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
+    assert "the section has no name, so it cannot be checked whether it, or a part of it, was trained on" in caplog.text
 
 
 def test_chunks_are_predicted_alike(section, adapted):
@@ -178,7 +178,7 @@ def test_measured_spots_alone_will_do(section, model, caplog):
 def test_what_cannot_be_adapted_to_is_refused(section, training, model, adapted, model_of_values):
     with pytest.raises(KeyError, match="measured_key: no 'absent' in obs"):
         hv.tl.adapt(section, model, "absent")
-    with pytest.raises(ValueError, match="measured_key: obs\\['section'\\] must be true or false"):
+    with pytest.raises(ValueError, match="measured_key: obs\\['section'\\] must be True or False"):
         hv.tl.adapt(section, model, "section")
     with pytest.raises(ValueError, match="measured_key: 8 measured spots are too few"):
         hv.tl.adapt(choose(section.copy(), 8), model, "measured")
@@ -192,7 +192,7 @@ def test_what_cannot_be_adapted_to_is_refused(section, training, model, adapted,
         hv.tl.adapt(section, model_of_values, "measured")
     with pytest.raises(ValueError, match="adapted to section 'S4' already"):
         hv.tl.adapt(section, adapted, "measured")
-    with pytest.raises(ValueError, match="model: it is adapted to section 'S4'"):
+    with pytest.raises(ValueError, match="model: it is already adapted to section 'S4'"):
         hv.tl.calibrate(section, adapted)
     with pytest.raises(KeyError, match="panel genes are missing"):
         hv.tl.adapt(section[:, 10:].copy(), model, "measured")

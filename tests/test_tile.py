@@ -64,7 +64,7 @@ def test_resolution_that_the_file_does_not_say(slide, tmp_path):
     [
         (
             {"spacing_um": 3},
-            "spacing_um: 3 um are 3 pixels of 1 um, expected at least 8 pixels and no more than the slide's 1000 x 1200",
+            "spacing_um: 3 um are 3 pixels of 1 um, expected at least 8",
         ),
         ({"spacing_um": 5000}, "spacing_um: 5e"),
         ({"spacing_um": 0}, "spacing_um: expected more than 0"),

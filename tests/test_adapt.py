@@ -186,13 +186,13 @@ def test_what_cannot_be_adapted_to_is_refused(section, training, model, adapted,
         hv.tl.adapt(section[:5].copy(), model)
     with pytest.raises(ValueError, match="section 'S1' was trained on"):
         hv.tl.adapt(training[training.obs["section"] == "S1"].copy(), model)
-    with pytest.raises(ValueError, match="measured spots are of 3 sections"):
+    with pytest.raises(ValueError, match="measured spots are in 3 sections"):
         hv.tl.adapt(training, model)
     with pytest.raises(ValueError, match="it learnt from values"):
         hv.tl.adapt(section, model_of_values, "measured")
-    with pytest.raises(ValueError, match="adapted to section 'S4' already"):
+    with pytest.raises(ValueError, match="already adapted to section 'S4'"):
         hv.tl.adapt(section, adapted, "measured")
-    with pytest.raises(ValueError, match="model: it is already adapted to section 'S4'"):
+    with pytest.raises(ValueError, match="model: it is adapted to section 'S4'"):
         hv.tl.calibrate(section, adapted)
     with pytest.raises(KeyError, match="panel genes are missing"):
         hv.tl.adapt(section[:, 10:].copy(), model, "measured")

@@ -131,12 +131,12 @@ def test_a_section_without_a_name_is_known_by_its_measured_spots(section, model,
     del section.obs["section"]
     adapted = hv.tl.adapt(section, model, "measured")
     hv.tl.predict(section, adapted)
-    assert "are of others" not in caplog.text
+    assert "belong to other sections" not in caplog.text
     assert "the section has no name, so it cannot be checked whether it, or a part of it, was trained on" in caplog.text
     elsewhere = section.copy()
     elsewhere.obsm["spatial"] = elsewhere.obsm["spatial"] + 7.0
     hv.tl.predict(elsewhere, adapted)
-    assert "are of others" in caplog.text
+    assert "belong to other sections" in caplog.text
 
 
 def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, caplog):

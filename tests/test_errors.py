@@ -219,7 +219,7 @@ def test_configuration_of_other_scales_is_refused(prepared):
 
 def test_configuration_of_more_genes_than_there_are_is_refused(training):
     refuse(
-        training, lambda a: hv.tl.train_stage1(a, config=small_config(41), **QUICK), ValueError, "41 genes asked for"
+        training, lambda a: hv.tl.train_stage1(a, config=small_config(41), **QUICK), ValueError, "41 genes requested"
     )
 
 

@@ -324,7 +324,7 @@ def test_scales_are_those_of_the_panel(training, caplog):
     hv.pp.gene_scales(training, scales=(1, 4, 10))
     training.var["histovar_panel"] = np.arange(40) < 25  # by hand
     model = hv.tl.train_stage1(training, library_key="section", **QUICK)
-    assert model.config.n_genes == 25 and "is of another panel" in caplog.text
+    assert model.config.n_genes == 25 and "belongs to another panel" in caplog.text
     assert model.registry["genes"] == training.var_names[:25].tolist()
     hv.pp.gene_scales(training, scales=(1, 10), gene_sets={"a": training.var_names[:5].tolist()})
     training.var["histovar_panel"] = np.arange(40) < 30

@@ -242,7 +242,7 @@ def test_wrong_reports_are_refused(predicted, model, model_of_values, tmp_path, 
     with pytest.raises(KeyError, match="no prediction 'other'"):
         hv.pl.report(predicted, path, key="other")
     monkeypatch.setattr("histovar.report.content.MOST_VALUES", 1000)
-    with pytest.raises(ValueError, match="genes: 30 genes of 120 spots are too many.*name 8 genes at most"):
+    with pytest.raises(ValueError, match="genes: 30 genes in 120 spots are too many.*name at most 8 genes"):
         hv.pl.report(predicted, path)
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(ImportError, match=r"needs bokeh, which is not installed: pip install 'histovar\[report\]'"):

@@ -251,7 +251,7 @@ def test_shallow_sections_are_covered_at_their_depth(simulated, model):
 
 @pytest.mark.parametrize("options", [{"units": "counts"}, {"units": "lognorm"}, {"depth": 1000}])
 def test_models_of_values_have_neither_units_nor_depth(query, model_of_values, options):
-    message = r"^units, depth: the model learnt from values of 'values', whose dependence on depth .*; train with counts"
+    message = r"^units, depth: the model learnt from values of 'values', whose dependence .*; train with counts"
     refuse(query, lambda a: hv.tl.predict(a, model_of_values, **options), ValueError, message)
     hv.tl.predict(query, model_of_values)
     assert not {"histovar_rates", "histovar_spots"} & set(query.obsm)

@@ -29,7 +29,7 @@ MOST_PIXELS = 400_000_000
 
 @check_arguments
 def her2st(path: PathLike, *, sections: KeyList | None = None, image_width: Number = 1000) -> AnnData:
-    """Read the data set of Andersson et al. (2021, doi:10.1038/s41467-021-26271-2) from its published layout.
+    """Read the HER2-positive breast cancer data set (Andersson et al. 2021, doi:10.1038/s41467-021-26271-2).
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ def simulate(
     offset = rng.normal(0, 1.5, N_FEATURES)
     output_weights = rng.normal(size=(N_FEATURES, embedding_dim)) / np.sqrt(N_FEATURES)
 
-    parts: dict[str, list[Any]] = {"counts": [], "place": [], "mixture": [], "embedding": [], "section": []}
+    columns: dict[str, list[Any]] = {"counts": [], "spatial": [], "mixture": [], "embedding": [], "section": []}
     images: dict[str, Any] = {}
     for number in range(1, n_sections + 1):
         coordinates, side = _grid(n_spots, rng)
@@ -97,28 +97,28 @@ def simulate(
         total = depth * density / density.mean() * rng.gamma(4, 1 / 4, n_spots)
         counts = rng.poisson(total[:, None] * (mixture @ loadings))
         clean = np.tanh((mixture - 1 / n_programs) @ hidden_weights + offset) @ output_weights
-        parts["embedding"].append(clean + rng.normal(0, NOISE, clean.shape))
-        parts["counts"].append(counts)
-        parts["place"].append(coordinates)
-        parts["mixture"].append(mixture)
+        columns["embedding"].append(clean + rng.normal(0, NOISE, clean.shape))
+        columns["counts"].append(counts)
+        columns["spatial"].append(coordinates)
+        columns["mixture"].append(mixture)
         name = f"S{number}"
-        parts["section"] += [name] * n_spots
+        columns["section"] += [name] * n_spots
         image = _picture(coordinates, mixture, density, side, rng)
         scale = {"tissue_hires_scalef": IMAGE_WIDTH / side, "spot_diameter_fullres": DIAMETER}
         images[name] = {"images": {"hires": image}, "scalefactors": scale}
 
-    mixture = np.concatenate(parts["mixture"])
+    mixture = np.concatenate(columns["mixture"])
     obs = pd.DataFrame(
         {
-            "section": pd.Categorical(parts["section"]),
+            "section": pd.Categorical(columns["section"]),
             "region": pd.Categorical([f"region {i + 1}" for i in mixture.argmax(1)]),
         },
-        index=[f"{s}_{i}" for s in dict.fromkeys(parts["section"]) for i in range(n_spots)],
+        index=[f"{s}_{i}" for s in dict.fromkeys(columns["section"]) for i in range(n_spots)],
     )
     var = pd.DataFrame(index=[f"GENE{i + 1}" for i in range(n_genes)])
-    adata = AnnData(sparse.csr_matrix(np.concatenate(parts["counts"]), dtype=np.float32), obs=obs, var=var)
-    adata.obsm["X_histology"] = np.concatenate(parts["embedding"]).astype(np.float32)
-    adata.obsm["spatial"] = np.concatenate(parts["place"])
+    adata = AnnData(sparse.csr_matrix(np.concatenate(columns["counts"]), dtype=np.float32), obs=obs, var=var)
+    adata.obsm["X_histology"] = np.concatenate(columns["embedding"]).astype(np.float32)
+    adata.obsm["spatial"] = np.concatenate(columns["spatial"])
     adata.obsm["programs"] = mixture.astype(np.float32)
     adata.uns["spatial"] = images
     return adata

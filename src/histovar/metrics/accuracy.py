@@ -143,7 +143,7 @@ def r2(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
 
 @check_arguments
 def relative_variance_distance(predicted: Matrix, measured: OtherSpots) -> float:
-    """Relative variance distance (RVD): how far the genes' variances over the spots are from the measured ones.
+    """Relative variance distance (RVD) of predicted and measured variances of the genes over the spots.
 
     The mean over genes of ``((var(predicted) - var(measured)) / var(measured))**2``, the RVD of Zhu et al. 2025 (Stem).
     Genes measured as constant are left out; NaN if no gene is left. 0 is perfect; a constant prediction scores 1, and

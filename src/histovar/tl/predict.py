@@ -202,14 +202,16 @@ def predict(
     names = gate.sections(adata, slots_used["library_key"])
     place = _adapted_place(adata, model, names, slots_used["spatial_key"])
     if lazy:
-        made = predict_lazily(adata, model, predictor, random_state, depth=totals, place=place, **condition)
+        prediction = predict_lazily(adata, model, predictor, random_state, depth=totals, place=place, **condition)
     else:
         inputs = histology(adata, config, **condition, key=key_added)
         numbers = torch.from_numpy(section_numbers(names, adata.n_obs))
         inputs = model.var_stage.condition.align(inputs.map(lambda t: t.to(model.device)), numbers.to(model.device))
         labels = np.full(adata.n_obs, "all spots") if names is None else names
         warn_of_novelty(inputs.novelty.cpu().numpy(), labels)
-        made = predictor(model, inputs, random_state, depth=totals, place=place, show_progress_bar=show_progress_bar)
+        prediction = predictor(
+            model, inputs, random_state, depth=totals, place=place, show_progress_bar=show_progress_bar
+        )
 
     if copy:
         adata = gate.copied(adata)
@@ -218,7 +220,7 @@ def predict(
         adata,
         keys,
         genes,
-        made,
+        prediction,
         {
             **described,
             **({OBSERVATION: model.var_stage.observation.plain()} if predictor.is_of_counts(model) else {}),
@@ -295,21 +297,27 @@ def _adapted_place(
     adapted, adaptation = model.registry.get("adapted"), model.var_stage.adaptation
     if adapted is None or adaptation is None:
         return None
-    named = adapted["section"]
-    own = np.full(adata.n_obs, not named) if names is None else names == named
-    place = None
-    if own.any():
-        place = gate.coordinates(adata, spatial_key).astype(np.float32)
-        there, measured = (set(map(tuple, p.tolist())) for p in (place[own], adaptation.place.cpu().numpy()))
-        own &= bool(named) or measured <= there
-    if not own.all():
+    section = adapted["section"]
+    in_section = np.full(adata.n_obs, not section) if names is None else names == section
+    coordinates = None
+    if in_section.any():
+        coordinates = gate.coordinates(adata, spatial_key).astype(np.float32)
+        present, measured = (
+            set(map(tuple, xy.tolist())) for xy in (coordinates[in_section], adaptation.place.cpu().numpy())
+        )
+        in_section &= bool(section) or measured <= present
+    if not in_section.all():
         logger.warning(
             "the model is adapted to %s, but %d spots belong to other sections, whose levels may differ and whose "
             "intervals may be too narrow; predict them with the model as it was trained",
-            f"section {named!r}" if named else "the section of its measured spots",
-            int((~own).sum()),
+            f"section {section!r}" if section else "the section of its measured spots",
+            int((~in_section).sum()),
         )
-    return None if place is None else torch.from_numpy(np.where(own[:, None], place, np.float32(np.nan)))
+    return (
+        None
+        if coordinates is None
+        else torch.from_numpy(np.where(in_section[:, None], coordinates, np.float32(np.nan)))
+    )
 
 
 def _described(registry: dict[str, Any], units: Units | None, depth: str | float | None) -> dict[str, Any]:

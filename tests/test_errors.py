@@ -78,7 +78,7 @@ HISTOLOGY = [
     (
         repeat_gene,
         ValueError,
-        r"var_names: duplicated names such as \['GENE1'\]; mend with adata.var_names_make_unique",
+        r"var_names: duplicated names such as \['GENE1'\]; call adata.var_names_make_unique",
     ),
     (repeat_spot, ValueError, "obs_names: duplicated names"),
     (small_section, ValueError, "n_neighbors: section 'tiny' has 4 spots"),

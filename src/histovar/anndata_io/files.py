@@ -297,8 +297,7 @@ def _share_genes(adatas: Sequence[AnnData], paths: Sequence[Path]) -> None:
         if not adata.var_names.is_unique:
             repeated = adata.var_names[adata.var_names.duplicated()].unique()[:3].tolist()
             raise ValueError(
-                f"{str(path)!r} has duplicated names of genes such as {repeated}; mend with "
-                "adata.var_names_make_unique()"
+                f"{str(path)!r} has duplicated names of genes such as {repeated}; call adata.var_names_make_unique()"
             )
         shared = shared[shared.isin(adata.var_names)]
     if not len(shared) and all(adata.n_vars for adata in adatas):
@@ -395,7 +394,7 @@ def _concat(adatas: Sequence[AnnData]) -> AnnData:
     combined = ad.concat(adatas, join="inner", merge="same", uns_merge="unique")
     if not combined.obs_names.is_unique:
         repeated = combined.obs_names[combined.obs_names.duplicated()][:3].tolist()
-        raise ValueError(f"obs_names: duplicated names such as {repeated}; mend with adata.obs_names_make_unique()")
+        raise ValueError(f"obs_names: duplicated names such as {repeated}; call adata.obs_names_make_unique()")
     if any(panels) and (keys.panel not in combined.var or int(combined.var[keys.panel].sum()) < max(panels)):
         for store, key in ((combined.var, keys.panel), (combined.varm, keys.scales)):
             if key in store:

@@ -82,7 +82,7 @@ def table(data: Data, table_name: str | None = None, *, genes: bool = False, wri
     ):
         if not index.is_unique:
             repeated = index[index.duplicated()].unique()[:3].tolist()
-            raise ValueError(f"{name}: duplicated names such as {repeated}; mend with {mend}")
+            raise ValueError(f"{name}: duplicated names such as {repeated}; call {mend}")
     if writes and adata.isbacked and adata.is_view:
         raise ValueError(
             "adata: a view of a backed file cannot be written to; take it into memory with adata = adata.to_memory()"
@@ -413,7 +413,7 @@ def covariate(adata: AnnData, name: str) -> pd.Series:
     if column.isna().any():
         raise ValueError(f"covariates: {int(column.isna().sum())} spots have no value in obs[{name!r}]")
     if pd.api.types.is_float_dtype(column):
-        check_finite(column.to_numpy(np.float32), f"covariates: obs[{name!r}]", "mend them")
+        check_finite(column.to_numpy(np.float32), f"covariates: obs[{name!r}]", "replace them")
     return column
 
 
@@ -506,7 +506,7 @@ def panel(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
     if not pd.api.types.is_bool_dtype(column) or column.isna().any():
         raise ValueError(
             f"adata: var[{keys.panel!r}] has data type {column.dtype}, expected True or False for every gene; call "
-            "histovar.pp.gene_panel(adata), or mend it with .astype(bool)"
+            "histovar.pp.gene_panel(adata), or convert it with .astype(bool)"
         )
     mask = column.to_numpy(dtype=bool)
     if not mask.any():

@@ -120,7 +120,7 @@ def test_other_sections_are_warned_of_and_have_no_measured_neighbours(simulated,
     other.obsm["spatial"] = section.obsm["spatial"][: other.n_obs].copy()
     adapted.stage2.adaptation.weights += 1.0
     hv.tl.predict(other, adapted)
-    assert "60 spots are of others" in caplog.text
+    assert "60 spots belong to other sections" in caplog.text
     rates = hv.get.prediction(other).layers["rates"]
     adapted.stage2.adaptation.weights *= 0.0
     hv.tl.predict(other, adapted)
@@ -131,12 +131,12 @@ def test_a_section_without_a_name_is_known_by_its_measured_spots(section, model,
     del section.obs["section"]
     adapted = hv.tl.adapt(section, model, "measured")
     hv.tl.predict(section, adapted)
-    assert "are of others" not in caplog.text
-    assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
+    assert "belong to other sections" not in caplog.text
+    assert "the section has no name, so it cannot be checked whether it, or a part of it, was trained on" in caplog.text
     elsewhere = section.copy()
     elsewhere.obsm["spatial"] = elsewhere.obsm["spatial"] + 7.0
     hv.tl.predict(elsewhere, adapted)
-    assert "are of others" in caplog.text
+    assert "belong to other sections" in caplog.text
 
 
 def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, caplog):
@@ -146,14 +146,14 @@ def test_a_section_without_a_name_that_was_trained_on(section, prepared, brief, 
     model = hv.tl.train(unnamed, use_rep="X_histology", config=small_config(), **QUICK)
     trained_on = choose(unnamed, 20)
     with pytest.raises(
-        ValueError, match="library_key: a section without a name, of 60 spots as this one, was trained on"
+        ValueError, match="library_key: a section without a name and with 60 spots, like this one, was trained on"
     ):
         hv.tl.adapt(trained_on, model, "measured")
     named = hv.tl.adapt(section, model, "measured", library_key="section")
     assert named.registry["adapted"]["section"] == "S4"
     assert "the section has no name" not in caplog.text
     hv.tl.adapt(trained_on[:50].copy(), model, "measured")
-    assert "the section has no name, so that it is not known whether it, or a part of it, was trained on" in caplog.text
+    assert "the section has no name, so it cannot be checked whether it, or a part of it, was trained on" in caplog.text
 
 
 def test_chunks_are_predicted_as_the_whole(section, adapted):
@@ -178,7 +178,7 @@ def test_an_object_of_measured_spots_alone_is_adapted_to(section, model, caplog)
 def test_what_cannot_be_adapted_to_is_refused(section, training, model, adapted, model_of_values):
     with pytest.raises(KeyError, match="measured_key: no 'absent' in obs"):
         hv.tl.adapt(section, model, "absent")
-    with pytest.raises(ValueError, match="measured_key: obs\\['section'\\] must be true or false"):
+    with pytest.raises(ValueError, match="measured_key: obs\\['section'\\] must be True or False"):
         hv.tl.adapt(section, model, "section")
     with pytest.raises(ValueError, match="measured_key: 8 measured spots are too few"):
         hv.tl.adapt(choose(section.copy(), 8), model, "measured")
@@ -186,11 +186,11 @@ def test_what_cannot_be_adapted_to_is_refused(section, training, model, adapted,
         hv.tl.adapt(section[:5].copy(), model)
     with pytest.raises(ValueError, match="section 'S1' was trained on"):
         hv.tl.adapt(training[training.obs["section"] == "S1"].copy(), model)
-    with pytest.raises(ValueError, match="measured spots are of 3 sections"):
+    with pytest.raises(ValueError, match="measured spots are in 3 sections"):
         hv.tl.adapt(training, model)
     with pytest.raises(ValueError, match="it learnt from values"):
         hv.tl.adapt(section, model_of_values, "measured")
-    with pytest.raises(ValueError, match="adapted to section 'S4' already"):
+    with pytest.raises(ValueError, match="already adapted to section 'S4'"):
         hv.tl.adapt(section, adapted, "measured")
     with pytest.raises(ValueError, match="model: it is adapted to section 'S4'"):
         hv.tl.calibrate(section, adapted)

@@ -363,7 +363,7 @@ def test_a_section_of_one_spot_does_not_change_the_mean_of_the_others(simulated,
     np.testing.assert_allclose(after[names], before[names])
     assert both.var["histovar_constant"].sum() == 0
     (warned,) = [r.message for r in caplog.records if "undefined" in r.message]
-    assert warned == "undefined, and left out of the means: correlations in sections ['S3'], of a single spot"
+    assert warned == "undefined, and left out of the means: correlations in sections ['S3'], which have a single spot"
 
 
 def test_genes_that_do_not_vary_are_left_out_and_counted(simulated, model, caplog):
@@ -395,7 +395,7 @@ def test_genes_that_do_not_vary_are_left_out_and_counted(simulated, model, caplo
     assert scores.loc[genes[1], ["pearson", "constant"]].tolist() == [0, True]
     assert complete["n_undefined"].tolist() == [0, 0, 0]
     (warned,) = [r.message for r in caplog.records if "undefined" in r.message]
-    assert warned.endswith(": correlations of genes whose measurement does not vary (2 in 'S3')")
+    assert warned.endswith(": correlations of genes whose measurement is constant (2 in 'S3')")
     assert "3 constant predictions" in caplog.text
 
 
@@ -411,9 +411,9 @@ def test_what_is_undefined_is_named_with_its_cause(simulated, model, caplog):
     few.layers["lognorm"] = measured
     hv.tl.evaluate(few)
     (warned,) = [r.message for r in caplog.records if "undefined" in r.message]
-    assert "does not vary (22 in 'S3'" in warned
+    assert "measurement is constant (22 in 'S3'" in warned
     assert "NaN or infinite (1 in 'S4')" in warned
-    assert "PCC-partial in ['S2'], of fewer than 5 spots" in warned
+    assert "PCC-partial in ['S2'], which have fewer than 5 spots" in warned
     evaluation = few.uns["histovar"]["evaluation"]
     assert evaluation.loc["S3", "PCC-10"] == evaluation.loc["S3", "PCC-all"]
 

@@ -123,7 +123,7 @@ def test_bad_values_of_a_chunk_are_named(whole, loaded):
     with pytest.raises(ValueError, match=r"obsm\['X_histology'\] near row .* has NaN"):
         lazy.obsm["histovar"].compute()
     lazy.obsm[KEY] = lazy.obsm[KEY][:, :5]
-    with pytest.raises(ValueError, match="has width 5, the model was trained on width 16"):
+    with pytest.raises(ValueError, match="has width 5, but the model was trained on width 16"):
         hv.tl.predict(lazy, loaded)
 
 
@@ -219,7 +219,9 @@ def test_unfinished_predictions_of_another_input_are_not_continued(command, load
     store = zarr.open_group(tmp_path / "in.zarr", mode="r+")
     before = store[f"obsm/{KEY}"][:]
     store[f"obsm/{KEY}"][:3] = before[3:6]
-    with pytest.raises(ValueError, match="differs in content of the input; finish it as it was begun, or delete it"):
+    with pytest.raises(
+        ValueError, match="differs in content of the input; finish it with the same arguments, or delete it"
+    ):
         app(command, standalone_mode=False)
     # Nothing is lost where nothing is done.
     for mark in (part / "done").iterdir():

@@ -101,7 +101,7 @@ def test_the_reference_command_lines(histovar, hest_layout, query, tmp_path):
         (["describe", "absent"], "give --tissue, --species or --licence"),
         (["describe", "hf://lab/breast", "--tissue", "breast"], "'hf:/lab/breast' is on the hub"),
         (["evaluate", "absent.h5ad"], "no file 'absent.h5ad'"),
-        (["train"], "give .h5ad files or --dataset"),
+        (["train"], "give either .h5ad files or --dataset"),
         (["train", "--dataset", "PRAD", "--data-dir", "absent"], "no directory"),
         (["train", "--dataset", "PRAD", "--training_stage", "3"], "training_stage"),
         (["train", "--dataset", "PRAD", "--model", "OTHER"], "--model"),
@@ -324,7 +324,7 @@ def test_calibration_with_held_out_sections(trained, query):
         (["predict", "query.h5ad", "--quantile", "1.5"], "--quantile"),
         (["predict", "query.h5ad", "--temperature", "0"], "0 is not more than 0"),
         (["predict", "query.h5ad", "--top-p", "0"], "0 is not more than 0"),
-        (["predict", "query.h5ad", "--scheduler", "tcp://x"], "--scheduler is for one .zarr store"),
+        (["predict", "query.h5ad", "--scheduler", "tcp://x"], "--scheduler needs a single .zarr store"),
         (["predict", "query.h5ad", "-m", "model", "--units", "cpm"], "--units"),
         (["predict", "query.h5ad", "-m", "model", "--depth", ""], "--depth"),
         (["predict", "query.h5ad", "-m", "model", "--depth", "0"], "depth: expected a column of obs or a number from"),
@@ -353,25 +353,25 @@ def test_impossible_options_are_refused_in_one_line(trained, histovar, tmp_path,
     [
         (["predict", "absent.h5ad", "-o", "out.csv"], "--out must end in .h5ad or .zarr"),
         (["predict", "absent.h5ad", "-o", ""], "the path is empty"),
-        (["predict", "absent.h5ad", "-o", "folder.h5ad"], "'folder.h5ad' is a directory, and a file is to be written"),
-        (["predict", "absent.h5ad", "-o", "file.zarr"], "'file.zarr' is a file, and a directory is to be written"),
+        (["predict", "absent.h5ad", "-o", "folder.h5ad"], "'folder.h5ad' is a directory, but a file is written"),
+        (["predict", "absent.h5ad", "-o", "file.zarr"], "'file.zarr' is a file, but a directory is written"),
         (["predict", "absent.h5ad", "-o", "notes.txt/out.h5ad"], "notes.txt', which is a file"),
-        (["predict", "absent.h5ad", "-o", "link.h5ad"], "'link.h5ad' is there already and is not replaced"),
+        (["predict", "absent.h5ad", "-o", "link.h5ad"], "'link.h5ad' exists and is not replaced"),
         (["predict", "link.h5ad", "-o", "query.h5ad"], "'query.h5ad' is the input 'link.h5ad' itself"),
         (["predict", "query.zarr", "-o", "query.zarr"], "'query.zarr' is the input 'query.zarr' itself"),
         (["predict", "query.zarr", "-o", "query.zarr/obs/out.zarr"], "lies in the input 'query.zarr'"),
         (["predict", "query.h5ad", "-m", "model", "-o", "model/out.h5ad"], "lies in the input 'model'"),
         (["predict", "folder.h5ad/q.zarr", "-o", "../."], "--out must end in"),
-        (["predict", "query.h5ad", "-m", "model", "-o", "query.zarr"], "no prediction of histovar is in it"),
+        (["predict", "query.h5ad", "-m", "model", "-o", "query.zarr"], "it holds no prediction of histovar"),
         (["predict", "query.h5ad", "-m", "model", "-o", "/proc/out.h5ad"], "'/proc/out.h5ad' cannot be written"),
-        (["train", "absent.h5ad", "-o", "notes.txt"], "'notes.txt' is a file, and a directory is to be written"),
-        (["train", "absent.h5ad", "-o", "mine"], "'mine' is there already and is not replaced"),
+        (["train", "absent.h5ad", "-o", "notes.txt"], "'notes.txt' is a file, but a directory is written"),
+        (["train", "absent.h5ad", "-o", "mine"], "'mine' exists and is not replaced"),
         (["train", "absent.h5ad", "-o", "out.h5ad"], "must not end in .h5ad"),
         (["train", "mine/in.h5ad", "-o", "mine"], "'mine' contains the input 'mine/in.h5ad'"),
         (["train", "--dataset", "mine", "-o", "mine/model"], "lies in the input 'mine'"),
         (["evaluate", "absent.h5ad", "-o", "out.tsv"], "--out must end in .csv"),
         (["evaluate", "absent.h5ad", "-o", "mine/table.csv"], "it is not a table of scores"),
-        (["demo", "-o", "mine"], "'mine' is there already and is not replaced"),
+        (["demo", "-o", "mine"], "'mine' exists and is not replaced"),
         (["calibrate", "absent.h5ad", "-m", "model", "-o", "model/new"], "lies in the input 'model'"),
     ],
 )
@@ -402,7 +402,7 @@ def test_an_embedding_is_guessed_only_where_there_is_one(histovar, training, tmp
 def test_a_panel_of_another_number_is_refused(histovar, prepared, tmp_path):
     prepared.write_h5ad(tmp_path / "in.h5ad")
     (line,) = own_line(histovar("train", "in.h5ad", "--n-genes", "20")[2])
-    assert "--n-genes 20: the file has a panel of 30 genes already, in var['histovar_panel']" in line
+    assert "--n-genes 20: the file already has a panel of 30 genes in var['histovar_panel']" in line
 
 
 def test_a_model_card_cannot_send_control_characters_to_the_terminal(trained, capsys):

@@ -162,7 +162,7 @@ def test_hest_matches_by_barcode(slides):
 def test_hest_refuses_what_cannot_be_matched(slides):
     path = slides / "PRAD" / "MEND1.pt"
     torch.save(torch.zeros(3, 6), path)
-    with pytest.raises(ValueError, match="3 rows and no barcodes, slide 'MEND1' has 4 spots"):
+    with pytest.raises(ValueError, match="3 rows and no barcodes, but slide 'MEND1' has 4 spots"):
         hv.datasets.hest(slides, "PRAD", slides=["MEND1"])
     path.unlink()
     write_h5(slides / "PRAD" / "MEND1.h5", ["x", "y"], embeddings(2, 0))
@@ -266,7 +266,7 @@ def test_hest_does_not_take_labels_for_ids(grid):
         ({"tile": [f"tile {i}" for i in range(N_SPOTS)]}, "no barcode of A.*'tile': 'tile 0', 'tile 1'.*slide 'A'"),
         ({"ids": np.arange(N_SPOTS)}, "no barcode of A.*'ids': '0', '1'"),
         ({"barcodes": SPOTS[:30]}, "barcodes .*(30,).* for 40 embeddings"),
-        ({"barcodes": np.linspace(0, 1, N_SPOTS)}, "barcodes float64 .*have to be strings or integers"),
+        ({"barcodes": np.linspace(0, 1, N_SPOTS)}, "barcodes float64 .*must be strings or integers"),
         (
             {"barcodes": [*SPOTS[1:], SPOTS[1]]},
             "'barcodes' of A.* has 40 rows for 39 different.*duplicates are 'AACG1-1'",
@@ -310,10 +310,10 @@ def test_hest_without_ids_needs_coords_in_the_order_of_the_slide(grid, kind, cap
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     for order in (SHUFFLED, np.arange(N_SPOTS)[::-1], np.roll(np.arange(N_SPOTS), 1)):
         write(file, embeddings=values[order], coords=CORNERS[order])
-        with pytest.raises(ValueError, match="coords are in another order .* slide 'A'.*store barcodes"):
+        with pytest.raises(ValueError, match="coords are not in the order of .* slide 'A'.*store barcodes"):
             hv.datasets.hest(grid)
     write(file, embeddings=values[:30], coords=CORNERS[:30])
-    with pytest.raises(ValueError, match="30 rows and no barcodes, slide 'A' has 40 spots"):
+    with pytest.raises(ValueError, match="30 rows and no barcodes, but slide 'A' has 40 spots"):
         hv.datasets.hest(grid)
 
 
@@ -324,7 +324,7 @@ def test_hest_warns_of_embeddings_without_ids_and_coords(grid, kind, arrays, cap
     write(grid / f"A.{kind}", embeddings=values, **arrays)
     np.testing.assert_array_equal(hv.datasets.hest(grid).obsm["X_uni"], values)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and f"A.{kind} has neither barcodes nor coords" in warnings[0]
+    assert len(warnings) == 1 and f"A.{kind} has neither barcodes nor distinct coords" in warnings[0]
 
 
 @pytest.mark.parametrize("kind", ["h5", "pt"])

@@ -19,7 +19,7 @@ VERBS = [getattr(module, name) for module in (hv.pp, hv.tl, hv.pl, hv.get) for n
 # Docstrings hold these words themselves, for editors, help() and Sphinx to show the same.
 SHARED = {
     "ax": ("Axes to draw on", "Two axes to draw on"),
-    "batch_size": ("Spots at once.", "Patches at once."),
+    "batch_size": ("Spots in a batch.", "Patches in a batch."),
     "copy": ("Return a copy of the table instead of writing in place.",),
     "data": ("AnnData or SpatialData",),
     "device": ('``"auto"`` (CUDA if there is any, else the CPU) or a torch device.',),

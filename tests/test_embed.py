@@ -137,8 +137,8 @@ def test_edge_is_white_and_said_so(spots, png, caplog):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mpp": None}, ValueError, r"mpp: microns per pixel of '.*slide.png' are not known; pass mpp="),
-        ({"field_um": 500}, ValueError, r"field_um: 500 um is more than the whole image of the spots, 200 x 150 um"),
+        ({"mpp": None}, ValueError, r"mpp: microns per pixel of '.*slide.png' are unknown; pass mpp="),
+        ({"field_um": 500}, ValueError, r"field_um: 500 um is larger than the whole image of the spots, 200 x 150 um"),
         ({"field_um": 3}, ValueError, r"field_um: 3 um is 6.0 pixels of the image"),
         ({"field_um": ()}, ValueError, "field_um"),
         ({"field_um": (16, 16)}, ValueError, "field_um: expected fields, each once"),
@@ -203,11 +203,11 @@ def test_image_in_uns(spots, pixels, caplog):
     coarse = with_image(spots.copy(), np.asarray(Image.fromarray(pixels).reduce(4)), 0.25)
     del coarse.obsm["X_grid_16um"]
     del coarse.uns["X_grid"]
-    with pytest.raises(ValueError, match=r"mpp: microns per pixel of the image in uns\['spatial'\] are not known"):
+    with pytest.raises(ValueError, match=r"mpp: microns per pixel of the image in uns\['spatial'\] are unknown"):
         embed(coarse, None, mpp=None)
     found = embed(coarse, None)
     np.testing.assert_allclose(found, expected(pixels, coarse.obsm["spatial"]), atol=12)
-    assert "a field of 16 um is only 8 pixels of the image of the spots, and the encoder takes 32" in caplog.text
+    assert "a field of 16 um is only 8 pixels of the image of the spots, but the encoder's input is 32" in caplog.text
     del coarse.uns["spatial"]
     with pytest.raises(ValueError, match=r"image: no image in uns\['spatial'\] .*; pass image="):
         embed(coarse, None)
@@ -232,7 +232,7 @@ def test_sections_have_images_of_their_own(spots, png, pixels):
     Image.fromarray(255 - pixels).save(other)
     with pytest.raises(ValueError, match=r"image: one file for the 2 sections \['A', 'B'\]"):
         embed(spots, png, library_key="section")
-    with pytest.raises(KeyError, match=r"image: nothing for sections \['B'\]"):
+    with pytest.raises(KeyError, match=r"image: missing for sections \['B'\]"):
         embed(spots, {"A": png}, library_key="section")
     found = embed(spots, {"A": png, "B": other}, library_key="section", mpp={"A": MPP, "B": MPP})
     of_first = expected(pixels, spots.obsm["spatial"])
@@ -317,11 +317,11 @@ def test_model_keeps_what_made_its_embeddings(prepared, query, png, tmp_path, ca
 
     query.uns["X_h"]["embeddings"][rep]["mpp"] = 5.0
     hv.tl.predict(query, model, key_added="coarse")
-    assert "of an image of 5 um per pixel, that of training had 0.5" in caplog.text
+    assert "from an image of 5 um per pixel, in training it was 0.5" in caplog.text
     for name, value in (("field_um", 32.0), ("encoder", "uni"), ("layers", "3"), ("mean", "0.5,0.5,0.5")):
         other = query.copy()
         other.uns["X_h"]["embeddings"][rep][name] = value
-        with pytest.raises(ValueError, match=rf"use_rep: obsm\['{rep}'\] was made otherwise .*{name}={value!r}"):
+        with pytest.raises(ValueError, match=rf"use_rep: obsm\['{rep}'\] was made in another way .*{name}={value!r}"):
             hv.tl.predict(other, model, key_added="other")
 
 
@@ -347,10 +347,10 @@ def test_other_weights_under_the_same_name_are_refused(prepared, query, png):
     hv.tl.predict(of_weights(weights.half().float(), query, {"S4": png}), model)
     other = of_weights(weights + 0.01, query, {"S4": png})
     with pytest.raises(
-        ValueError, match=rf"use_rep: obsm\['{rep}'\] was made otherwise .*\(weights='\w+', of training"
+        ValueError, match=rf"use_rep: obsm\['{rep}'\] was made in another way .*\(weights='\w+', in training"
     ):
         hv.tl.predict(other, model)
-    with pytest.raises(ValueError, match=r"\(mean='0.5,0.5,0.5', of training '0.485,0.456,0.406'\)"):
+    with pytest.raises(ValueError, match=r"\(mean='0.5,0.5,0.5', in training '0.485,0.456,0.406'\)"):
         hv.tl.predict(of_weights(weights, query, {"S4": png}, mean=(0.5, 0.5, 0.5)), model)
     for fact in ("weights", "mean", "std", "precision"):
         del other.uns["X_colours"]["embeddings"][rep][fact]
@@ -358,7 +358,9 @@ def test_other_weights_under_the_same_name_are_refused(prepared, query, png):
 
     part = adata[adata.obs["section"] == "S1"].copy()
     mixed = ad.concat([part, of_weights(weights + 1, query, {"S4": png})], uns_merge="unique", merge="same")
-    with pytest.raises(ValueError, match=rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)"):
+    with pytest.raises(
+        ValueError, match=rf"obsm\['{rep}'\] holds embeddings that were made in different ways \(weights differ\)"
+    ):
         hv.tl.train(mixed, use_rep=rep, library_key="section", config=small_config(), **QUICK)
 
 
@@ -415,7 +417,7 @@ def test_files_of_two_versions_keep_what_made_their_embeddings(prepared, png, tm
             mixed,
             lambda a: hv.tl.train(a, checkpoint_dir=tmp_path / "checkpoints", **options),
             ValueError,
-            rf"obsm\['{rep}'\] joins embeddings that were not made alike \(weights\)",
+            rf"obsm\['{rep}'\] holds embeddings that were made in different ways \(weights differ\)",
         )
     assert not (tmp_path / "checkpoints").exists()
     again = of_weights(weights, mixed, dict.fromkeys(("S1", "S2", "S3"), png))

@@ -182,7 +182,7 @@ def test_no_network(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": ()}, "layers: .* take at least one"),
+        ({"layers": ()}, "layers: .* need at least one"),
         ({"layers": (-1,)}, "layers"),
         ({"std": (0.0, 1.0, 1.0)}, "std"),
         ({"mean": (0.5, 0.5)}, "mean"),
@@ -197,7 +197,7 @@ def test_wrong_encoder(changes, message):
 
 
 def test_unknown_encoder():
-    with pytest.raises(KeyError, match=r"name: no encoder 'dino'; there are \['conch'"):
+    with pytest.raises(KeyError, match=r"name: no encoder 'dino'; known are \['conch'"):
         hv.encoders.get("dino")
 
 

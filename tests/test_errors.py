@@ -85,7 +85,7 @@ HISTOLOGY = [
     (
         repeat_gene,
         ValueError,
-        r"var_names: duplicated names such as \['GENE1'\]; mend with adata.var_names_make_unique",
+        r"var_names: duplicated names such as \['GENE1'\]; call adata.var_names_make_unique",
     ),
     (repeat_spot, ValueError, "obs_names: duplicated names"),
     (small_section, ValueError, "n_neighbors: section 'tiny' has 4 spots"),
@@ -135,7 +135,7 @@ def test_niche_refuses(query):
 
 def test_prediction_refuses_another_width_and_number(query, model):
     query.obsm["X_histology"] = query.obsm["X_histology"][:, :9]
-    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has width 9, the model was trained on width 16")
+    refuse(query, lambda a: hv.tl.predict(a, model), ValueError, "has width 9, but the model was trained on width 16")
     refuse(
         query,
         lambda a: hv.tl.predict(a, model, use_rep=["X_histology", "spatial"]),
@@ -194,7 +194,7 @@ def test_expression_is_checked(training, model):
 
 
 def test_panel_and_scales_are_checked(training):
-    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes asked for, but only")
+    refuse(training, lambda a: hv.pp.gene_panel(a, n_genes=41), ValueError, "41 genes requested, but only")
     refuse(
         training,
         lambda a: hv.pp.gene_panel(a, n_genes=5, flavor="best"),
@@ -214,7 +214,7 @@ def test_panel_and_scales_are_checked(training):
         training,
         lambda a: hv.tl.train_stage1(a, config=small_config(20), **QUICK),
         ValueError,
-        "made for 20 genes, the panel has 30",
+        "made for 20 genes, but the panel has 30",
     )
 
 
@@ -226,7 +226,7 @@ def test_configuration_of_other_scales_is_refused(prepared):
 
 def test_configuration_of_more_genes_than_there_are_is_refused(training):
     refuse(
-        training, lambda a: hv.tl.train_stage1(a, config=small_config(41), **QUICK), ValueError, "41 genes asked for"
+        training, lambda a: hv.tl.train_stage1(a, config=small_config(41), **QUICK), ValueError, "41 genes requested"
     )
 
 
@@ -280,11 +280,15 @@ WRONG = [
     (
         lambda a, m: hv.tl.baseline(a, "ridge_hest", use_rep="X_histology", random_state=1),
         ValueError,
-        "random_state: 'ridge_hest' draws nothing at random",
+        "random_state: 'ridge_hest' is deterministic",
     ),
     (lambda a, m: hv.pl.codebook(m, ax=[]), TypeError, "ax: expected Axes or None"),
     (lambda a, m: hv.pl.training(m, save="map.nonsense"), ValueError, "save: expected a file that ends in one of"),
-    (lambda a, m: hv.pl.spatial(a, "GENE1", cmap="nonsense"), ValueError, "cmap: expected the name of a colour map"),
+    (
+        lambda a, m: hv.pl.spatial(a, "GENE1", cmap="nonsense"),
+        ValueError,
+        "cmap: expected the name of a matplotlib",
+    ),
     (lambda a, m: hv.datasets.simulate(n_spots=10**9), ValueError, "n_sections=4, n_spots=1000000000, .* of memory"),
     (lambda a, m: hv.metrics.pearson(np.ones((3, 2)), np.ones((2, 2))), ValueError, "measured: expected 3 spots"),
     (lambda a, m: hv.ModelConfig.default(30, n_heads=0), ValueError, "n_heads: expected at least 1, got 0"),

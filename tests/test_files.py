@@ -56,7 +56,7 @@ def test_slides_with_the_same_barcodes(write, log):
     assert both.obs_names[[0, 3]].tolist() == ["a_AAAC-0", "b_AAAC-0"] and both.obs_names.is_unique
     assert image_numbers(both) == {"a": 1, "b": 2}
     np.testing.assert_array_equal(both.obsm[KEY][3:], slide(seed=1).obsm[KEY])
-    assert "has no obs['section']" in log.text and "put before them" in log.text
+    assert "has no obs['section']" in log.text and "get section or file as prefix" in log.text
 
 
 def test_a_single_file(write, log):
@@ -125,7 +125,7 @@ def test_arrays_that_are_not_shared_are_left_out(write, log):
     np.testing.assert_array_equal(both.X.toarray()[3:], second[:, list("BCD")].X)
     for words in (
         "obsm['X_pca'] is left out",
-        "obsm['X_gigapath'] is left out: ",
+        "obsm['X_gigapath'] is left out, since these files lack it: ",
         "layers['raw'] is left out",
         "batch",
     ):
@@ -151,7 +151,7 @@ def test_a_panel_that_files_do_not_share_is_left_out(write, log):
         adata.varm["histovar_scales"] = np.zeros((4, 1), int)
     both = read_files([write("a.h5ad", first), write("b.h5ad", second)])
     assert "histovar_panel" not in both.var and "histovar_scales" not in both.varm
-    assert "do not have the same panel" in log.text
+    assert "gene panel differs between the files" in log.text
     same = read_files([write("a.h5ad", first), write("c.h5ad", first)])
     assert same.var["histovar_panel"].all()
 

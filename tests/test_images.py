@@ -112,7 +112,7 @@ def test_the_only_image_serves_an_object_of_one_section(one, gene, caplog):
 def test_the_only_image_is_not_drawn_if_it_is_another_sections(one, caplog):
     one.uns["spatial"] = {"S1": one.uns["spatial"]["S4"]}
     one.obs["section"] = pd.Categorical(one.obs["section"], categories=["S1", "S4"])
-    assert_no_image(one, caplog, "the only image is of section 'S1'")
+    assert_no_image(one, caplog, "the only image is that of section 'S1'")
 
 
 def test_without_a_section_column_the_only_image_is_drawn(one, gene, model, caplog):

@@ -73,7 +73,7 @@ def test_spatial_finds_genes_by_symbol(scored, model):
     with pytest.raises(KeyError, match="gene_symbols: no 'absent' in var"):
         hv.pl.spatial(scored, second, gene_symbols="absent")
     scored.var.loc[first, "symbol"] = second.lower()
-    with pytest.raises(ValueError, match=f"genes: symbols are of several genes.*{first}"):
+    with pytest.raises(ValueError, match=f"genes: several genes have the same symbol.*{first}"):
         hv.pl.spatial(scored, second.lower(), gene_symbols="symbol")
 
 

@@ -122,7 +122,7 @@ def test_predictions_of_two_models_are_not_joined(simulated, prepared, model):
 
 def test_an_object_of_the_panel_alone_is_not_normalised_again(query, model, loaded):
     panel = panel_of(query, model)
-    counts = r"normalised over the panel's 30 genes alone, that of training over 40"
+    counts = r"normalised over the panel's 30 genes only, but was over 40 in training"
     hv.tl.predict(panel, model)
     for verb in (
         hv.tl.evaluate,
@@ -154,7 +154,7 @@ def test_other_target_sums_are_refused(training, query, model, target):
     trained = hv.tl.train(scaled, use_rep=KEY, library_key="section", config=small_config(), **QUICK)
     assert trained.registry["units"] == f"log1p(counts per {target:,.0f})"
     hv.tl.predict(query, trained)
-    message = f"normalised to 10,000 counts a spot, that of training to {target:,.0f}"
+    message = f"normalised to 10,000 counts per spot, but was to {target:,.0f} in training"
     refuse(query, hv.tl.evaluate, ValueError, message)
     refuse(query, lambda a: hv.tl.tokenize(a, trained), ValueError, message)
     alike = query.copy()
@@ -172,7 +172,7 @@ def test_one_section_in_other_units_is_refused(simulated, training, model):
         counts = adata.X.toarray()
         target = np.where(adata.obs["section"] == "S3", 1e6, 1e4)[:, None]
         adata.layers["lognorm"] = np.log1p(target * counts / counts.sum(1, keepdims=True))
-    refuse(query, hv.tl.evaluate, ValueError, "of section 'S3' is normalised to 1,000,000 counts a spot")
+    refuse(query, hv.tl.evaluate, ValueError, "of section 'S3' is normalised to 1,000,000 counts per spot")
     message = r"section 'S1' holds log1p\(counts per 10,000\), section 'S3' log1p\(counts per 1,000,000\)"
     for verb in (hv.tl.train_stage1, lambda a, **k: hv.tl.baseline(a, use_rep=KEY, library_key=k["library_key"])):
         with pytest.raises(ValueError, match=message):
@@ -200,7 +200,9 @@ def test_counts_are_not_taken_for_their_logarithms(query, model):
     hv.tl.predict(query, model)
     query.layers["lognorm"] = query.X.copy()
     refuse(query, hv.tl.evaluate, ValueError, "holds counts, not their logarithms")
-    refuse(query, lambda a: hv.tl.evaluate(a, layer="X"), ValueError, "holds counts, the model was trained on log1p")
+    refuse(
+        query, lambda a: hv.tl.evaluate(a, layer="X"), ValueError, "holds counts, but the model was trained on log1p"
+    )
 
 
 def test_values_of_other_genes_are_warned_of(query, model, caplog):
@@ -228,7 +230,7 @@ def test_values_that_are_no_logarithms_are_refused(query, model):
     hv.tl.predict(query, model)
     counts = query.X.toarray()
     query.layers["lognorm"] = 1e4 * counts / counts.sum(1, keepdims=True)
-    refuse(query, hv.tl.evaluate, ValueError, "holds no logarithms, the model was trained on log1p")
+    refuse(query, hv.tl.evaluate, ValueError, "holds no logarithms, but the model was trained on log1p")
     del query.layers["lognorm"]
     query.X = query.X.astype(bool)
     refuse(query, hv.tl.evaluate, ValueError, "X has data type bool, expected counts")
@@ -251,19 +253,19 @@ def test_lognorm_follows_the_counts(training, model, caplog):
     fresh = training.copy()
     training.X = sparse.csr_matrix(np.random.default_rng(0).permutation(training.X.toarray()))
     tokens = hv.tl.tokenize(training, model, copy=True).obsm["histovar_tokens"]
-    assert "was made from other counts: made again as" in caplog.text
+    assert "was computed from other counts: computed again as" in caplog.text
     bare = ad.AnnData(training.X, obs=training.obs, var=training.var[[]])
     np.testing.assert_array_equal(tokens, hv.tl.tokenize(bare, model, copy=True).obsm["histovar_tokens"])
     assert (tokens != hv.tl.tokenize(fresh, model, copy=True).obsm["histovar_tokens"]).any()
     some = training[:50].copy()
-    refuse(some, lambda a: hv.tl.tokenize(a, model), ValueError, "made from other counts than X has now")
+    refuse(some, lambda a: hv.tl.tokenize(a, model), ValueError, "computed from other counts than X has now")
 
 
 def test_lognorm_of_the_user_is_kept(query, model, caplog):
     own = query.X.log1p() * 1.1
     query.layers["lognorm"] = own.copy()
     hv.tl.tokenize(query, model)
-    assert caplog.text.count("is not the logarithm of scaled counts of X") == 1
+    assert caplog.text.count("is not log1p of scaled counts in X") == 1
     assert abs(query.layers["lognorm"] - own).max() == 0
 
 
@@ -322,7 +324,7 @@ def test_scales_are_those_of_the_panel(training, caplog):
     hv.pp.gene_scales(training, scales=(1, 4, 10))
     training.var["histovar_panel"] = np.arange(40) < 25  # by hand
     model = hv.tl.train_stage1(training, library_key="section", **QUICK)
-    assert model.config.n_genes == 25 and "is of another panel" in caplog.text
+    assert model.config.n_genes == 25 and "belongs to another panel" in caplog.text
     assert model.registry["genes"] == training.var_names[:25].tolist()
     hv.pp.gene_scales(training, scales=(1, 10), gene_sets={"a": training.var_names[:5].tolist()})
     training.var["histovar_panel"] = np.arange(40) < 30
@@ -448,7 +450,7 @@ def test_several_slides_are_not_taken_for_one(simulated, training, model, caplog
     assert "library_key" not in caplog.text
     training.obsm["spatial"] = np.tile(training.obsm["spatial"][:60], (3, 1))
     hv.pp.niche(training, use_rep=KEY)
-    assert "library_key: not given, but 120 of 180 spots lie exactly where another does" in caplog.text
+    assert "library_key: not given, but 120 of 180 spots have the same coordinates as another spot" in caplog.text
 
 
 # Order and rotation

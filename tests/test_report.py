@@ -163,13 +163,13 @@ def test_row_of_the_table_chooses_the_gene(page):
 
 def test_page_says_what_it_rests_on(page):
     assert shows(page, "Two sections") and shows(page, "log1p(counts per 10,000)")
-    assert shows(page, "Section S3 was among those trained on") and not shows(page, "Section S4 was among")
+    assert shows(page, "Section S3 was used in training") and not shows(page, "Section S4 was used")
     page.locator(".bk-tab", has_text="Model").click()
     assert shows(page, "180 spots of 3 sections: S1, S2, S3") and shows(page, "X_histology (16 numbers)")
     page.locator(".bk-tab", has_text="Scores").click()
     assert shows(page, "PCC-10")
     page.locator(".bk-tab", has_text="Calibration").click()
-    assert shows(page, "On the dashed line intervals hold what they promise")
+    assert shows(page, "Intervals are right on the dashed line")
 
 
 def test_prediction_without_genes_image_or_section_names(browser, query, model, tmp_path):
@@ -189,7 +189,7 @@ def test_prediction_without_genes_image_or_section_names(browser, query, model, 
     page.goto((tmp_path / "bare.html").as_uri())
     page.wait_for_function("window.Bokeh && Bokeh.documents.length && Bokeh.documents[0].is_idle")
     assert shows(page, "<script>alert(1)</script>")
-    assert shows(page, "Section S4 has no H&E image that could be shown.")
+    assert shows(page, "Section S4 has no H&E image to show.")
     assert page.get_by_label("Section").count() == 0 and page.locator(".bk-tab", has_text="Calibration").count() == 0
     assert page.get_by_label("Show").locator("option").all_inner_texts()[-1] == "upper bound (95 %)"
     assert page.get_by_label("Gene").locator("option").all_inner_texts() == list(prediction.var_names[:3])
@@ -236,15 +236,15 @@ def test_wrong_reports_are_refused(predicted, model, model_of_values, tmp_path, 
     with pytest.raises(ValueError, match="model: expected a trained model"):
         hv.pl.report(predicted, path, other)
     other.registry = {**model.registry, "genes": model.registry["genes"][::-1]}
-    with pytest.raises(ValueError, match="model: it has 30 genes, and these 30 were predicted by another"):
+    with pytest.raises(ValueError, match="model: it has 30 genes, other than the 30 that were predicted"):
         hv.pl.report(predicted, path, other)
     other.registry = {**model.registry, "sections_stage2": ["S1"]}
-    with pytest.raises(ValueError, match=r"model: it learnt from sections \['S1'\], and the one"):
+    with pytest.raises(ValueError, match=r"model: it was trained on sections \['S1'\], unlike"):
         hv.pl.report(predicted, path, other)
     with pytest.raises(KeyError, match="no prediction 'other'"):
         hv.pl.report(predicted, path, key="other")
     monkeypatch.setattr("histovar.report.content.MOST_VALUES", 1000)
-    with pytest.raises(ValueError, match="genes: 30 genes of 120 spots are too many.*name 8 genes at most"):
+    with pytest.raises(ValueError, match="genes: 30 genes in 120 spots are too many.*name at most 8 genes"):
         hv.pl.report(predicted, path)
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(ImportError, match=r"needs bokeh, which is not installed: pip install 'histovar\[report\]'"):
@@ -260,9 +260,9 @@ def test_report_warns_of_novel_shallow_and_few(predicted, model, tmp_path):
     small = adata[:20].copy()
     for data, count in ((adata, 60), (small, 20)):
         found = " ".join(collect(data, Keys("histovar"), model=model, trust=None, **options).cautions)
-        assert "Section S4 looks unlike the sections trained on (novelty 0.30" in found
+        assert "Section S4 looks unlike the training sections (novelty 0.30" in found
         assert "Section S4 is shallow" in found and "100 % of the genes" in found
-        assert re.search(r"sequenced to a median of [\d,]+ counts in a spot, and \d+ are predicted", found)
+        assert re.search(r"sequenced to a median of [\d,]+ counts in a spot, but \d+ are predicted", found)
         assert (f"few spots, {count}" in found) == (count < 32)
     adata.obsm["histovar_spots"] = spots * [1, 1, 1, 0]
     assert collect(adata, Keys("histovar"), model=model, trust=None, **options).cautions == []

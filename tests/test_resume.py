@@ -428,7 +428,7 @@ def test_wrong_options_are_refused_before_any_work(training, loaded, options, er
         ({"stage2": {"batch_size": 0}}, ValueError, "batch_size: expected at least 1, got 0"),
         ({"stage1": {"steps": 2}}, TypeError, "unknown training options"),
         ({"stage1": [1]}, TypeError, "stage1: expected a dict"),
-        ({"stage2": {"random_state": 1}}, ValueError, "stage2: .* are of both stages"),
+        ({"stage2": {"random_state": 1}}, ValueError, "stage2: .* apply to both stages"),
         ({"checkpoint_dir": "d", "resume": "yes"}, TypeError, "resume: expected True or False, got 'yes'"),
     ],
 )

@@ -110,7 +110,7 @@ def test_one_individual_has_no_intervals(unseen, caplog):
     one = unseen[unseen.obs["patient"] == "b"].copy()
     hv.tl.evaluate(one, key="ridge")
     assert one.uns["ridge"]["evaluation_interval"].isna().all(axis=None)
-    assert "scores have no intervals: all spots are of one individual, 'b'" in caplog.text
+    assert "scores have no intervals: all spots belong to one individual, 'b'" in caplog.text
     del one.obs["patient"]
     hv.tl.evaluate(one, key="ridge")
     assert one.uns["ridge"]["evaluation_interval"].loc[:, "MSE"].notna().all()  # of two sections
@@ -239,7 +239,7 @@ def test_without_coordinates_all_but_spatial_scores_are_taken(unseen, caplog):
     del unseen.obsm["spatial"]
     hv.tl.evaluate(unseen, key="ridge")
     after = unseen.uns["ridge"]["evaluation"]
-    assert "without scores of spatial structure" in caplog.text
+    assert "no scores of spatial structure" in caplog.text
     pd.testing.assert_frame_equal(after, before.drop(columns=["Moran correlation", "Moran error"]))
 
 
@@ -249,7 +249,7 @@ def test_structure_of_few_spots_is_undefined_and_warned_of(unseen, caplog):
     summary = few.uns["ridge"]["evaluation"]
     assert np.isnan(summary.loc["S3", "Moran correlation"])
     assert summary.loc["mean", "Moran correlation"] == summary.loc["S4", "Moran correlation"]
-    assert "Moran correlation in ['S3'], of too few genes that vary or too few spots" in caplog.text
+    assert "Moran correlation in ['S3'], with too few spots or too few genes that vary" in caplog.text
 
 
 def test_baselines_leave_out_individuals():

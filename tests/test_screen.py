@@ -177,7 +177,7 @@ def test_annotations_of_each_slide_are_kept(simulated, tmp_path):
 def test_wrong_annotations_are_refused(query, tmp_path, caplog):
     before = query.copy()
     far = write_annotations(tmp_path / "far.geojson", ("Tumor", polygon(1e6, 1e6, 2e6, 2e6), {}))
-    with pytest.raises(ValueError, match="path: the annotations of .* lie apart from the spots"):
+    with pytest.raises(ValueError, match="path: the annotations of .* do not overlap the spots"):
         hv.io.read_geojson(query, far)
     points = write_annotations(tmp_path / "points.geojson", ("Tumor", shapely.Point(1, 1), {}))
     with pytest.raises(ValueError, match="has no annotation with an area"):

@@ -87,12 +87,12 @@ def test_the_model_knows_its_spacing_and_says_so(of_sparse, dense, tmp_path, cap
     loaded = hv.TwoStageVARST.load(tmp_path / "m")
     assert loaded.registry["spacing_um"] == pytest.approx(100, rel=0.1)
     predicted(dense, loaded)
-    assert "section 'S4': spots lie" in caplog.text
+    assert "section 'S4': spots are" in caplog.text
     caplog.clear()
     unknown = dense[dense.obs["section"] == "S4"].copy()
     del unknown.uns["spatial"]
     hv.tl.predict(unknown, loaded)
-    assert "microns per pixel of sections ['S4'] are not known" in caplog.text
+    assert "microns per pixel of sections ['S4'] are unknown" in caplog.text
 
 
 def test_a_section_whose_spots_coincide(dense, caplog):
@@ -108,16 +108,16 @@ def test_a_section_whose_spots_coincide(dense, caplog):
     together = dense.copy()
     together.obsm["spatial"][(together.obs["section"] == "S1").to_numpy()] = 7.0
     assert spacing_of(together) == pytest.approx(expected, rel=0.05)
-    assert "sections ['S1'] have one spot or spots in one place" in caplog.text
+    assert "sections ['S1'] have a single spot or all spots in one place" in caplog.text
     assert "microns per pixel" not in caplog.text
     names = together.obs["section"].to_numpy(str)
     caplog.clear()
     ratio = density(together, together.obsm["spatial"], names, "section", 2 * expected)
     assert (ratio[names == "S1"] == 1).all() and (ratio[names == "S2"] > 2).all()
-    assert "sections ['S1'] have one spot" in caplog.text and "not known" not in caplog.text
+    assert "sections ['S1'] have a single spot" in caplog.text and "unknown" not in caplog.text
     del together.uns["spatial"]["S2"]
     assert spacing_of(together) is None
-    assert "microns per pixel of 1 of 4 sections (['S2']) are not known" in caplog.text
+    assert "microns per pixel of 1 of 4 sections (['S2']) are unknown" in caplog.text
 
 
 def test_the_scale_of_a_section_counts_before_one_without_a_name(dense):

@@ -51,7 +51,7 @@ def test_centres_of_a_grid_over_the_tissue(slide):
 def test_resolution_that_the_file_does_not_say(slide, tmp_path):
     pixels = tifffile.imread(slide)
     tifffile.imwrite(tmp_path / "unknown.tif", pixels, tile=(256, 256), photometric="rgb")
-    with pytest.raises(ValueError, match=r"mpp: microns per pixel of '.*unknown.tif' are not known; pass mpp="):
+    with pytest.raises(ValueError, match=r"mpp: microns per pixel of '.*unknown.tif' are unknown; pass mpp="):
         hv.pp.tile(tmp_path / "unknown.tif")
     half = hv.pp.tile(tmp_path / "unknown.tif", mpp=0.5, spacing_um=50, section="A1", thumbnail_px=600)
     np.testing.assert_allclose(np.diff(np.unique(half.obsm["spatial"][:, 0])), 100)
@@ -62,7 +62,10 @@ def test_resolution_that_the_file_does_not_say(slide, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spacing_um": 3}, "spacing_um: 3 um are 3 pixels of a slide of 1000 x 1200"),
+        (
+            {"spacing_um": 3},
+            "spacing_um: 3 um are 3 pixels of 1 um, expected at least 8",
+        ),
         ({"spacing_um": 5000}, "spacing_um: 5e"),
         ({"spacing_um": 0}, "spacing_um: expected more than 0"),
         ({"min_tissue": 0}, "min_tissue"),
@@ -114,7 +117,7 @@ def test_what_lazyslide_has_tiled(slide):
     assert set(adata.obsm) == {"spatial", "X_uni"}
     np.testing.assert_allclose(hv.pp.tile(wsi, tile_key="big_tiles").obsm["X_uni"], other)
     assert adata.uns["spatial"]["tissue"]["scalefactors"]["spot_diameter_fullres"] == 64
-    with pytest.raises(ValueError, match="spacing_um: the WSIData is tiled already"):
+    with pytest.raises(ValueError, match="spacing_um: not for a WSIData"):
         hv.pp.tile(wsi, spacing_um=50)
 
 
@@ -179,10 +182,10 @@ def test_lazyslide_model_refuses_what_it_cannot_predict(wsi, loaded):
     model = hv.io.LazySlideModel(loaded)
     features = wsi.tables["histology_tiles"].X
     with pytest.raises(
-        ValueError, match=r"features: have shape \(\d+, 15\), expected \(n_tiles, 16\), which is X_hist"
+        ValueError, match=r"features: shape \(\d+, 15\), expected \(n_tiles, 16\), the embeddings X_hist"
     ):
         model.predict(features[:, :15], np.zeros((len(features), 2)))
-    with pytest.raises(ValueError, match="coords: the model needs where the tiles are"):
+    with pytest.raises(ValueError, match="coords: the model needs the tiles' positions"):
         model.predict(features)
     loaded.registry["spacing_um"] = 50.0
     with pytest.raises(ValueError, match=r"mpp: .*give mpp=wsi.properties.mpp"):

@@ -177,7 +177,7 @@ def test_trusted_genes_of_a_prediction(query, model, tmp_path, suffix):
 def test_no_gene_to_trust_is_warned_of(query, model, caplog):
     hv.tl.predict(query, model)
     assert hv.get.prediction(query, min_trust=1).shape == (60, 0)
-    assert "min_trust: of no gene a correlation of 1 or more is expected" in caplog.text
+    assert "min_trust: no gene has an expected correlation of 1 or more" in caplog.text
 
 
 def test_models_and_predictions_that_do_not_say(query, loaded, tmp_path):
@@ -187,7 +187,7 @@ def test_models_and_predictions_that_do_not_say(query, loaded, tmp_path):
     older = hv.TwoStageVARST.load(tmp_path / "older")
     hv.tl.predict(query, older)
     for call in (lambda: hv.get.genes(older), lambda: hv.pl.trust(older)):
-        with pytest.raises(ValueError, match=r"model: it does not say .* call histovar.tl.calibrate"):
+        with pytest.raises(ValueError, match=r"model: it holds no expected accuracy .* call histovar.tl.calibrate"):
             call()
     assert "expected_pearson" not in hv.get.prediction(query).var
     with pytest.raises(ValueError, match="min_trust: the prediction 'histovar' does not say"):

@@ -164,7 +164,7 @@ def test_without_calibration_quantiles_need_draws(query, loaded_of_values):
 
 
 def test_calibration_on_part_of_the_training_sections_is_refused(prepared, loaded):
-    with pytest.raises(ValueError, match="give all of them"):
+    with pytest.raises(ValueError, match="give all of these"):
         hv.tl.calibrate(prepared[:100].copy(), loaded)
     with pytest.raises(ValueError, match="too few to calibrate"):
         hv.tl.calibrate(prepared[:10].copy(), loaded)

@@ -251,7 +251,7 @@ def test_shallow_sections_are_covered_at_their_depth(simulated, model):
 
 @pytest.mark.parametrize("options", [{"units": "counts"}, {"units": "lognorm"}, {"depth": 1000}])
 def test_models_of_values_have_neither_units_nor_depth(query, model_of_values, options):
-    message = r"^units, depth: the model learnt from values of 'values', of which it is not known .*; train with counts"
+    message = r"^units, depth: the model learnt from values of 'values', whose dependence .*; train with counts"
     refuse(query, lambda a: hv.tl.predict(a, model_of_values, **options), ValueError, message)
     hv.tl.predict(query, model_of_values)
     assert not {"histovar_rates", "histovar_spots"} & set(query.obsm)
@@ -304,9 +304,14 @@ def test_measurements_in_other_units_are_refused(query, model):
     refuse(query, lambda a: hv.tl.evaluate(a, layer="counts"), KeyError, "layer: no 'counts' in layers")
     query.layers["lognorm"] = query.X.log1p()
     hv.tl.predict(query, model, units="counts")
-    refuse(query, lambda a: hv.tl.evaluate(a, layer="lognorm"), ValueError, "^layer: .* the prediction is of counts")
+    refuse(
+        query,
+        lambda a: hv.tl.evaluate(a, layer="lognorm"),
+        ValueError,
+        "^layer: .* than the prediction, which is in counts",
+    )
     query.X.data += 0.5
-    refuse(query, hv.tl.evaluate, ValueError, "X must hold counts, for counts to be compared")
+    refuse(query, hv.tl.evaluate, ValueError, "X must hold counts, so that predicted counts can be compared")
 
 
 def test_predictions_named_like_their_units_are_not_taken_for_measured(query, model):

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a part of the package when it is first asked for: some take seconds and half a gigabyte."""
+    """Import a subpackage when it is first used: some take seconds and half a gigabyte of memory."""
     if name in ("ModelConfig", "TwoStageVARST"):
         return getattr(import_module(f"{__name__}.model"), name)
     if name in __all__:

@@ -1,8 +1,8 @@
-"""Arguments of public functions, checked by their type annotations before any work.
+"""Check the arguments of public functions against their type annotations, before any work.
 
-:func:`check_arguments` decorates every public function. An argument of another type raises TypeError, one out of range
-ValueError, in one line that names it: ``batch_size: expected at least 1, got 0``. NumPy's scalars become Python's;
-truth values and text are never taken for numbers, nor a string for a list.
+:func:`check_arguments` decorates every public function. An argument of the wrong type raises TypeError, one out of
+range ValueError, in one line that names it: ``batch_size: expected at least 1, got 0``. NumPy scalars are converted to
+Python's; booleans and text are never accepted as numbers, nor a string as a list.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 MOST_WHOLE = 2**31 - 1
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
-# What was expected, by the type of pydantic's error; of other types, pydantic's own words.
+# What to say was expected, by the type of pydantic's error; other types keep pydantic's own words.
 EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -54,23 +54,23 @@ EXPECTED = {
 
 
 def refuse_type(expected: str) -> NoReturn:
-    """In a validator: refuse a value of another type, saying what was expected."""
+    """Raise from a validator that a value has the wrong type, saying what was expected."""
     raise PydanticCustomError("other_type", "{expected}", {"expected": expected})
 
 
 def refuse_value(expected: str) -> NoReturn:
-    """In a validator: refuse a value out of range, saying what was expected."""
+    """Raise from a validator that a value is out of range, saying what was expected."""
     raise PydanticCustomError("other_value", "{expected}", {"expected": expected})
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Metadata of an annotation: the function that checks and converts all values of it."""
+    """Metadata of an annotation: a function that checks and converts the argument."""
 
     function: Callable[[Any], Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Pydantic's hook."""
+        """Tell pydantic to validate with the function."""
         return core_schema.no_info_plain_validator_function(self.function)
 
 
@@ -86,7 +86,7 @@ def _whole(value: Any) -> Any:
 
 
 def list_of(value: Any) -> list[Any]:
-    """The items of a sequence or a one-dimensional array; text, sets and mappings are none."""
+    """Convert a sequence or a one-dimensional array to a list; refuse text, sets and mappings."""
     if hasattr(value, "to_numpy"):  # pandas
         value = value.to_numpy()
     if isinstance(value, np.ndarray) and value.ndim == 1:
@@ -152,52 +152,52 @@ def _not_bool(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_WHOLE)]
 Number = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_WHOLE)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_RANDOM_STATE)]
-# Total count of spots: a column of obs, or a number.
+# Total count of the spots: a column of obs, or a number.
 Depth = Annotated[str | float, Converted(_depth)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Probability = Annotated[Real, Field(ge=0, le=1)]
-# What an interval is to hold: a share that is neither nothing nor all.
+# Share of the values that an interval should contain: between 0 and 1, both excluded.
 ConfidenceLevel = Annotated[Real, Field(gt=0, lt=1)]
-# A probability of something.
+# A share that is not zero.
 Share = Annotated[Probability, Field(gt=0)]
-# A share that is not all.
+# A share below 1, such as a dropout rate.
 Rate = Annotated[Real, Field(ge=0, lt=1)]
 Key = Annotated[str, Field(min_length=1)]
 KeyList = Annotated[Sequence[str], Converted(_keys)]
 KeyOrKeys = Annotated[str | Sequence[str], Converted(_one_or_more_keys)]
 ListOf = Annotated[Sequence[T], BeforeValidator(list_of)]
 TupleOf = Annotated[tuple[T, ...], BeforeValidator(_tuple_of)]
-# Of which the order does not matter.
+# A list or a set: the order does not matter.
 CollectionOf = Annotated[Sequence[T], BeforeValidator(_collection)]
 # Whole numbers, each larger than the one before.
 Increasing = Annotated[TupleOf[Count], AfterValidator(_increasing)]
 Probabilities = Annotated[ListOf[Probability], AfterValidator(_distinct)]
 PathLike = Annotated[str | Path, Converted(_path)]
-# For literals that are numbers, as True equals 1.
+# For Literal[1, 2] and the like, since True equals 1.
 not_bool = BeforeValidator(_not_bool)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Metadata of an annotation: an array of numbers whose axes are these.
+    """Metadata of an annotation: an array of numbers with named axes.
 
-    Axes of one name must be as long in all arguments of a call.
+    Axes of the same name must have the same length in all arguments of a call.
 
     Parameters
     ----------
     axes
         Names of the axes.
     optional
-        Whether the last axis may be absent.
+        If the last axis may be absent.
     """
 
     axes: tuple[str, ...]
     optional: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Pydantic's hook."""
+        """Tell pydantic to validate with :meth:`_array`."""
         return core_schema.no_info_plain_validator_function(self._array)
 
     def _array(self, value: Any) -> NDArray[Any]:
@@ -214,7 +214,7 @@ class Shape:
 
 
 class _Argument(NamedTuple):
-    """How an argument is checked, and whether it may be None."""
+    """The validator of an argument, and whether None is allowed."""
 
     adapter: TypeAdapter[Any]
     optional: bool
@@ -234,13 +234,13 @@ def _is_union(annotation: Any) -> bool:
 
 @cache
 def _arguments(owner: Any) -> dict[str, _Argument]:
-    """Of a function, or the fields of a dataclass; those that may be anything are left out."""
+    """Validators of a function's arguments or a dataclass's fields; none for those annotated ``Any``."""
     hints = get_type_hints(inspect.unwrap(owner), include_extras=True)
     return {name: _Argument.of(hint) for name, hint in hints.items() if name != "return" and hint is not Any}
 
 
 def checked(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that were checked and converted as the annotations of a function, or of a dataclass, say.
+    """Check and convert values by the annotations of a function or dataclass; return the converted ones.
 
     Parameters
     ----------
@@ -252,9 +252,9 @@ def checked(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     TypeError
-        If one is of another type.
+        If a value has the wrong type.
     ValueError
-        If one is out of range.
+        If a value is out of range.
     """
     arguments = _arguments(owner)
     result = {name: _check(name, value, arguments[name]) for name, value in values.items() if name in arguments}
@@ -267,22 +267,23 @@ def _check(name: str, value: Any, argument: _Argument) -> Any:
         return argument.adapter.validate_python(value.item() if isinstance(value, np.generic) else value)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        # Of `int | list` given a list, only what is wrong with its item; of `str | int`, both.
+        # A union gives an error for each member. For a list given to `int | list`, only the errors of its items count;
+        # for `str | int`, both.
         deepest = max(len(e["loc"]) for e in errors)
         errors = [e for e in errors if len(e["loc"]) == deepest]
         if errors[0]["type"] == "value_error":
             raise ValueError(f"{name}: {errors[0]['ctx']['error']}") from None
         expected = " or ".join(dict.fromkeys(map(_expected, errors)))
-        of_other_type = all(e["type"].endswith("_type") or e["type"] == "is_instance_of" for e in errors)
-        or_none = " or None" if argument.optional and of_other_type else ""
+        wrong_type = all(e["type"].endswith("_type") or e["type"] == "is_instance_of" for e in errors)
+        or_none = " or None" if argument.optional and wrong_type else ""
         message = f"{name}: expected {expected}{or_none}, got {shown(errors[0]['input'])}"
         if "TwoStageVARST" in expected and isinstance(value, str | OSPath):
             message += "; load it with histovar.TwoStageVARST.load"
-        raise (TypeError if of_other_type else ValueError)(message) from None
+        raise (TypeError if wrong_type else ValueError)(message) from None
 
 
 def _expected(error: Mapping[str, Any]) -> str:
-    """What an error of pydantic expected, in words."""
+    """Say in words what was expected, from an error of pydantic."""
     context = {k: int(v) if v in (0.0, 1.0) else v for k, v in error.get("ctx", {}).items()}  # 1 in place of 1.0
     if error["type"] in EXPECTED:
         return EXPECTED[error["type"]].format(**context)
@@ -290,23 +291,23 @@ def _expected(error: Mapping[str, Any]) -> str:
 
 
 def _check_axes(arrays: Mapping[str, tuple[Shape | None, Any]]) -> None:
-    """Refuse arrays whose axes of one name differ in length."""
-    known: dict[str, tuple[str, int]] = {}
+    """Refuse arrays whose axes of the same name differ in length."""
+    lengths: dict[str, tuple[str, int]] = {}
     for name, (shape, array) in arrays.items():
         for axis, length in zip(shape.axes, array.shape, strict=False) if shape and array is not None else ():
-            other, expected = known.setdefault(axis, (name, length))
+            other, expected = lengths.setdefault(axis, (name, length))
             if length != expected:
                 raise ValueError(f"{name}: expected {expected} {axis}, as in {other}, got {length}")
 
 
 def nearest(unknown: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The known names that are most like unknown ones, upper case or lower; none for those that are like no other."""
+    """Find the known name closest to each unknown one, ignoring case; names without a close match are skipped."""
     by_lower = {name.lower(): name for name in known}
-    return [by_lower[like] for name in unknown for like in get_close_matches(name.lower(), by_lower, 1)]
+    return [by_lower[match] for name in unknown for match in get_close_matches(name.lower(), by_lower, 1)]
 
 
 def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Check and convert a function's arguments by its annotations, before it does anything."""
+    """Decorate a function so that its arguments are checked and converted by its annotations before it runs."""
     signature = inspect.signature(function)
 
     @wraps(function)
@@ -314,9 +315,9 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            near = nearest([key for key in kwargs if key not in signature.parameters], signature.parameters)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{function.__name__}: {error}{meant}") from None
+            matches = nearest([key for key in kwargs if key not in signature.parameters], signature.parameters)
+            suggestion = f"; did you mean {matches[0]!r}?" if matches else ""
+            raise TypeError(f"{function.__name__}: {error}{suggestion}") from None
         bound.arguments.update(checked(function, bound.arguments))
         return function(*bound.args, **bound.kwargs)
 
@@ -330,5 +331,5 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value in one line, cut to what a message can hold."""
+    """Format a value for an error message: its repr on one line, shortened."""
     return " ".join(_Short().repr(value).split())

@@ -1,8 +1,8 @@
-"""Write files and directories so that a kill or a full disk leaves the old or the new, whole.
+"""Write files and directories atomically: a kill or a full disk leaves either the old or the new one, complete.
 
-All is written beside its destination, under a hidden name, flushed to the disk and then renamed. The hidden name holds
-the process that writes it, so that what a killed process left is told from what a live one writes, and is removed by
-the next write to the same destination.
+Everything is written under a hidden name beside its destination, flushed to the disk and then renamed. The hidden name
+contains the id of the writing process, so that leftovers of killed processes can be told from files still being
+written; the next write to the same destination removes them.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-# Characters of the destination's name that hidden names repeat: file systems take 255 bytes, 4 of them a character.
+# Hidden names repeat this many characters of the destination's name: file systems allow 255 bytes, a character takes
+# up to 4.
 NAME_LENGTH = 48
-# Seconds between tries for a lock.
+# Seconds between attempts to get a lock.
 LOCK_INTERVAL = 0.02
-# Linux: relative to the working directory; exchange two names.
+# Constants of Linux's renameat2: paths are relative to the working directory; exchange the two names.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Write a file beside its destination and rename it when the block ends without an error.
+    """Write a file atomically: beside its destination, renamed when the block ends without an error.
 
     Parameters
     ----------
     path
-        Destination; its directory exists. A link is followed. What is neither a file nor absent, such as
-        ``/dev/stdout``, is written to as it is.
+        Destination; its directory exists. Links are followed. Anything that exists and is not a regular file, such as
+        ``/dev/stdout``, is written to directly.
 
     Yields
     ------
     Path
-        Where to write: in the same directory, of the same suffix. It is removed if the block raises.
+        Where to write: in the same directory, with the same suffix. It is removed if the block raises.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Notes
     -----
-    The mode follows the umask, whoever writes the file and however.
+    The file's mode follows the umask, also where the writing library would set another.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
@@ -85,22 +86,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Write a directory beside its destination and rename it when the block ends without an error.
+    """Write a directory atomically: beside its destination, renamed when the block ends without an error.
 
-    The destination is replaced with all that it holds: callers make sure beforehand that it is theirs to replace.
-    Linux exchanges the two in one step. Elsewhere the old one is renamed aside and the new one renamed in; a process
-    killed between the two leaves the old one under a hidden name, and the next call puts it back first. Of two
-    processes that write one destination, the later one's directory stays.
+    The destination is replaced with everything in it: callers must check beforehand that they may replace it. Linux
+    exchanges the two in one step. Elsewhere the old one is renamed aside and the new one renamed into place; a process
+    killed between the two steps leaves the old one under a hidden name, and the next call first puts it back. If two
+    processes write to the same destination, the one that finishes last wins.
 
     Parameters
     ----------
     path
-        Destination; its parent exists. A link is followed.
+        Destination; its parent exists. Links are followed.
 
     Yields
     ------
     Path
-        An empty directory beside it, removed if the block raises.
+        An empty directory beside the destination, removed if the block raises.
 
     Raises
     ------
@@ -129,21 +130,22 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def directory_lock(path: Path, *, seconds: float, shared: bool = False) -> Iterator[bool | None]:
-    """Hold the lock of a directory, which ends with the process.
+    """Lock a directory; the lock is released when the block or the process ends.
 
     Parameters
     ----------
     path
         An existing directory.
     seconds
-        How long to wait for others.
+        How long to wait for other processes.
     shared
-        For reading: several may hold it at once.
+        Lock for reading: several processes may hold it at once.
 
     Yields
     ------
     bool or None
-        Whether the lock is held; not so after the time is up. None on Windows, and where the file system has no locks.
+        True if the lock is held, False if the time was up before. None on Windows, and where the file system has no
+        locks.
     """
     if sys.platform == "win32":
         yield None
@@ -156,7 +158,7 @@ def directory_lock(path: Path, *, seconds: float, shared: bool = False) -> Itera
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left beside a destination, and put back what they set aside.
+    """Remove temporary files that killed processes of this machine left beside a destination; restore an old directory.
 
     Parameters
     ----------
@@ -177,7 +179,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def flush_tree(path: Path) -> None:
-    """Write a directory's files, and the names of all that is in it, to the disk."""
+    """Flush a directory to the disk: all files and the names of everything in it."""
     for folder, _, names in os.walk(path):
         for name in names:
             _flush(Path(folder, name))
@@ -185,7 +187,7 @@ def flush_tree(path: Path) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Write a directory's names to the disk, where the system can."""
+    """Flush the names in a directory to the disk, where the system supports it."""
     if sys.platform != "win32":
         _flush(path)
 
@@ -196,20 +198,20 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot flush
             raise
     finally:
         os.close(descriptor)
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A hidden name beside a destination, of its suffix."""
+    """Make up a hidden name beside a destination, with its suffix."""
     writer = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     return path.parent / f".{path.name[:NAME_LENGTH]}.{writer}.{kind}{path.suffix[:NAME_LENGTH]}"
 
 
 def _machine() -> str:
-    """What tells this machine, and this container's process numbers, from others."""
+    """Digest that identifies this machine and, in a container, its process namespace."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -244,20 +246,20 @@ def _try_lock(descriptor: int, kind: int, seconds: float) -> bool | None:
 
 
 def rename_directory(new: Path, path: Path) -> None:
-    """Give a directory the name of another, which is removed, or of none; as :func:`atomic_directory` does at its end.
+    """Rename a directory, replacing an existing one of that name; the last step of :func:`atomic_directory`.
 
     Parameters
     ----------
     new
-        On the same file system.
+        The directory; on the same file system as ``path``.
     path
         Its new name, not a link.
     """
-    _rename_in(new, path)
+    _replace_directory(new, path)
     flush_directory(path.parent)
 
 
-def _rename_in(new: Path, path: Path) -> None:
+def _replace_directory(new: Path, path: Path) -> None:
     while True:
         if path.exists():
             if _exchange(new, path):
@@ -287,11 +289,11 @@ def _rename_in(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one step; return False where the system or file system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    done: int = rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
-    return done == 0
+    status: int = rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    return status == 0

@@ -1,4 +1,4 @@
-"""Libraries that come with an extra, and the `pip install` that brings them."""
+"""Import optional dependencies, or say which `pip install` brings them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import a module of an extra.
+    """Import an optional dependency.
 
     Parameters
     ----------
@@ -16,7 +16,7 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
     extra
         Extra of histovar that installs it.
     purpose
-        What it is needed for.
+        The feature that needs it, for the message.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str, purpose: str) -> ModuleNotFoundError:
-    """The error to raise where a module of an extra is missing."""
+    """Make the error for a missing optional dependency, naming the `pip install` that brings it."""
     return ModuleNotFoundError(
         f"{purpose} needs {error.name}, which is not installed: pip install 'histovar[{extra}]'", name=error.name
     )

@@ -1,4 +1,4 @@
-"""How far each gene of a model can be trusted: kept in its registry, read as a table."""
+"""Expected accuracy of each gene on unseen sections: computed, kept in the model's registry, read as a table."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from scipy.stats import false_discovery_control
 from . import metrics
 from .metrics.trust import SectionAccuracy, expected_accuracy, p_values, section_accuracy
 
-# What was compared: sections or individuals that the prediction has not seen, or parts of the sections trained on.
+# What the accuracy was measured on: sections or individuals that the prediction has not seen, or unseen parts of the
+# training sections.
 Unseen = Literal["section", "individual", "same section"]
 NEW = {
     "section": "an unseen section",
     "individual": "an unseen individual",
     "same section": "unseen parts of the sections trained on; not tested on another section",
 }
-# Sections of fewer spots are left out, and of more groups than that those with most spots are kept.
+# Sections of fewer than LEAST_SPOTS spots are left out; of the groups, the MOST_GROUPS with most spots are kept.
 LEAST_SPOTS, MOST_GROUPS = 10, 50
 GENES_AT_ONCE = 2048
-# Genes with a q-value below are said to be predicted: of them a tenth, on average, is not.
+# Genes with a q-value below this count as predicted: on average, at most a tenth of them are not.
 FALSE_DISCOVERY_RATE = 0.1
 
 
@@ -47,55 +48,56 @@ def gene_trust(
     cross_fitted: bool,
     random_state: int,
 ) -> dict[str, Any] | None:
-    """Accuracy of every gene on spots that the prediction has not seen, in plain types for a model's registry.
+    """Accuracy of every gene on unseen spots, in plain types for a model's registry.
 
     Parameters
     ----------
     predicted, measured
         (n_spots, n_genes) in the same units.
     counts
-        Of these spots, where known.
+        Counts of these spots, or None where unknown.
     coordinates
         (n_spots, 2).
     sections, groups
-        (n_spots,) section, within which genes are correlated, and group over whose sections Fisher's z is averaged.
+        (n_spots,) section of each spot, within which genes are correlated, and its group: Fisher's z is averaged over
+        the sections of a group.
     of
-        What the groups are.
+        Kind of the groups.
     cross_fitted
-        Whether each section is predicted by members trained on the others.
+        If each section was predicted by ensemble members trained on the other sections.
     random_state
         Seed of the noise ceiling's splits.
 
     Returns
     -------
     dict or None
-        ``of``, ``groups``, ``n_spots`` of each; ``pearson`` (n_groups, n_genes), ``variance`` of Fisher's z in a
-        section, ``p_value`` and ``ceiling`` (n_genes,), with None for what is undefined. None if all sections have
-        fewer than 10 spots.
+        ``of``, ``groups``, ``n_spots`` of each group; ``pearson`` (n_groups, n_genes), ``variance`` of Fisher's z in a
+        section, ``p_value`` and ``ceiling`` (n_genes,), None where undefined. None if all sections have fewer than 10
+        spots.
     """
     names, n_spots = np.unique(groups, return_counts=True)
     kept = np.isin(groups, names[np.argsort(-n_spots, kind="stable")[:MOST_GROUPS]])
-    rows_of = [np.flatnonzero((sections == number) & kept) for number in np.unique(sections)]
-    rows_of = [rows for rows in rows_of if len(rows) >= LEAST_SPOTS]
-    if not rows_of:
+    section_rows = [np.flatnonzero((sections == number) & kept) for number in np.unique(sections)]
+    section_rows = [rows for rows in section_rows if len(rows) >= LEAST_SPOTS]
+    if not section_rows:
         return None
-    group_of = np.array([groups[rows[0]] for rows in rows_of])
-    labels = np.unique(group_of).tolist()
-    parts = []
+    section_groups = np.array([groups[rows[0]] for rows in section_rows])
+    labels = np.unique(section_groups).tolist()
+    blocks = []
     for start in range(0, predicted.shape[1], GENES_AT_ONCE):
         genes = slice(start, start + GENES_AT_ONCE)
         accuracy: list[SectionAccuracy] = []
         ceiling = []
-        for rows in rows_of:
+        for rows in section_rows:
             x, y = predicted[rows, genes], measured[rows, genes]
             totals = None if counts is None else counts.totals[rows]
             accuracy.append(section_accuracy(x, y, coordinates[rows], totals))
             ceiling.append(
                 np.full(x.shape[1], np.nan) if counts is None else _ceiling(counts, rows, genes, random_state)
             )
-        z = pd.DataFrame([section.z for section in accuracy]).groupby(group_of).mean().to_numpy()
+        z = pd.DataFrame([section.z for section in accuracy]).groupby(section_groups).mean().to_numpy()
         variance = np.mean([section.variance for section in accuracy], axis=0)
-        parts.append(
+        blocks.append(
             np.vstack(
                 [
                     np.tanh(z),
@@ -105,13 +107,13 @@ def gene_trust(
                 ]
             )
         )
-    table = np.hstack(parts)
+    table = np.hstack(blocks)
     variance, p_value, ceiling_of_genes = table[len(labels) :]
     return {
         "of": of,
         "groups": labels,
         "n_spots": [
-            int(sum(len(rows) for rows, group in zip(rows_of, group_of, strict=True) if group == label))
+            int(sum(len(rows) for rows, group in zip(section_rows, section_groups, strict=True) if group == label))
             for label in labels
         ],
         "pearson": [_plain(row, "{:.4f}") for row in table[: len(labels)]],
@@ -122,7 +124,7 @@ def gene_trust(
 
 
 def _ceiling(counts: PanelCounts, rows: NDArray[np.int64], genes: slice, random_state: int) -> NDArray[np.float64]:
-    """Noise ceiling of some genes; all others are one."""
+    """Noise ceiling of some genes; the other genes only enter the total counts."""
     panel = np.rint(counts.panel[rows, genes])
     others = np.rint(counts.totals[rows] - panel.sum(1)).clip(min=0)
     matrix = sparse.csr_matrix(np.column_stack([panel, others]))
@@ -130,22 +132,22 @@ def _ceiling(counts: PanelCounts, rows: NDArray[np.int64], genes: slice, random_
 
 
 def _plain(values: NDArray[np.float64], digits: str) -> list[float | None]:
-    """Rounded numbers, None for NaN."""
+    """Round numbers, with None for NaN, as JSON takes them."""
     return [float(digits.format(value)) if np.isfinite(value) else None for value in values.tolist()]
 
 
 def gene_table(registry: Mapping[str, Any]) -> pd.DataFrame:
-    """The table of :func:`histovar.get.genes`.
+    """Make the table of :func:`histovar.get.genes` from a model's registry.
 
     Raises
     ------
     ValueError
-        If the registry does not say how accurate genes are.
+        If the registry holds no accuracy of genes.
     """
     trust = registry.get("trust")
     if trust is None:
         raise ValueError(
-            "model: it does not say how far its genes can be trusted, as it was not calibrated, or by an earlier "
+            "model: it holds no expected accuracy of its genes, because it was not calibrated or by an earlier "
             "version; call histovar.tl.calibrate(adata, model) on its training sections, or on held-out ones"
         )
     variance, p_value, ceiling = (np.array(trust[k], dtype=np.float64) for k in ("variance", "p_value", "ceiling"))
@@ -170,7 +172,7 @@ def gene_table(registry: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def in_words(table: pd.DataFrame) -> str:
-    """How many genes are predicted and how well, in one line."""
+    """Summarise in one line how many genes are predicted and how well."""
     n_groups, n_predicted = len(table.attrs["groups"]), int((table["q_value"] < FALSE_DISCOVERY_RATE).sum())
     return (
         f"{n_predicted} of {len(table)} genes predicted at q < {FALSE_DISCOVERY_RATE:g}, median expected Pearson "

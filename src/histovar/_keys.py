@@ -1,4 +1,4 @@
-"""Every name under which histovar reads or writes."""
+"""Names of all slots of AnnData that histovar reads or writes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def _prefix(value: str) -> str:
             "a name for slots that begins with a letter or digit, without '/' and backslashes, such as 'histovar'"
         )
     if value in RESERVED:
-        refuse_value("another name for slots than that of other data, such as 'histovar'")
+        refuse_value("a name for slots that other data do not use, such as 'histovar'")
     return value
 
 
-# The `key_added` of public functions.
+# Type of the `key_added` of public functions.
 Prefix = Annotated[str, AfterValidator(_prefix)]
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Slot names that share a prefix, the `key_added` of the public functions."""
+    """Slot names that share a prefix: the `key_added` of the public functions."""
 
     prefix: str = DEFAULT_KEY
 
@@ -59,22 +59,22 @@ class Keys:
 
     @property
     def niche_source(self) -> str:
-        """``obsm``: fingerprint of what the niche of each spot was made of."""
+        """``obsm``: fingerprint of the embeddings and neighbours from which each spot's niche was computed."""
         return f"{self.prefix}_niche_source"
 
     @property
     def source(self) -> str:
-        """``obsm``: fingerprint of what each spot was predicted from."""
+        """``obsm``: fingerprint of the embeddings from which each spot was predicted."""
         return f"{self.prefix}_source"
 
     @property
     def gene(self) -> str:
-        """``var``: gene that each column of the predicted layers is of."""
+        """``var``: gene of each column of the predicted layers."""
         return f"{self.prefix}_gene"
 
     @property
     def tokens(self) -> str:
-        """``obsm``: tokens."""
+        """``obsm``: gene tokens."""
         return f"{self.prefix}_tokens"
 
     @property
@@ -84,17 +84,17 @@ class Keys:
 
     @property
     def std(self) -> str:
-        """``layers`` or ``obsm``: its standard deviation."""
+        """``layers`` or ``obsm``: standard deviation of expression."""
         return f"{self.prefix}_std"
 
     @property
     def samples(self) -> str:
-        """``obsm``: draws."""
+        """``obsm``: samples (joint draws) of expression."""
         return f"{self.prefix}_samples"
 
     @property
     def quantiles(self) -> str:
-        """``obsm``: quantiles."""
+        """``obsm``: quantiles of expression."""
         return f"{self.prefix}_quantiles"
 
     @property
@@ -104,7 +104,7 @@ class Keys:
 
     @property
     def spots(self) -> str:
-        """``obsm``: total count of each spot, how certain it is, and novelty."""
+        """``obsm``: predicted total count of each spot, its uncertainty, and novelty."""
         return f"{self.prefix}_spots"
 
     def score(self, name: str) -> str:

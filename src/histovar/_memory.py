@@ -1,4 +1,4 @@
-"""Memory that is freed and asked for again, or given back."""
+"""Check that work fits into memory; have the C library keep or return freed memory."""
 
 import ctypes
 import os
@@ -6,34 +6,36 @@ import sys
 
 
 def check_fits(n_bytes: int, what: str, mend: str) -> None:
-    """Refuse what needs more memory than the machine has; where that is not known, nothing is refused.
+    """Raise an error if work needs more memory than the machine has; does nothing where its memory is unknown.
 
     Parameters
     ----------
     n_bytes
-        Memory that it needs.
+        Memory needed, in bytes.
     what, mend
-        The argument and what it asks for, and what to do, for the message.
+        For the message: the argument and what needs the memory, and how to need less.
 
     Raises
     ------
     ValueError
-        If it is more than there is.
+        If more is needed than the machine has.
     """
     try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return
-    if n_bytes > there:
-        raise ValueError(f"{what} need {n_bytes / 1e9:,.0f} GB of memory, this machine has {there / 1e9:,.0f}; {mend}")
+    if n_bytes > available:
+        raise ValueError(
+            f"{what} need {n_bytes / 1e9:,.0f} GB of memory, this machine has {available / 1e9:,.0f}; {mend}"
+        )
 
 
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next tensor.
 
-    glibc gives memory back to the system as soon as more than twice the largest block that was ever freed is unused,
-    and on CPUs fresh memory costs more than what a layer computes in it. Freeing one block of 31 MB, which nothing has
-    touched, has it keep 62 MB. Elsewhere, and where ``MALLOC_TRIM_THRESHOLD_`` is set, this does nothing.
+    glibc returns memory to the system as soon as the unused memory exceeds twice the largest block ever freed, and on
+    CPUs getting fresh memory takes longer than computing a layer in it. Freeing one untouched block of 31 MB makes
+    glibc keep 62 MB. Without glibc, and where ``MALLOC_TRIM_THRESHOLD_`` is set, this does nothing.
     """
     import torch
 
@@ -41,10 +43,11 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have the C library give freed memory back to the system, for work that goes through much data part by part.
+    """Have the C library return freed memory to the system; for work that goes through much data chunk by chunk.
 
-    Small arrays that are kept of each part lie among the large ones that are freed, and glibc gives back what lies
-    behind the last of them alone, so that memory would grow with the number of parts. Without glibc this does nothing.
+    The small results kept of each chunk lie among its large arrays, which are freed, and by itself glibc returns only
+    the memory behind the last small array: memory would grow with the number of chunks. Without glibc this does
+    nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

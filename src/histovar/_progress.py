@@ -12,5 +12,5 @@ T = TypeVar("T")
 
 
 def progress(batches: Sequence[T], step: str, *, show: bool) -> Iterable[T]:
-    """Go through batches with a progress bar on standard error, if it is to be shown, that names the step."""
+    """Iterate over batches with a progress bar on standard error that names the step; without one unless ``show``."""
     return track(batches, step, console=Console(stderr=True), disable=not show)

@@ -1,11 +1,11 @@
-"""squidpy, imported without the warnings that its import gives and without a change of threads."""
+"""Import squidpy without its import warnings and without changing torch's number of threads."""
 
 import warnings
 
 from ._torch_state import keep_threads
 
 with warnings.catch_warnings(), keep_threads():
-    warnings.simplefilter("ignore", SyntaxWarning)  # of docrep
+    warnings.simplefilter("ignore", SyntaxWarning)  # raised in docrep
     import squidpy as sq
 
 __all__ = ["sq"]

@@ -1,4 +1,4 @@
-"""Threads and data types that belong to the user, kept as they were set."""
+"""Leave torch's number of threads and default dtype as the user has set them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 @contextmanager
 def keep_threads() -> Iterator[None]:
-    """Restore torch's number of threads afterwards: numba, in scanpy and squidpy, sets OpenMP's to all cores."""
+    """Restore torch's number of threads afterwards: numba, used by scanpy and squidpy, sets OpenMP's to all cores."""
     n_threads = torch.get_num_threads()
     try:
         yield
@@ -25,7 +25,7 @@ def keep_threads() -> Iterator[None]:
 
 
 class _Float32:
-    """32-bit floats as torch's default for as long as any thread needs them; the last one restores the user's."""
+    """Make float32 torch's default dtype while any thread needs it; the last thread restores the user's dtype."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -50,7 +50,7 @@ _float32 = _Float32()
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function with 32-bit floats as torch's default, whatever the user has set with ``set_default_dtype``."""
+    """Decorate a function to run with float32 as torch's default dtype, whatever the user has set."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,7 +1,7 @@
-"""torchvision beside a torch that it was not compiled for: importing this module makes it importable.
+"""Make a torchvision importable that was built for another torch: import this module first.
 
-timm and lightning (by torchmetrics) import torchvision where it is installed. One that was compiled for CUDA fails to
-import beside a CPU build of torch: its compiled operators are missing, to which it adds rules.
+timm and lightning (by torchmetrics) import torchvision if it is installed. A CUDA build of torchvision fails to import
+beside a CPU build of torch, because it registers rules for compiled operators that are missing.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from importlib.util import find_spec
 
 import torch
 
-# Declarations of operators live as long as the library that made them.
+# Operators stay declared only as long as the library object that declared them lives.
 _declarations: list[torch.library.Library] = []
 
 
 def mend_torchvision() -> None:
     """Make torchvision importable, if it is installed.
 
-    Operators that are missing are declared, without an implementation, until it imports. They are for detecting
-    objects, and nothing here calls them.
+    Missing operators are declared without an implementation, one by one, until the import succeeds. They are those
+    for object detection, which nothing here calls.
 
     Raises
     ------
     ImportError
-        If it does not import for another reason; one line that says how to install one that fits.
+        If the import fails for another reason; one line that says how to install a torchvision that fits.
     """
     declared: set[str] = set()
     while find_spec("torchvision") is not None:

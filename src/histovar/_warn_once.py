@@ -1,4 +1,4 @@
-"""Warnings that a public function logs once, however often it meets what they warn of."""
+"""Log a warning only once in a call of a public function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _logged: ContextVar[set[str] | None] = ContextVar("logged", default=None)
 
 
 def warns_once(function: Callable[P, R]) -> Callable[P, R]:
-    """Log each :func:`warn_once` once while a function, and those that it calls, run."""
+    """Decorate a function so that :func:`warn_once` logs each message once while it runs."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -31,7 +31,7 @@ def warns_once(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def not_warned_of(findings: Iterable[str]) -> list[str]:
-    """Those findings that a running function of :func:`warns_once` has not warned of; from now on it has."""
+    """Findings that the running function of :func:`warns_once` has not warned of yet; marks them as warned of."""
     logged = _logged.get()
     if logged is None:
         return list(findings)

@@ -1,4 +1,4 @@
-"""The whole path on simulated sections."""
+"""Run the whole workflow on simulated sections: train, predict, score, plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBEDDING = "X_histology"
 
 
 def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
-    """Train on three simulated sections, predict the fourth, score and draw it.
+    """Train on three simulated sections, predict the fourth, score and plot it.
 
     Parameters
     ----------
@@ -28,9 +28,9 @@ def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
     Returns
     -------
     str
-        What was found, with a line that compares with ridge regression on the same split, genes and embeddings.
+        Scores in words, beside those of ridge regression on the same split, genes and embeddings.
     """
-    begin = time.monotonic()
+    start = time.monotonic()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     adata = datasets.simulate(n_spots=n_spots, random_state=random_state)
@@ -43,7 +43,7 @@ def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
     model = tl.train(training, use_rep=EMBEDDING, library_key="section", random_state=random_state)
     tl.predict(query, model)
     scores = tl.evaluate(query)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - start
 
     best = scores["pearson"].nlargest(3).index.tolist()
     pl.spatial(query, best, section=HELD_OUT, save=out / "map.png")
@@ -52,16 +52,16 @@ def run(out: str | Path, *, n_spots: int = 400, random_state: int = 0) -> str:
     query.write_h5ad(out / "prediction.h5ad")
     model.save(out / "model")
 
-    floor = tl.baseline(training, "ridge", use_rep=EMBEDDING, library_key="section")
-    floor.predict(query)
-    ours = metrics.summary(scores)
-    theirs = metrics.summary(tl.evaluate(query, key="ridge"))
-    summary = {"histovar": ours, "ridge": theirs, "seconds": seconds}
+    ridge = tl.baseline(training, "ridge", use_rep=EMBEDDING, library_key="section")
+    ridge.predict(query)
+    model_scores = metrics.summary(scores)
+    ridge_scores = metrics.summary(tl.evaluate(query, key="ridge"))
+    summary = {"histovar": model_scores, "ridge": ridge_scores, "seconds": seconds}
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
-    name = "PCC-200" if "PCC-200" in ours and not math.isnan(ours["PCC-200"]) else "PCC-all"
+    name = "PCC-200" if "PCC-200" in model_scores and not math.isnan(model_scores["PCC-200"]) else "PCC-all"
     return (
         f"section {HELD_OUT}, trained on the other three in {seconds:.0f} s:\n"
-        f"  histovar {name} {ours[name]:.3f}, MSE {ours['MSE']:.3f}; "
-        f"ridge {name} {theirs[name]:.3f}, MSE {theirs['MSE']:.3f}\n"
+        f"  histovar {name} {model_scores[name]:.3f}, MSE {model_scores['MSE']:.3f}; "
+        f"ridge {name} {ridge_scores[name]:.3f}, MSE {ridge_scores['MSE']:.3f}\n"
         f"map, scores, prediction and model in {out}"
     )

@@ -1,1 +1,1 @@
-"""The one place that reads and writes AnnData slots."""
+"""Read, check and write the slots of AnnData; nothing else in the package does."""

@@ -1,4 +1,4 @@
-"""Predicted and measured expression, in the same units."""
+"""Read predicted and measured expression in the same units, and the predicted distribution."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from .prediction import (
     read_quantiles,
 )
 
-# Draws enough for 95 % intervals, the ends of those intervals, and levels that stand for a distribution.
+# Fewest draws from which 95 % intervals are taken, levels of the ends of such intervals, and number of quantiles that
+# represent a distribution.
 LEAST_DRAWS, ENDS, LEVELS = 20, (0.025, 0.975), 100
-# Units of predictions that are compared with what X holds.
+# Units of predictions that are compared with the counts in X.
 OF_COUNTS = ("log_counts", "counts", "rates")
-# Neighbours of a spot by which its place in a pattern is told: on a hexagonal grid, all that touch it.
+# Neighbours of a spot for scores of spatial structure: those that touch it on a hexagonal grid.
 N_NEIGHBORS = 6
-# Shares of the values that central intervals promise to hold, at which coverage is looked at.
+# Nominal levels of the central intervals whose coverage is measured.
 SHARES = np.arange(0.05, 1, 0.05)
 
 logger = logging.getLogger(__name__)
 
 
 class Comparison(NamedTuple):
-    """Predicted and measured expression, (n_obs, n_genes), and of what they are."""
+    """Predicted and measured expression, (n_obs, n_genes), with genes, layer and sections."""
 
     genes: list[str]
     layer: str
@@ -54,7 +55,7 @@ class Comparison(NamedTuple):
 
 
 def read_comparison(adata: AnnData, keys: Keys, layer: str | None, library_key: str | None = None) -> Comparison:
-    """Prediction and measurement in the same units; nothing is written.
+    """Read prediction and measurement in the same units; nothing is written.
 
     Raises
     ------
@@ -74,9 +75,9 @@ def read_comparison(adata: AnnData, keys: Keys, layer: str | None, library_key: 
 def read_measured(
     adata: AnnData, keys: Keys, genes: Sequence[str], layer: str, sections: NDArray[np.str_] | None
 ) -> NDArray[np.float32]:
-    """Measured expression of a prediction's genes, refused where its units are not the prediction's.
+    """Read measured expression of predicted genes; refuse units other than the prediction's.
 
-    Where `genes` are not all of the prediction's, it is only known whether most genes of training are there.
+    If `genes` are only some of the predicted genes, the check is weaker: most genes of training must be in the object.
 
     Raises
     ------
@@ -87,8 +88,10 @@ def read_measured(
     predicted = str(slots.record(adata, keys)["params"].get("units", LOGNORM))
     if predicted in OF_COUNTS:
         if layer == LOGNORM:
-            raise ValueError(f"layer: {layer!r} is in other units, the prediction is of {predicted}; leave layer out")
-        if layer == predicted:  # which is no layer; one of that name may be a prediction
+            raise ValueError(
+                f"layer: {layer!r} is in other units than the prediction, which is in {predicted}; leave layer out"
+            )
+        if layer == predicted:  # names the units, not a layer: a layer of that name may be a prediction
             return expression.from_counts(adata, layer, columns)
     trained = predicted_normalization(adata, keys)
     if len(genes) == len(predicted_genes(adata, keys)):
@@ -96,8 +99,8 @@ def read_measured(
     if layer == LOGNORM and not expression.has_lognorm(adata) and trained is not None:
         if 2 * adata.n_vars < trained.n_genes:
             raise ValueError(
-                f"layers[{layer!r}] would be normalised over {adata.n_vars} genes, that of training over "
-                f"{trained.n_genes}; normalise before genes are dropped"
+                f"layers[{layer!r}] would be normalised over {adata.n_vars} genes, but was over {trained.n_genes} in "
+                "training; normalise before genes are dropped"
             )
     return expression.expression(adata, layer, columns).values
 
@@ -105,7 +108,7 @@ def read_measured(
 def read_measured_if_there(
     adata: AnnData, keys: Keys, genes: Sequence[str], layer: str | None, sections: NDArray[np.str_] | None
 ) -> tuple[NDArray[np.float32] | None, str]:
-    """Measured expression of some genes of a prediction, and why there is none.
+    """Read measured expression of predicted genes if there is any, else say why it cannot be compared.
 
     Parameters
     ----------
@@ -114,76 +117,76 @@ def read_measured_if_there(
     genes
         Genes of the panel.
     layer
-        A layer that must be there; None for that of training, if it is.
+        A layer, which must exist; None for the layer of training, if it exists.
 
     Returns
     -------
     measured
-        (n_obs, n_genes), NaN for genes that were not measured; None if no gene was, or in other units.
+        (n_obs, n_genes), NaN for genes that were not measured; None if no gene was measured, or in other units.
     reason
-        Why the layer of training cannot be compared with; empty where it can, or no gene was measured.
+        Why the prediction cannot be compared with the layer of training; empty if it can, or no gene was measured.
 
     Raises
     ------
     KeyError, ValueError
-        As :func:`read_measured`, of a layer that was named.
+        As :func:`read_measured`, if `layer` is given.
     """
-    there = [gene for gene in predicted_genes(adata, keys) if gene in adata.var_names]
-    if not set(genes) & set(there):
+    shared_genes = [gene for gene in predicted_genes(adata, keys) if gene in adata.var_names]
+    if not set(genes) & set(shared_genes):
         return None, ""
     try:
-        chosen = str(slots.record(adata, keys)["layer"]) if layer is None else layer
-        values = read_measured(adata, keys, there, chosen, sections)
+        compared_layer = str(slots.record(adata, keys)["layer"]) if layer is None else layer
+        values = read_measured(adata, keys, shared_genes, compared_layer, sections)
     except (KeyError, ValueError) as error:
         if layer is not None:
             raise
         return None, str(error.args[0])
-    return pd.DataFrame(values, columns=there).reindex(columns=list(genes)).to_numpy(np.float32), ""
+    return pd.DataFrame(values, columns=shared_genes).reindex(columns=list(genes)).to_numpy(np.float32), ""
 
 
 def read_individuals(
     adata: AnnData, keys: Keys, group_key: str | None, sections: NDArray[np.str_] | None
 ) -> NDArray[np.str_] | None:
-    """Individual of each spot, by a column that is named, or else by that of training, where the object has it.
+    """Read each spot's individual (donor): from `group_key`, or else from the column of training if the object has it.
 
     Raises
     ------
     KeyError, ValueError
-        As :func:`gate.groups`; one section alone must be of one individual, too.
+        As :func:`gate.groups`; a single section must belong to one individual, too.
     """
     if group_key is None:
-        of_training = str(slots.record(adata, keys)["params"].get("group_key", ""))
-        group_key = of_training if of_training and of_training in adata.obs else None
+        trained_key = str(slots.record(adata, keys)["params"].get("group_key", ""))
+        group_key = trained_key if trained_key and trained_key in adata.obs else None
     return gate.groups(adata, group_key, np.full(adata.n_obs, "all") if sections is None else sections)
 
 
 def read_neighbors(adata: AnnData, keys: Keys, sections: NDArray[np.str_] | None) -> sparse.csr_matrix | None:
-    """Graph of each spot's nearest neighbours within its section; None, with a warning, without usable coordinates."""
+    """Graph of each spot's nearest neighbours within its section; None and a warning without usable coordinates."""
     spatial_key = str(slots.record(adata, keys)["params"]["spatial_key"])
     try:
-        place = gate.coordinates(adata, spatial_key)
+        coordinates = gate.coordinates(adata, spatial_key)
     except (KeyError, ValueError) as error:
-        logger.warning("without scores of spatial structure, as coordinates cannot be used: %s", error.args[0])
+        logger.warning("no scores of spatial structure, since the coordinates cannot be used: %s", error.args[0])
         return None
-    return Neighborhoods.of(place, sections, (N_NEIGHBORS,)).graphs[0]
+    return Neighborhoods.of(coordinates, sections, (N_NEIGHBORS,)).graphs[0]
 
 
 Interval = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Distribution(NamedTuple):
-    """A predicted distribution, of the spots that are asked for: those of all spots may not fit into memory.
+    """A predicted distribution, computed for selected spots: that of all spots may not fit into memory.
 
     Parameters
     ----------
     kind
         ``"negative binomial"``, ``"draws"``, ``"quantiles"`` or ``"normal"``.
     levels
-        (n_levels,), of which the outermost reach at least to 0.025 and 0.975.
+        (n_levels,) probabilities, from at most 0.025 to at least 0.975.
     of
-        From a mask of the spots, (n_obs,), and shares, such as 0.9, to the spots' quantiles at the levels, (n_spots,
-        n_genes, n_levels), increasing, and to the ends of central intervals that promise these shares, (n_spots,
-        n_genes) each.
+        Function of a mask of spots, (n_obs,), and nominal levels of intervals, such as 0.9. It returns the spots'
+        quantiles at ``levels``, (n_spots, n_genes, n_levels), increasing, and for each nominal level the ends of the
+        central interval, (n_spots, n_genes) each.
     """
 
     kind: str
@@ -194,7 +197,7 @@ class Distribution(NamedTuple):
 def read_distribution(
     adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any], composed: Composed | None
 ) -> Distribution:
-    """The predicted distribution, from the best there is: counts, draws, quantiles, or mean and standard deviation.
+    """Read the predicted distribution from the best source there is: counts, draws, quantiles, or mean and std.
 
     Parameters
     ----------
@@ -203,31 +206,31 @@ def read_distribution(
     keys
         Slot names.
     mean, std
-        What :func:`read_comparison` gave.
+        From :func:`read_comparison`.
     composed
-        What :func:`read_composed` gave.
+        From :func:`read_composed`.
     """
     if composed is not None:
-        return _of_counts(composed)
-    draws, kept = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
+        return _counts_distribution(composed)
+    draws, quantiles = read_draws(adata, keys, mean.shape[1]), read_quantiles(adata, keys, mean.shape[1])
     if draws is not None and draws.shape[2] >= LEAST_DRAWS:
-        every, levels = metrics.sample_quantiles(draws)
-        return _of_quantiles("draws", levels, lambda spots: every[spots])
-    if kept is not None:
-        cube, levels = kept
+        sampled, levels = metrics.sample_quantiles(draws)
+        return _quantile_distribution("draws", levels, lambda spots: sampled[spots])
+    if quantiles is not None:
+        cube, levels = quantiles
         order = levels.argsort()
         if levels.min() <= min(ENDS) and levels.max() >= max(ENDS):
-            return _of_quantiles("quantiles", levels[order], lambda spots: cube[spots][:, :, order])
+            return _quantile_distribution("quantiles", levels[order], lambda spots: cube[spots][:, :, order])
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
-    return _of_quantiles(
+    return _quantile_distribution(
         "normal", levels, lambda spots: metrics.normal_quantiles(mean[spots], std[spots], levels).astype(np.float32)
     )
 
 
-def _of_quantiles(
+def _quantile_distribution(
     kind: str, levels: NDArray[Any], quantiles: Callable[[NDArray[np.bool_]], NDArray[Any]]
 ) -> Distribution:
-    """That of which quantiles are at hand."""
+    """Make a distribution from its quantiles; intervals are interpolated between them."""
 
     def of(spots: NDArray[np.bool_], shares: Sequence[float]) -> tuple[NDArray[Any], list[Interval]]:
         cube = quantiles(spots)
@@ -237,14 +240,14 @@ def _of_quantiles(
 
 
 def _points(composed: Composed, spots: NDArray[np.bool_]) -> Iterator[torch.Tensor]:
-    """Values of equal probability of some spots at a time."""
+    """Yield values of equal probability for one batch of spots after another."""
     observation, composition, units, depth = composed
     for rows in torch.from_numpy(np.flatnonzero(spots)).split(SPOTS_AT_ONCE):
         yield observation.points(composition.take(rows), units, None if depth is None else depth[rows])
 
 
-def _of_counts(composed: Composed) -> Distribution:
-    """That of a prediction from counts."""
+def _counts_distribution(composed: Composed) -> Distribution:
+    """Make the distribution of a prediction of a model that learnt from counts."""
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
 
     def of(spots: NDArray[np.bool_], shares: Sequence[float]) -> tuple[NDArray[Any], list[Interval]]:
@@ -268,21 +271,21 @@ def read_interval(
     confidence_level: float,
     spots: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Ends of the central interval of each spot and gene, each (n_spots, n_genes), from the best distribution there is.
+    """Lower and upper end of each spot's and gene's central interval, each (n_spots, n_genes).
 
     Parameters
     ----------
     adata, keys, mean, std
         As for :func:`read_distribution`.
     confidence_level
-        Share of the values that the interval is to hold, between 0 and 1.
+        Share of the values that the interval should contain, between 0 and 1.
     spots
-        (n_obs,) of which; all by default.
+        (n_obs,) mask of the spots; all by default.
 
     Raises
     ------
     ValueError
-        If draws or quantiles do not reach as far out.
+        If draws or quantiles do not reach that far out.
     """
     composed, spots = read_composed(adata, keys), np.ones(adata.n_obs, bool) if spots is None else spots
     if composed is not None:
@@ -293,8 +296,8 @@ def read_interval(
     reach = float(levels[-1] - levels[0])
     if confidence_level > reach + 1e-9:
         raise ValueError(
-            f"confidence_level: {confidence_level:g} reaches beyond the levels {levels[0]:g} to {levels[-1]:g} of the "
-            f"predicted distribution ({kind}); give {reach:g} at most"
+            f"confidence_level: {confidence_level:g} reaches beyond the quantiles {levels[0]:g} to {levels[-1]:g} of "
+            f"the predicted distribution ({kind}); give at most {reach:g}"
         )
     return of(spots, (confidence_level,))[1][0]
 
@@ -302,23 +305,23 @@ def read_interval(
 def coverage_by_share(
     distribution: Distribution, spots: NDArray[np.bool_], measured: NDArray[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[Any]]:
-    """How often central intervals hold what was measured, against how often they promise to.
+    """Coverage of central intervals at several nominal levels: the calibration curve.
 
     Parameters
     ----------
     distribution
-        Of :func:`read_distribution`.
+        From :func:`read_distribution`.
     spots
-        (n_obs,): those to look at.
+        (n_obs,) mask of the spots.
     measured
-        (n_spots, n_genes): of them.
+        (n_spots, n_genes) measured values of these spots.
 
     Returns
     -------
     shares
-        (n_shares,): what is promised, as far out as the levels reach.
+        (n_shares,) nominal levels, as far out as the distribution's quantiles reach.
     covered
-        (n_shares, n_genes): share of the spots whose value lies inside.
+        (n_shares, n_genes) share of the spots whose value lies inside the interval.
     quantiles
         (n_spots, n_genes, n_levels).
     """
@@ -329,19 +332,19 @@ def coverage_by_share(
 
 
 def given_depth(composed: Composed | None, totals: NDArray[Any] | None) -> tuple[NDArray[Any], Distribution] | None:
-    """Mean, (n_obs, n_genes), and distribution at measured total counts.
+    """Mean, (n_obs, n_genes), and distribution that are predicted given each spot's measured total count.
 
-    None of predictions that were made at given ones, of rates and where counts are not known.
+    None for predictions made at a given depth, for rates, and where counts are unknown.
 
     Parameters
     ----------
     composed
-        What :func:`read_composed` gave.
+        From :func:`read_composed`.
     totals
-        (n_obs,) total count of each spot, where known.
+        (n_obs,) total count of each spot; None where unknown.
     """
     if composed is None or composed.depth is not None or totals is None or composed.units == "rates":
         return None
-    known = composed._replace(depth=torch.from_numpy(totals).float().clamp(min=1))
-    mean, _ = known.observation.moments(known.composition, known.units, known.depth)
-    return mean.numpy(), _of_counts(known)
+    at_depth = composed._replace(depth=torch.from_numpy(totals).float().clamp(min=1))
+    mean, _ = at_depth.observation.moments(at_depth.composition, at_depth.units, at_depth.depth)
+    return mean.numpy(), _counts_distribution(at_depth)

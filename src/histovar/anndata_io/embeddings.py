@@ -1,4 +1,4 @@
-"""What made the embeddings of an object: recorded with them, kept by models, compared when a model is used."""
+"""Record the encoder of embeddings in ``uns``, and check that a model gets embeddings made as in training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 RECORDS = "embeddings"
 FACTS = ("encoder", "layers", "pooling", "input_px", "field_um")
-# What records of earlier versions lack; there nothing is compared.
+# Missing from records of earlier versions, and then not compared.
 ADDED_FACTS = ("weights", "mean", "std")
-# What is recorded, but not compared.
+# Recorded, but not compared.
 OTHER_FACTS = ("mpp", "precision")
-# How much a field may differ, as a share of that of training: by rounding alone.
+# Allowed difference of the field, as a share of that of training: enough for rounding.
 FIELD_TOLERANCE = 0.01
-# How many times as wide the pixels of an image may be, as of training's images, without a warning.
+# Pixels wider than in training by more than this factor give a warning.
 COARSER = 2.0
 
 
 def describe(encoder: Encoder, weights: str, field_um: float, mpp: float, precision: str) -> dict[str, Any]:
-    """What made an embedding, in plain types.
+    """Describe how an embedding is made (encoder, weights, field, ...), in plain types for ``uns``.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def describe(encoder: Encoder, weights: str, field_um: float, mpp: float, precis
     field_um
         Side of the patches, in microns.
     mpp
-        Microns per pixel of the coarsest image that was read.
+        Microns per pixel of the image; of the coarsest, if several were read.
     precision
         ``"fp32"`` or ``"bf16"``. Recorded, but not compared: between the two, embeddings of DINOv2 differ by 2 % of
         their spread over spots (cosine 0.99998, 36 spots of her2st's C3).
@@ -62,9 +62,10 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def embed_entries(adata: AnnData) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Entries of ``uns`` that :func:`histovar.pp.embed` wrote, with their keys.
+    """Yield the entries of ``uns`` that :func:`histovar.pp.embed` wrote, with their keys.
 
-    They are known by their records of embeddings: the version is lost where objects of two versions were joined.
+    They are recognised by their records of embeddings, not by the version, which is lost when objects of two versions
+    are concatenated.
     """
     for key, entry in adata.uns.items():
         records = entry.get(RECORDS) if isinstance(entry, Mapping) else None
@@ -73,12 +74,12 @@ def embed_entries(adata: AnnData) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _is_record(facts: Any) -> bool:
-    """Whether it says what made an embedding, or what is left of that after a join."""
+    """True for a record of how an embedding was made, or what concatenation left of one."""
     return isinstance(facts, Mapping) and not facts.keys().isdisjoint((*FACTS, *ADDED_FACTS, *OTHER_FACTS))
 
 
 def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
-    """What made ``obsm[key]``; None if ``uns`` does not say.
+    """Read how ``obsm[key]`` was made from ``uns``; None if there is no record.
 
     Parameters
     ----------
@@ -90,12 +91,13 @@ def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        Facts that an earlier version did not record are None; so may ``mpp`` and ``precision`` be of joined objects.
+        Facts that an earlier version did not record are None, and so may be ``mpp`` and ``precision`` of concatenated
+        objects.
 
     Raises
     ------
     ValueError
-        If objects were joined whose embeddings were made otherwise: what differed is then not in ``uns``.
+        If objects were concatenated whose embeddings were made in different ways: ``uns`` then lacks what differed.
     """
     for _, entry in embed_entries(adata):
         facts = entry[RECORDS].get(key)
@@ -104,16 +106,16 @@ def record_of(adata: AnnData, key: str) -> dict[str, Any] | None:
             lacking = [name for name in (*FACTS, *(ADDED_FACTS if added else ())) if name not in facts]
             if lacking:
                 raise ValueError(
-                    f"use_rep: obsm[{key!r}] joins embeddings that were not made alike ({', '.join(lacking)}); "
-                    "embed all with one encoder, weights and field"
+                    f"use_rep: obsm[{key!r}] holds embeddings that were made in different ways "
+                    f"({', '.join(lacking)} differ); embed all with one encoder, weights and field"
                 )
-            plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in facts.items()}
-            return {**dict.fromkeys((*ADDED_FACTS, *OTHER_FACTS)), **plain}
+            record = {name: value.item() if isinstance(value, np.generic) else value for name, value in facts.items()}
+            return {**dict.fromkeys((*ADDED_FACTS, *OTHER_FACTS)), **record}
     return None
 
 
 class _Difference(NamedTuple):
-    """A fact in which embeddings differ from those of training."""
+    """A fact about embeddings that differs from training, with both values."""
 
     name: str
     here: Any
@@ -121,12 +123,12 @@ class _Difference(NamedTuple):
 
 
 def _differences(here: Mapping[str, Any], in_training: Mapping[str, Any]) -> list[_Difference]:
-    """All facts that are known of both and differ."""
-    both = [_Difference(name, here[name], in_training.get(name)) for name in (*FACTS, *ADDED_FACTS)]
-    known = [fact for fact in both if fact.here is not None and fact.in_training is not None]
+    """List the facts that are known of both embeddings and differ."""
+    pairs = [_Difference(name, here[name], in_training.get(name)) for name in (*FACTS, *ADDED_FACTS)]
+    comparable = [fact for fact in pairs if fact.here is not None and fact.in_training is not None]
     return [
         fact
-        for fact in known
+        for fact in comparable
         if (
             abs(fact.here - fact.in_training) > FIELD_TOLERANCE * fact.in_training
             if fact.name == "field_um"
@@ -136,7 +138,7 @@ def _differences(here: Mapping[str, Any], in_training: Mapping[str, Any]) -> lis
 
 
 def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequence[Mapping[str, Any] | None]) -> None:
-    """Refuse embeddings that were made otherwise than those of training; warn of coarser images.
+    """Refuse embeddings made in another way than those of training; warn if their image is coarser.
 
     Parameters
     ----------
@@ -145,29 +147,29 @@ def check_like_training(adata: AnnData, use_rep: Sequence[str], trained: Sequenc
     use_rep
         Keys of ``obsm``, in the order of training.
     trained
-        What made those of training, None where that is not known.
+        Records of the embeddings of training, None where unknown.
 
     Raises
     ------
     ValueError
-        If encoder, weights, layers, pooling, input size, normalisation or field differ, or objects were joined in which
-        they do.
+        If encoder, weights, layers, pooling, input size, normalisation or field differ, from training or between
+        objects that were concatenated.
     """
-    for key, ours in zip(use_rep, trained, strict=False):
-        theirs = record_of(adata, key)
-        if ours is None or theirs is None:
+    for key, in_training in zip(use_rep, trained, strict=False):
+        here = record_of(adata, key)
+        if in_training is None or here is None:
             continue
-        if differences := _differences(theirs, ours):
-            unlike = ", ".join(f"{d.name}={d.here!r}, of training {d.in_training!r}" for d in differences)
+        if differences := _differences(here, in_training):
+            listed = ", ".join(f"{d.name}={d.here!r}, in training {d.in_training!r}" for d in differences)
             raise ValueError(
-                f"use_rep: obsm[{key!r}] was made otherwise than what the model was trained on ({unlike}); "
+                f"use_rep: obsm[{key!r}] was made in another way than the embeddings of training ({listed}); "
                 "embed again with histovar.pp.embed as for training"
             )
-        if theirs["mpp"] and ours["mpp"] and theirs["mpp"] > COARSER * ours["mpp"]:
+        if here["mpp"] and in_training["mpp"] and here["mpp"] > COARSER * in_training["mpp"]:
             logger.warning(
-                "use_rep: obsm[%r] was made of an image of %.3g um per pixel, that of training had %.3g: finer detail "
-                "than the model was trained on is missing",
+                "use_rep: obsm[%r] was made from an image of %.3g um per pixel, in training it was %.3g: detail that "
+                "the model was trained on is missing",
                 key,
-                theirs["mpp"],
-                ours["mpp"],
+                here["mpp"],
+                in_training["mpp"],
             )

@@ -1,4 +1,4 @@
-"""Measured expression: layers, counts and log-normalisation."""
+"""Read measured expression: layers, counts, total counts and log-normalised values."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 class Expression(NamedTuple):
-    """Expression of the panel, (n_spots, n_genes), and totals of the spots of each section: how it is normalised."""
+    """Expression of the panel, (n_spots, n_genes), and the spots' totals by section, which tell its normalisation."""
 
     values: NDArray[np.float32]
     totals: dict[str, SpotTotals]
 
 
 def layer_names(adata: AnnData) -> list[str]:
-    """Names of the layers; anndata 0.13 counts X among them, under None."""
+    """Names of the layers, without the None under which anndata 0.13 lists X."""
     return sorted(name for name in adata.layers if name is not None)
 
 
 def stored_layer(adata: AnnData, layer: str) -> Any:
-    """The matrix of a layer; ``"X"`` is X.
+    """Get the matrix of a layer; ``"X"`` is X.
 
     Raises
     ------
@@ -55,41 +55,41 @@ def stored_layer(adata: AnnData, layer: str) -> Any:
 
 
 def is_stored(adata: AnnData, layer: str = LOGNORM, obsm: Sequence[str] = ()) -> bool:
-    """Whether X, the layer, or what ``obsm`` has under these keys is on disk."""
+    """True if X, the layer, or an array of ``obsm`` under these keys is on disk."""
     matrices = (adata.X, adata.layers.get(layer), *(adata.obsm.get(key) for key in obsm))
     return bool(adata.isbacked) or any(on_disk(matrix) for matrix in matrices)
 
 
 def count_blocks(adata: AnnData) -> Iterator[Any]:
-    """Blocks of rows of X, which must hold counts.
+    """Yield blocks of rows of X, which must hold counts.
 
     Raises
     ------
     ValueError
-        If it does not; the message says where there are counts, if a layer has them.
+        If X does not hold counts; the message names a layer that does, if there is one.
     """
-    elsewhere = _layers_of_counts(adata)
+    count_layers = _layers_of_counts(adata)
     mend = (
-        f"layers[{elsewhere[0]!r}] holds counts: adata.X = adata.layers[{elsewhere[0]!r}]"
-        if elsewhere
-        else "put raw counts there; if it is log-normalised already, say adata.layers['lognorm'] = adata.X"
+        f"layers[{count_layers[0]!r}] holds counts: adata.X = adata.layers[{count_layers[0]!r}]"
+        if count_layers
+        else "put raw counts there; if it is log-normalised already, use adata.layers['lognorm'] = adata.X"
     )
     if adata.X is None:
-        more = "" if elsewhere else ", or pass layer= with log-normalised values"
-        raise ValueError(f"adata: X is empty; counts are needed to log-normalise{': ' + mend if elsewhere else more}")
+        advice = ": " + mend if count_layers else ", or pass layer= with log-normalised values"
+        raise ValueError(f"adata: X is empty; counts are needed to log-normalise{advice}")
     for block in row_blocks(adata.X, adata.n_obs):
         gate.check_counts(stored_values(block), "X", mend)
         yield block
 
 
 def _layers_of_counts(adata: AnnData) -> list[str]:
-    """Layers whose first rows hold counts, those named so first."""
-    found = []
+    """List the layers whose first rows hold counts; those with "count" in their name first."""
+    names = []
     for name in layer_names(adata):
         values = stored_values(next(row_blocks(adata.layers[name], min(adata.n_obs, 64)), np.zeros((0, 0))))
         if values.size and values.dtype.kind in "fiu" and (values >= 0).all() and (values == np.round(values)).all():
-            found.append(name)
-    return sorted(found, key=lambda name: "count" not in name.lower())
+            names.append(name)
+    return sorted(names, key=lambda name: "count" not in name.lower())
 
 
 class Counts(NamedTuple):
@@ -102,7 +102,7 @@ class Counts(NamedTuple):
 def panel_counts(
     adata: AnnData, columns: NDArray[np.integer], rows: NDArray[np.integer] | None = None
 ) -> Counts | None:
-    """Counts of some genes, and the total of each spot; None where X holds no counts.
+    """Read counts of genes and each spot's total count; None if X holds no counts.
 
     Parameters
     ----------
@@ -116,22 +116,22 @@ def panel_counts(
     if adata.X is None:
         return None
     chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
-    parts, totals = [], []
+    panels, totals = [], []
     start = 0
     try:
         for block in count_blocks(adata):
             stop = start + block.shape[0]
-            some = block[chosen[(chosen >= start) & (chosen < stop)] - start]
-            parts.append(dense_float32(some[:, columns]))
-            totals.append(np.asarray(some.sum(1), dtype=np.float64).ravel())
+            block_rows = block[chosen[(chosen >= start) & (chosen < stop)] - start]
+            panels.append(dense_float32(block_rows[:, columns]))
+            totals.append(np.asarray(block_rows.sum(1), dtype=np.float64).ravel())
             start = stop
     except ValueError:
         return None
-    return Counts(np.concatenate(parts), np.concatenate(totals))
+    return Counts(np.concatenate(panels), np.concatenate(totals))
 
 
 def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDArray[np.float32]:
-    """Counts of some genes in X: themselves, their ``"log_counts"`` or ``"rates"`` (counts per 10,000).
+    """Read genes from the counts in X as ``"counts"``, ``"log_counts"`` or ``"rates"`` (counts per 10,000).
 
     Raises
     ------
@@ -140,7 +140,7 @@ def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDA
     """
     counts = panel_counts(adata, columns)
     if counts is None:
-        raise ValueError(f"adata: X must hold counts, for {units} to be compared with what was measured")
+        raise ValueError(f"adata: X must hold counts, so that predicted {units} can be compared with measured ones")
     if units == "log_counts":
         return np.log1p(counts.panel)
     if units == "rates":
@@ -152,19 +152,19 @@ def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDA
 def spot_totals(
     adata: AnnData, columns: NDArray[np.integer], target_sum: float = TARGET_SUM
 ) -> NDArray[np.float64] | None:
-    """Total count of every spot over all genes that were measured; None where X holds no counts.
+    """Total count of every spot over all measured genes, (n_obs,); None if X holds no counts.
 
-    By ``layers["lognorm"]``, where that is of the counts in X, since genes may have been dropped after it was made;
-    else the sums of X.
+    The totals are recovered from ``layers["lognorm"]`` if it was computed from the counts in X, since genes may have
+    been dropped afterwards; otherwise they are the row sums of X.
 
     Parameters
     ----------
     adata
         The object.
     columns
-        Genes by which to tell.
+        Genes by which counts and ``layers["lognorm"]`` are compared.
     target_sum
-        Counts that every spot was normalised to.
+        Total count to which every spot was normalised.
     """
     counts = panel_counts(adata, columns)
     return None if counts is None else _over_all_genes(adata, columns, counts, target_sum)
@@ -173,12 +173,12 @@ def spot_totals(
 def _over_all_genes(
     adata: AnnData, columns: NDArray[np.integer], counts: Counts, target_sum: float
 ) -> NDArray[np.float64]:
-    """See :func:`spot_totals`."""
+    """Total counts over all measured genes, as :func:`spot_totals` says."""
     if LOGNORM not in adata.layers:
         return counts.totals
     values = dense_float32(take_rows(adata.layers[LOGNORM], np.arange(adata.n_obs))[:, columns])
-    found = _normalized_to(counts, values, target_sum)
-    return counts.totals if found is None else found.totals
+    recovered = _normalized_to(counts, values, target_sum)
+    return counts.totals if recovered is None else recovered.totals
 
 
 def counts_of_values(
@@ -188,10 +188,10 @@ def counts_of_values(
     target_sum: float,
     rows: NDArray[np.integer] | None = None,
 ) -> Counts | None:
-    """The counts of X, if log-normalised values are those of these very counts; else None.
+    """Read the counts in X from which log-normalised values were computed; None if X holds no or other counts.
 
-    Total counts are those by which the values were normalised, so that genes may have been dropped since. The values
-    then do not tell to what sum, which is taken to be 10,000.
+    The total counts are those by which the values were normalised, so genes may have been dropped since. If the sum to
+    which spots were normalised is unknown, it is taken to be 10,000.
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ def counts_of_values(
     values
         (n_spots, n_genes) of the same spots.
     target_sum
-        Counts that every spot was normalised to; 0 where that is not known.
+        Total count to which every spot was normalised; 0 where unknown.
     """
     counts = panel_counts(adata, columns, rows)
     return None if counts is None else _normalized_to(counts, values, target_sum or TARGET_SUM)
@@ -213,74 +213,73 @@ def required_counts(
     target_sum: float,
     rows: NDArray[np.integer] | None = None,
 ) -> Counts:
-    """As :func:`counts_of_values`, for a model that learnt from counts.
+    """Read counts as :func:`counts_of_values`, for a model that needs them.
 
     Raises
     ------
     ValueError
-        If X does not hold them.
+        If X does not hold these counts.
     """
     counts = counts_of_values(adata, columns, values, target_sum, rows)
     if counts is None:
         raise ValueError(
-            "adata: X must hold the counts of which the log-normalised values are, as in training: the model learnt "
-            "from them"
+            "adata: X must hold the counts from which the log-normalised values were computed, as in training: the "
+            "model learnt from counts"
         )
     return counts
 
 
 def _normalized_to(counts: Counts, values: NDArray[np.float32], target_sum: float) -> Counts | None:
-    """Counts with the totals by which log-normalised values were made of them; None if they were not."""
+    """Counts with the totals by which they were log-normalised to `values`; None if these are not of the counts."""
     normalized = np.expm1(values.astype(np.float64)).sum(1)
     measured = counts.panel.sum(1, dtype=np.float64)
     totals = np.where(normalized > 0, target_sum * measured / np.where(normalized > 0, normalized, 1), counts.totals)
     expected = np.log1p(counts.panel * (target_sum / totals.clip(min=1))[:, None])
-    # Relative, as half precision would have it.
+    # A relative tolerance, since the values may be stored in half precision.
     return counts._replace(totals=totals) if np.allclose(expected, values, rtol=0.01, atol=0.01) else None
 
 
 def lognorm_blocks(adata: AnnData) -> Iterator[Any]:
-    """Blocks of rows of ``layers["lognorm"]``, or of log1p(counts per 10,000) of the counts in X; writes nothing.
+    """Yield blocks of rows of ``layers["lognorm"]``, or else log1p(counts per 10,000) of X; nothing is written.
 
     Raises
     ------
     ValueError
-        If it is needed and X is missing or does not hold counts, or as :func:`has_lognorm`.
+        If the layer is absent and X is missing or does not hold counts, or as :func:`has_lognorm`.
     """
     if has_lognorm(adata):
         if not _follows_counts(adata):
-            what = f"layers[{LOGNORM!r}] is not the logarithm of scaled counts of X: it is taken as it is"
-            warn_once(logger, what)
+            warn_once(logger, f"layers[{LOGNORM!r}] is not log1p of scaled counts in X: it is used as it is")
         yield from row_blocks(adata.layers[LOGNORM], adata.n_obs)
         return
     import scanpy as sc
 
     for block in count_blocks(adata):
-        light = AnnData(sparse.csr_matrix(block, dtype=np.float32))
+        normalized = AnnData(sparse.csr_matrix(block, dtype=np.float32))
         with keep_threads():
-            sc.pp.normalize_total(light, target_sum=TARGET_SUM)
-            sc.pp.log1p(light)
-        yield light.X
+            sc.pp.normalize_total(normalized, target_sum=TARGET_SUM)
+            sc.pp.log1p(normalized)
+        yield normalized.X
 
 
 def lognorm(adata: AnnData) -> sparse.csr_matrix:
-    """All of :func:`lognorm_blocks`, sparse."""
+    """Read the log-normalised values of :func:`lognorm_blocks` as one sparse matrix."""
     return sparse.vstack([sparse.csr_matrix(block) for block in lognorm_blocks(adata)], format="csr")
 
 
 def add_lognorm(adata: AnnData, values: sparse.csr_matrix | None = None) -> None:
-    """Add ``layers["lognorm"]``, with its fingerprint, from the counts in X, and say so; not to an object on disk.
+    """Add ``layers["lognorm"]`` from the counts in X, with its fingerprint and a log line; not to an object on disk.
 
     Parameters
     ----------
     adata
-        The object; nothing is done where it has the layer, made from the counts that are in X.
+        The object; left as it is if it has the layer already, computed from the counts in X.
     values
-        What :func:`lognorm` gave, where that has been made already.
+        The result of :func:`lognorm`, if already computed.
     """
     if is_stored(adata) or has_lognorm(adata):
         return
-    why = "was made from other counts: made again as" if LOGNORM in adata.layers else "added:"
+    why = "was computed from other counts: computed again as" if LOGNORM in adata.layers else "added:"
     values = lognorm(adata) if values is None else values
     entry = {"lognorm": {"shape": np.array(values.shape), "fingerprint": fingerprint.of_matrix(values)}}
     slots.write(adata, Keys(DEFAULT_KEY), {("layers", LOGNORM): values}, entry)
@@ -288,36 +287,36 @@ def add_lognorm(adata: AnnData, values: sparse.csr_matrix | None = None) -> None
 
 
 def has_lognorm(adata: AnnData) -> bool:
-    """Whether there is a ``layers["lognorm"]`` to be taken as it is.
+    """True if there is a ``layers["lognorm"]`` to be used as it is.
 
-    One that histovar made, from counts that are no longer in X, is not: it is made again. The user's own always is,
-    with a warning (of :func:`lognorm_blocks`) where it is not the logarithm of scaled counts of X.
+    A layer that histovar computed from counts that X no longer holds is not used: it is computed again. The user's own
+    layer always is, with a warning (in :func:`lognorm_blocks`) if it is not log1p of scaled counts in X.
 
     Raises
     ------
     ValueError
-        If histovar made it, but not from the counts that are in X, and spots or genes were dropped since or it is on
-        disk, so that it cannot be told whether it is the user's own by now.
+        If histovar computed it from other counts than X has, and it cannot be told whether the user has replaced it
+        since: because spots or genes were dropped, or it is on disk.
     """
     if LOGNORM not in adata.layers:
         return False
     if _follows_counts(adata):
         return True
-    made = slots.record(adata, Keys(DEFAULT_KEY)).get("lognorm")
-    if made is not None and (is_stored(adata) or tuple(made["shape"]) != adata.shape):
+    record = slots.record(adata, Keys(DEFAULT_KEY)).get("lognorm")
+    if record is not None and (is_stored(adata) or tuple(record["shape"]) != adata.shape):
         raise ValueError(
-            f"adata: layers[{LOGNORM!r}] was made from other counts than X has now; delete it to have it made again "
-            f"(del adata.layers[{LOGNORM!r}]), or keep it under another name and pass that as layer="
+            f"adata: layers[{LOGNORM!r}] was computed from other counts than X has now; delete it to have it computed "
+            f"again (del adata.layers[{LOGNORM!r}]), or keep it under another name and pass that as layer="
         )
-    if made is not None and made["fingerprint"] == fingerprint.of_matrix(adata.layers[LOGNORM]):
+    if record is not None and record["fingerprint"] == fingerprint.of_matrix(adata.layers[LOGNORM]):
         return False
     return True
 
 
 def _follows_counts(adata: AnnData) -> bool:
-    """Whether log-normalised values are log1p of X times a factor a spot; true where X has no counts to tell by.
+    """True if ``layers["lognorm"]`` is log1p of X times a factor for each spot, or X holds no counts to compare with.
 
-    Looked at are 10,000 spots, evenly spaced, or the first few thousand of an object on disk.
+    Checked on 10,000 evenly spaced spots, or on the first few thousand of an object on disk.
     """
     if adata.X is None:
         return True
@@ -334,20 +333,20 @@ def _follows_counts(adata: AnnData) -> bool:
 
 
 def _are_scaled(counts: Any, values: Any) -> bool:
-    """Whether each row of expm1(values) is a multiple of the same row of counts, up to rounding."""
+    """True if each row of expm1(values) is a multiple of the same row of counts, up to rounding."""
     counts, values = sparse.csr_matrix(counts, dtype=np.float64), sparse.csr_matrix(values, dtype=np.float64)
     if counts.shape != values.shape or (values.nnz and not values.data.max() <= LARGEST_LOG):
         return False
     linear = values.expm1()
     total, sums = (np.asarray(m.sum(1)).ravel() for m in (counts, linear))
     factor = np.divide(sums, total, out=np.zeros_like(sums), where=total > 0)
-    off = abs(linear - sparse.diags(factor) @ counts)
-    # Relative to the largest value of the row, as half precision would have it.
-    return bool((off.max(1).toarray().ravel() <= 0.01 * linear.max(1).toarray().ravel() + 1e-6).all())
+    error = abs(linear - sparse.diags(factor) @ counts)
+    # Relative to the largest value of the row, since the values may be stored in half precision.
+    return bool((error.max(1).toarray().ravel() <= 0.01 * linear.max(1).toarray().ravel() + 1e-6).all())
 
 
 def check_layer(adata: AnnData, layer: str | None) -> None:
-    """Refuse a layer with NaN, infinite or negative values; None (the default layer) is not looked at.
+    """Refuse a layer with NaN, infinite or negative values; None (the default layer) is not checked.
 
     Raises
     ------
@@ -362,7 +361,7 @@ def check_layer(adata: AnnData, layer: str | None) -> None:
 
 
 def units(layer: str, normalization: Normalization) -> str:
-    """A layer's units in words."""
+    """Describe a layer's units in words."""
     return f"those of {layer!r}" if normalization.kind == "values" else normalization.units
 
 
@@ -373,20 +372,20 @@ def expression(
     rows: NDArray[np.integer] | None = None,
     sections: NDArray[np.str_] | None = None,
 ) -> Expression:
-    """Expression of some genes, dense, and totals of the spots.
+    """Read expression of genes as a dense array, with totals of the spots by section.
 
     Parameters
     ----------
     adata
-        The object, untouched.
+        The object, which is not changed.
     layer
-        Its layer; ``layers["lognorm"]`` is made from the counts in X where it is absent.
+        Its layer; an absent ``layers["lognorm"]`` is computed from the counts in X.
     columns
         The genes.
     rows
         The spots, increasing; all by default.
     sections
-        (n_obs,) section of each spot of the object; None takes all for one.
+        (n_obs,) section of each spot of the object; None for a single section.
 
     Raises
     ------
@@ -397,22 +396,22 @@ def expression(
     """
     blocks = lognorm_blocks(adata) if layer == LOGNORM else row_blocks(stored_layer(adata, layer), adata.n_obs)
     chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
-    parts: list[NDArray[np.float32]] = []
+    panels: list[NDArray[np.float32]] = []
     totals: dict[str, list[SpotTotals]] = {}
     labels = np.full(adata.n_obs, "all") if sections is None else sections
     start = 0
     for block in blocks:
         stop = start + block.shape[0]
-        here = chosen[(chosen >= start) & (chosen < stop)]
-        some = block[here - start]
-        parts.append(dense_float32(some[:, columns]))
-        for label in np.unique(labels[here]).tolist():
-            own = np.flatnonzero(labels[here] == label)
-            totals.setdefault(label, []).append(SpotTotals.of(some[own], parts[-1][own]))
+        spots = chosen[(chosen >= start) & (chosen < stop)]
+        block_rows = block[spots - start]
+        panels.append(dense_float32(block_rows[:, columns]))
+        for label in np.unique(labels[spots]).tolist():
+            in_section = np.flatnonzero(labels[spots] == label)
+            totals.setdefault(label, []).append(SpotTotals.of(block_rows[in_section], panels[-1][in_section]))
         start = stop
-    values = np.concatenate(parts)
+    values = np.concatenate(panels)
     gate.check_nonnegative(values, f"layer: {layer!r}")
-    return Expression(values, {label: SpotTotals.concat(of_blocks) for label, of_blocks in totals.items()})
+    return Expression(values, {label: SpotTotals.concat(block_totals) for label, block_totals in totals.items()})
 
 
 def read_expression(
@@ -424,14 +423,14 @@ def read_expression(
     sections: NDArray[np.str_] | None,
     trained: Normalization | None,
 ) -> NDArray[np.float32]:
-    """Expression in the units of training: :func:`expression`, refused where it is normalised otherwise.
+    """Read expression in the units of training; refuse expression that is normalised in another way.
 
     Parameters
     ----------
     adata, layer, columns, rows, sections
-        As in :func:`expression`; each section is checked by itself.
+        As in :func:`expression`; each section is checked separately.
     trained
-        How that of training was normalised.
+        Normalisation of the expression of training.
 
     Raises
     ------
@@ -439,7 +438,7 @@ def read_expression(
         As :func:`expression` and :meth:`Normalization.check`.
     """
     values, totals = expression(adata, layer, columns, rows, sections)
-    for section, of_section in totals.items():
+    for section, section_totals in totals.items():
         where = f"layers[{layer!r}]" + (f" of section {section!r}" if len(totals) > 1 else "")
-        of_section.normalization(layer, adata.n_vars, len(columns)).check(trained, where)
+        section_totals.normalization(layer, adata.n_vars, len(columns)).check(trained, where)
     return values

@@ -1,4 +1,4 @@
-"""Read one or several .h5ad or .zarr files as one object, every section with a name, spots and an image of its own."""
+"""Read one or several .h5ad or .zarr files as one object with distinct names of sections, spots and images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .zarr_check import StoreError, open_store
 logger = logging.getLogger(__name__)
 
 SECTION = "section"
-# Embeddings of expression that scanpy makes of each file by itself: they mean nothing beside those of another file.
+# Embeddings of expression that scanpy computes within a file: those of different files cannot be compared.
 OF_ONE_FILE = ("X_pca", "X_tsne", "X_umap")
 
 
@@ -33,23 +33,23 @@ def read_files(paths: Sequence[str | Path], library_key: str = SECTION) -> AnnDa
     paths
         The files.
     library_key
-        Column of ``obs`` with the tissue section. To a file that lacks it, it is added, with the file's name without
-        suffix; where files of several directories have the same name, with the directory's name before it.
+        Column of ``obs`` with the tissue section. It is added to files that lack it, with the file's name without
+        suffix as the section; files of the same name in several directories get the directory's name as prefix.
 
     Returns
     -------
     AnnData
-        In memory, with the spots of all files and, of several files:
+        In memory, with the spots of all files. Several files are joined as follows:
 
-        - the genes that all of them have;
-        - in ``obs``, ``obsm`` and ``layers`` what all of them have, in ``uns`` what does not differ, in ``var`` and
-          ``varm`` what is the same in all; ``obsp``, ``varp`` and ``raw`` are left out;
-        - sections of the same name in several files told apart by the file's name before theirs;
-        - spots of the same name in several files told apart by the section's name before theirs, or the file's name
-          where it has several sections;
-        - ``uns["spatial"]`` with the images of all files.
+        - genes: those that all files have;
+        - ``obs``, ``obsm`` and ``layers``: what all files have; ``uns``: what does not differ; ``var`` and ``varm``:
+          what is the same in all files; ``obsp``, ``varp`` and ``raw`` are left out;
+        - sections of the same name in several files get the file's name as prefix;
+        - spots of the same name in several files get the section's name as prefix, or the file's name if the file has
+          several sections;
+        - ``uns["spatial"]`` holds the images of all files.
 
-        The image of a file with one section and one image is stored under the section's name. What is left out or
+        The image of a file with one section and one image is stored under the section's name. Anything left out or
         renamed is logged.
 
     Raises
@@ -67,7 +67,7 @@ def read_files(paths: Sequence[str | Path], library_key: str = SECTION) -> AnnDa
 
 
 def read_store(path: str | Path, library_key: str = SECTION, genes: list[str] | None = None) -> AnnData:
-    """Read a .zarr store whose expression and embeddings stay on disk, as dask arrays.
+    """Read a .zarr store lazily: expression and embeddings stay on disk, as dask arrays.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def read_store(path: str | Path, library_key: str = SECTION, genes: list[str] | 
     library_key
         As in :func:`read_files`.
     genes
-        Names of the genes that the object is to have, whose expression is then left alone.
+        Names of genes that the object gets in place of the store's; expression is then not read.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def read_store(path: str | Path, library_key: str = SECTION, genes: list[str] | 
 
 
 def check_paths(paths: Sequence[str | Path]) -> list[Path]:
-    """Refuse files that are missing, or given twice.
+    """Refuse files that are missing or given twice.
 
     Raises
     ------
@@ -110,13 +110,13 @@ def check_paths(paths: Sequence[str | Path]) -> list[Path]:
     """
     files = [Path(path) for path in paths]
     if not files:
-        raise ValueError("no files given")
+        raise ValueError("no file given")
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"no file {str(file)!r}")
-    twice = [str(file) for file, n in Counter(file.resolve() for file in files).items() if n > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r} is given twice")
+    repeated = [str(file) for file, n in Counter(file.resolve() for file in files).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is given twice")
     return files
 
 
@@ -132,7 +132,7 @@ def read_file(path: Path) -> AnnData:
         adata = ad.read_zarr(open_store(path)) if path.is_dir() else ad.read_h5ad(path)
     except (MemoryError, StoreError):
         raise
-    except Exception as error:  # HDF5, zarr and anndata each have their own for damaged files
+    except Exception as error:  # HDF5, zarr and anndata raise different errors for damaged files
         raise ValueError(_unreadable(path, error)) from error
     if adata.n_obs == 0:
         raise ValueError(f"{str(path)!r} has no spots")
@@ -140,7 +140,7 @@ def read_file(path: Path) -> AnnData:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """One line that names the file and says why it cannot be read, and in which slot, where anndata notes that."""
+    """Say in one line which file cannot be read and why, with the slot if anndata names it."""
     reason = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
     if path.is_dir():
         tables = sorted(table.name for table in (path / "tables").glob("*") if table.is_dir())
@@ -153,14 +153,14 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def combine_files(adatas: Sequence[AnnData], paths: Sequence[Path], library_key: str = SECTION) -> AnnData:
-    """Put objects read from files together, as :func:`read_files` says; the objects are changed on the way.
+    """Join objects read from files, as :func:`read_files` says; the objects are changed in place.
 
     Parameters
     ----------
     adatas
-        What was read.
+        The objects.
     paths
-        From where.
+        The files they were read from.
     library_key
         Column of ``obs`` with the section.
 
@@ -198,17 +198,18 @@ def combine_files(adatas: Sequence[AnnData], paths: Sequence[Path], library_key:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Names of files without suffix; where they are equal, with as many directories before them as tell them apart."""
-    trails = [(*path.resolve().parent.parts[1:], path.stem) for path in paths]
-    trails = [
-        (*trail[:-1], path.name) if trails.count(trail) > 1 else trail  # s.h5ad beside s.zarr
-        for trail, path in zip(trails, paths, strict=True)
+    """Names of files without suffix; equal ones are prefixed with as many directories as make them distinct."""
+    parts = [(*path.resolve().parent.parts[1:], path.stem) for path in paths]
+    parts = [
+        (*path_parts[:-1], path.name) if parts.count(path_parts) > 1 else path_parts  # s.h5ad beside s.zarr
+        for path_parts, path in zip(parts, paths, strict=True)
     ]
-    names = [trail[-1] for trail in trails]
-    for depth in range(2, max(map(len, trails)) + 1):
+    names = [path_parts[-1] for path_parts in parts]
+    for depth in range(2, max(map(len, parts)) + 1):
         counts = Counter(names)
         names = [
-            "_".join(trail[-depth:]) if counts[name] > 1 else name for name, trail in zip(names, trails, strict=True)
+            "_".join(path_parts[-depth:]) if counts[name] > 1 else name
+            for name, path_parts in zip(names, parts, strict=True)
         ]
     if len(set(names)) < len(names):
         raise ValueError(f"the names of {_listed(map(str, paths))} cannot be told apart; rename a file")
@@ -218,24 +219,24 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 def _make_sections_distinct(
     adatas: Sequence[AnnData], paths: Sequence[Path], names: Sequence[str], library_key: str
 ) -> list[dict[str, str]]:
-    """Rename sections that several files have; of every file the new name of each section."""
-    owned = [[str(s) for s in adata.obs[library_key].dropna().unique()] for adata in adatas]
-    counts = Counter(section for sections in owned for section in sections)
+    """Rename sections whose name several files have; return each file's mapping from old to new names."""
+    file_sections = [[str(s) for s in adata.obs[library_key].dropna().unique()] for adata in adatas]
+    counts = Counter(section for sections in file_sections for section in sections)
     renamed = [
         {s: s if counts[s] == 1 else name if s == path.stem else f"{name}_{s}" for s in sections}
-        for path, name, sections in zip(paths, names, owned, strict=True)
+        for path, name, sections in zip(paths, names, file_sections, strict=True)
     ]
     if all(n == 1 for n in counts.values()):
         return renamed
-    everything = [section for sections in renamed for section in sections.values()]
-    if len(set(everything)) < len(everything):
-        raise ValueError(f"library_key: sections of several files cannot be told apart: {sorted(everything)}")
+    new_names = [section for sections in renamed for section in sections.values()]
+    if len(set(new_names)) < len(new_names):
+        raise ValueError(f"library_key: sections of several files cannot be told apart: {sorted(new_names)}")
     for adata, mapping in zip(adatas, renamed, strict=True):
         column = adata.obs[library_key]
         labels = [mapping[str(s)] if known else None for s, known in zip(column, column.notna(), strict=True)]
         adata.obs[library_key] = pd.Categorical(labels)
     logger.info(
-        "sections %s are in several files, and are named after their files: %s",
+        "sections %s are in several files and are renamed after their files: %s",
         sorted(s for s, n in counts.items() if n > 1),
         [new for mapping in renamed for old, new in mapping.items() if old != new],
     )
@@ -245,7 +246,7 @@ def _make_sections_distinct(
 def _make_spots_distinct(
     adatas: Sequence[AnnData], names: Sequence[str], sections: Sequence[Mapping[str, str]]
 ) -> None:
-    """Put section or file before the names of spots, in files that share some with another."""
+    """Prefix the names of spots with section or file, in files that share names of spots with another."""
     spots = pd.Index(np.concatenate([adata.obs_names.unique() for adata in adatas]))
     shared = spots[spots.duplicated()]
     if shared.empty:
@@ -254,31 +255,31 @@ def _make_spots_distinct(
         if adata.obs_names.isin(shared).any():
             prefix = next(iter(mapping.values())) if len(mapping) == 1 else name
             adata.obs_names = f"{prefix}_" + adata.obs_names
-    logger.info("names of spots such as %r are in several files: section or file is put before them", shared[0])
+    logger.info("names of spots such as %r are in several files: they get section or file as prefix", shared[0])
 
 
 def _images_by_section(
     adatas: Sequence[AnnData], names: Sequence[str], sections: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
-    """``uns["spatial"]`` of all files, images under the new names of their sections; it is taken out of the objects.
+    """Collect ``uns["spatial"]`` of all files, images renamed with their sections; it is removed from the objects.
 
-    An image under a name that is no section of its file is kept as long as a section of the file has none, and never
-    under the name of another file's section or image.
+    An image whose name is not a section of its file is kept if a section of the file has no image, and never under the
+    name of another file's section or image.
     """
     taken = {section for mapping in sections for section in mapping.values()}
     images: dict[str, Any] = {}
     for adata, name, mapping in zip(adatas, names, sections, strict=True):
-        own = adata.uns.get("spatial")
-        if not isinstance(own, Mapping):
+        file_images = adata.uns.get("spatial")
+        if not isinstance(file_images, Mapping):
             continue
-        own = dict(adata.uns.pop("spatial"))
-        if len(own) == 1 and len(mapping) == 1:
-            images[next(iter(mapping.values()))] = next(iter(own.values()))
+        file_images = dict(adata.uns.pop("spatial"))
+        if len(file_images) == 1 and len(mapping) == 1:
+            images[next(iter(mapping.values()))] = next(iter(file_images.values()))
             continue
-        images |= {mapping[library]: image for library, image in own.items() if library in mapping}
-        others = {library: image for library, image in own.items() if library not in mapping}
-        if others and len(adatas) > 1 and set(mapping) <= set(own):  # such as a section cut out of several
-            logger.info("images %s of %r are of none of its sections, and are left out", sorted(others), name)
+        images |= {mapping[library]: image for library, image in file_images.items() if library in mapping}
+        others = {library: image for library, image in file_images.items() if library not in mapping}
+        if others and len(adatas) > 1 and set(mapping) <= set(file_images):  # such as a section cut out of several
+            logger.info("images %s of %r belong to none of its sections and are left out", sorted(others), name)
             continue
         for library, image in others.items():
             key = str(library)
@@ -289,61 +290,62 @@ def _images_by_section(
 
 
 def _share_genes(adatas: Sequence[AnnData], paths: Sequence[Path]) -> None:
-    """Check that genes can be joined, and say how many are shared; drop X where some files have none."""
+    """Check that genes can be joined and log how many are shared; drop X if some files have none."""
     first = adatas[0].var_names
     shared = first
     for adata, path in zip(adatas, paths, strict=True):
         if not adata.var_names.is_unique:
             repeated = adata.var_names[adata.var_names.duplicated()].unique()[:3].tolist()
             raise ValueError(
-                f"{str(path)!r} has duplicated names of genes such as {repeated}; mend with "
-                "adata.var_names_make_unique()"
+                f"{str(path)!r} has duplicated names of genes such as {repeated}; call adata.var_names_make_unique()"
             )
         shared = shared[shared.isin(adata.var_names)]
     if not len(shared) and all(adata.n_vars for adata in adatas):
-        samples = ", ".join(f"{str(p)!r} {a.var_names[:2].tolist()}" for a, p in zip(adatas[:3], paths, strict=False))
+        examples = ", ".join(f"{str(p)!r} {a.var_names[:2].tolist()}" for a, p in zip(adatas[:3], paths, strict=False))
         raise ValueError(
-            f"the files share no genes: {samples}; names must match (symbols or identifiers, upper and lower case)"
+            f"the files share no genes: {examples}; names must match (symbols or identifiers, upper or lower case)"
         )
     if any(len(shared) < adata.n_vars for adata in adatas):
-        logger.info("%d genes are shared, of %s in the files", len(shared), _listed(str(a.n_vars) for a in adatas))
+        logger.info(
+            "%d genes are shared by all files, which have %s", len(shared), _listed(str(a.n_vars) for a in adatas)
+        )
     without = [str(path) for adata, path in zip(adatas, paths, strict=True) if adata.X is None]
     if without:
         for adata in adatas:
             adata.X = None
         if len(without) < len(adatas):
-            logger.info("X is left out: %s have none", _listed(without))
+            logger.info("X is left out, since these files have none: %s", _listed(without))
 
 
 def _share_arrays(adatas: Sequence[AnnData], paths: Sequence[Path]) -> None:
-    """Keep what all files have of ``obsm`` and ``layers``; refuse embeddings of different widths."""
+    """Drop arrays of ``obsm`` and ``layers`` that some files lack; refuse embeddings of different widths."""
     for slot in ("layers", "obsm"):
         stores = [getattr(adata, slot) for adata in adatas]
         for key in sorted({key for store in stores for key in store}):
             lacking = [str(path) for store, path in zip(stores, paths, strict=True) if key not in store]
             if lacking:
                 _drop(stores, key)
-                logger.info("%s[%r] is left out: %s lack it", slot, key, _listed(lacking))
+                logger.info("%s[%r] is left out, since these files lack it: %s", slot, key, _listed(lacking))
             elif slot == "obsm":
                 _check_widths(stores, key, paths)
 
 
 def _check_widths(stores: Sequence[Any], key: str, paths: Sequence[Path]) -> None:
-    """Refuse an array of ``obsm`` that is of another width in another file; drop those that are of one file alone."""
+    """Refuse an array of ``obsm`` whose width differs between files; drop embeddings computed within a file."""
     widths = [store[key].shape[1:] for store in stores]
     if len(set(widths)) > 1:
-        found = ", ".join(f"{_width(w)} in {str(path)!r}" for w, path in zip(widths, paths, strict=True))
+        listed = ", ".join(f"{_width(w)} in {str(path)!r}" for w, path in zip(widths, paths, strict=True))
         if key not in OF_ONE_FILE:
             raise ValueError(
-                f"obsm[{key!r}] differs in width: {found}; embed the sections of all files with the same encoder"
+                f"obsm[{key!r}] differs in width: {listed}; embed the sections of all files with the same encoder"
             )
         _drop(stores, key)
-        logger.info("obsm[%r] is left out: its width is %s", key, found)
+        logger.info("obsm[%r] is left out: its width is %s", key, listed)
         return
     columns = [list(store[key].columns) if isinstance(store[key], pd.DataFrame) else None for store in stores]
     for other, path in zip(columns[1:], paths[1:], strict=True):
         if other is not None and columns[0] is not None and set(other) != set(columns[0]):
-            raise ValueError(f"obsm[{key!r}] has other columns in {str(path)!r} than in {str(paths[0])!r}")
+            raise ValueError(f"obsm[{key!r}] has different columns in {str(path)!r} and {str(paths[0])!r}")
     if any(c is None for c in columns) and any(c is not None for c in columns):
         for store in stores:
             store[key] = np.asarray(store[key])
@@ -354,7 +356,7 @@ def _width(shape: tuple[int, ...]) -> str:
 
 
 def _share_columns(adatas: Sequence[AnnData], paths: Sequence[Path]) -> None:
-    """Say which columns of ``obs`` are not shared; take as text those that are numbers in some files alone."""
+    """Log which columns of ``obs`` are not shared; convert those to text that are numbers in some files only."""
     columns = [list(adata.obs.columns) for adata in adatas]
     lost = sorted({str(c) for own in columns for c in own if not all(c in other for other in columns)})
     if lost:
@@ -365,11 +367,11 @@ def _share_columns(adatas: Sequence[AnnData], paths: Sequence[Path]) -> None:
             for adata in adatas:
                 column = adata.obs[name]
                 adata.obs[name] = column.astype(object).where(column.isna(), column.astype(str))
-            logger.info("obs[%r] is %s, by file, and is taken as text", name, " or ".join(sorted(kinds)))
+            logger.info("obs[%r] is %s, depending on the file, and is read as text", name, " or ".join(sorted(kinds)))
 
 
 def _kind(column: pd.Series) -> str:
-    """What a column holds, as far as columns of several files must agree on it."""
+    """Kind of a column's values, in which files must agree."""
     if pd.api.types.is_bool_dtype(column):
         return "true or false"
     return "a number" if pd.api.types.is_numeric_dtype(column) else "text"
@@ -382,7 +384,7 @@ def _drop(stores: Sequence[Any], key: str) -> None:
 
 
 def _concat(adatas: Sequence[AnnData]) -> AnnData:
-    """One object of all; a gene panel that is not the same in all files is left out with its scales."""
+    """Concatenate the objects; a gene panel that differs between files is left out with its scales."""
     keys = Keys()
     entries = {entry for adata in adatas for entry in _entries(adata.uns)}
     panels = [int(adata.var[keys.panel].sum()) if keys.panel in adata.var else 0 for adata in adatas]
@@ -392,12 +394,12 @@ def _concat(adatas: Sequence[AnnData]) -> AnnData:
     combined = ad.concat(adatas, join="inner", merge="same", uns_merge="unique")
     if not combined.obs_names.is_unique:
         repeated = combined.obs_names[combined.obs_names.duplicated()][:3].tolist()
-        raise ValueError(f"obs_names: duplicated names such as {repeated}; mend with adata.obs_names_make_unique()")
+        raise ValueError(f"obs_names: duplicated names such as {repeated}; call adata.obs_names_make_unique()")
     if any(panels) and (keys.panel not in combined.var or int(combined.var[keys.panel].sum()) < max(panels)):
         for store, key in ((combined.var, keys.panel), (combined.varm, keys.scales)):
             if key in store:
                 del store[key]
-        logger.warning("var[%r] is left out: the files do not have the same panel of genes", keys.panel)
+        logger.warning("var[%r] is left out: the gene panel differs between the files", keys.panel)
     lost = sorted(entries - _entries(combined.uns))
     if lost:
         logger.info("entries of uns that differ between the files are left out: %s", lost)
@@ -414,7 +416,7 @@ def _entries(uns: Mapping[str, Any]) -> set[str]:
 
 
 def _listed(names: Collection[str] | Any) -> str:
-    """The first few names, and how many more there are."""
+    """List the first five names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

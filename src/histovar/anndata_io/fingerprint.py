@@ -1,4 +1,4 @@
-"""Fingerprints: what a derived slot was made from, so that it is known when that has changed."""
+"""Fingerprints of arrays, by which a derived slot is known to be out of date."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ROWS_AT_ONCE = 8192
 
 
 def of_rows(*columns: NDArray[Any]) -> NDArray[np.uint64]:
-    """A 64-bit fingerprint of each row, which stays with the row when others are dropped or their order changes.
+    """64-bit fingerprint of each row, which does not change when other rows are dropped or reordered.
 
     Parameters
     ----------
     *columns
-        Arrays of (n_rows,) or (n_rows, width), numbers or text. Numbers are taken as they are in 32-bit floats.
+        Arrays of (n_rows,) or (n_rows, width), numbers or text. Numbers are compared as 32-bit floats.
 
     Returns
     -------
     ndarray
-        (n_rows, 1), so that ``obsm`` takes it. Multiply-add hashing of 32-bit words with random odd multipliers: two
-        rows that differ have the same fingerprint by chance only, one time in billions.
+        (n_rows, 1), a shape that fits ``obsm``. Multiply-add hashing of 32-bit words with random odd multipliers: two
+        different rows get the same fingerprint only by chance, one time in billions.
     """
     n_rows = len(columns[0])
     total = np.zeros(n_rows, np.uint64)
@@ -45,13 +45,13 @@ def of_rows(*columns: NDArray[Any]) -> NDArray[np.uint64]:
         for start in range(0, n_rows, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             words = np.ascontiguousarray(values[rows], np.float32).view(np.uint32).astype(np.uint64)
-            # Squares make the sum depend on every bit of a word in its upper half, too.
+            # Squares make the upper half of the sum, too, depend on every bit of a word.
             total[rows] += ((words + odd) * (words + (odd >> np.uint64(32)))).sum(1, dtype=np.uint64)
     return total[:, None]
 
 
 def of_matrix(matrix: Any) -> str:
-    """Fingerprint of a dense or sparse matrix in memory: the same for the same values, however they are stored."""
+    """Fingerprint of a dense or sparse matrix in memory; equal values give the same one, however they are stored."""
     rows = canonical(matrix)
     digest = hashlib.blake2b(str(rows.shape).encode(), digest_size=16)
     if sparse.issparse(rows):

@@ -1,7 +1,7 @@
-"""The gate: whatever comes from the user's object is checked here, in memory, backed, dask or zarr alike.
+"""Check everything that is read from the user's object, whether in memory, backed, dask or zarr.
 
-Messages name the argument, what was found and how to mend it. All is checked before any work; values of matrices on
-disk are checked by the same functions when they are read.
+Messages name the argument, what was found and how to mend it. Everything is checked before any work; only values of
+matrices on disk are checked when they are read, by the same functions.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ logger = logging.getLogger(__name__)
 
 Data: TypeAlias = AnnData | SpatialData
 
-# Names of columns of coordinates, x first, by which a DataFrame is put in order; Visium's files have rows first.
+# Column names of x and y, by which coordinates in a DataFrame are put in order; Visium's files have y first.
 XY_COLUMNS = (("x", "y"), ("X", "Y"), ("pxl_col_in_fullres", "pxl_row_in_fullres"), ("array_col", "array_row"))
-# Largest size of a value in an embedding. The variance of a section is taken in 32-bit floats, where the squares of
-# larger ones, summed over 100 million spots, are infinite. Encoders give values of some tens.
+# Largest absolute value in an embedding. A section's variance is computed in 32-bit floats, where the squares of larger
+# values, summed over 100 million spots, would be infinite. Values of encoders are of the order of ten.
 LARGEST_EMBEDDING = 1e15
 # Share of the spots that lie exactly where another does, above which there may be several slides.
 COINCIDING = 0.01
 
 
 def table(data: Data, table_name: str | None = None, *, genes: bool = False, writes: bool = True) -> AnnData:
-    """The table to work on, itself and not a copy.
+    """Get the AnnData to work on, of AnnData or SpatialData; checked, and not a copy.
 
     Parameters
     ----------
     data
         AnnData or SpatialData.
     table_name
-        Which table of a SpatialData; may be left out where there is but one.
+        Name of the table of a SpatialData; not needed if there is only one.
     genes
-        Whether it needs genes.
+        Require genes.
     writes
-        Whether it will be written to.
+        Require an object that can be written to.
 
     Raises
     ------
@@ -61,11 +61,11 @@ def table(data: Data, table_name: str | None = None, *, genes: bool = False, wri
     KeyError
         If there is no such table.
     ValueError
-        If `table_name` is given for AnnData; if the table is empty, has tables that are not in memory or duplicated
-        names, or is to be written to and is a view of a backed file.
+        If `table_name` is given for AnnData; if the object is empty, its ``obs`` or ``var`` is not in memory, names are
+        duplicated, or it must be written to and is a view of a backed file.
     """
     if isinstance(data, AnnData) and table_name is not None:
-        raise ValueError(f"table_name: is for SpatialData, and data is AnnData; leave it out, got {table_name!r}")
+        raise ValueError(f"table_name: is for SpatialData, but data is AnnData; leave it out, got {table_name!r}")
     adata = data if isinstance(data, AnnData) else _table_of(data, table_name)
     for name, frame in (("obs", adata.obs), ("var", adata.var)):
         if not isinstance(frame, pd.DataFrame):
@@ -83,7 +83,7 @@ def table(data: Data, table_name: str | None = None, *, genes: bool = False, wri
     ):
         if not index.is_unique:
             repeated = index[index.duplicated()].unique()[:3].tolist()
-            raise ValueError(f"{name}: duplicated names such as {repeated}; mend with {mend}")
+            raise ValueError(f"{name}: duplicated names such as {repeated}; call {mend}")
     if writes and adata.isbacked and adata.is_view:
         raise ValueError(
             "adata: a view of a backed file cannot be written to; take it into memory with adata = adata.to_memory()"
@@ -102,39 +102,39 @@ def _table_of(data: Any, table_name: str | None) -> AnnData:
         table_name = names[0]
     if table_name not in names:
         raise KeyError(f"table_name: no table {table_name!r} in the SpatialData; it has {names}")
-    found: AnnData = tables[table_name]
-    return found
+    adata: AnnData = tables[table_name]
+    return adata
 
 
 def copied(adata: AnnData) -> AnnData:
-    """A copy in memory, also of a backed object."""
+    """Copy an object into memory, also a backed one."""
     return adata.to_memory() if adata.isbacked else adata.copy()
 
 
 def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
-    """What ``obsm`` has under a key, of whatever storage: shape and data type are checked, values are not read.
+    """Get an embedding from ``obsm`` as it is stored; shape and data type are checked, values are not read.
 
     Parameters
     ----------
     adata
-        Object that holds it.
+        The object.
     key
         Key of ``obsm``.
     width
-        Width that the model was trained with.
+        Width that the model was trained with; None accepts any.
 
     Raises
     ------
     KeyError
         If the key is missing.
     ValueError
-        If shape, width or data type are not as they should be.
+        If it has the wrong shape, width or data type.
     """
     if key not in adata.obsm:
-        near = nearest([key], map(str, adata.obsm))
-        meant = f"did you mean {near[0]!r}? Else" if near else "name one of them, or"
+        matches = nearest([key], map(str, adata.obsm))
+        advice = f"did you mean {matches[0]!r}? Otherwise," if matches else "name one of them, or"
         raise KeyError(
-            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; {meant} make embeddings of the H&E around "
+            f"use_rep: no {key!r} in obsm, which has {sorted(adata.obsm)}; {advice} make embeddings of the H&E around "
             "each spot with histovar.pp.embed"
         )
     values = adata.obsm[key]
@@ -150,37 +150,37 @@ def embedding_matrix(adata: AnnData, key: str, width: int | None = None) -> Any:
             raise ValueError(f"use_rep: obsm[{key!r}] has data type {dtype}, expected numbers")
     if width is not None and values.shape[1] != width:
         raise ValueError(
-            f"use_rep: obsm[{key!r}] has width {values.shape[1]}, the model was trained on width {width}; "
-            "use the embedding of the same encoder"
+            f"use_rep: obsm[{key!r}] has width {values.shape[1]}, but the model was trained on width {width}; "
+            "use embeddings of the same encoder"
         )
     return values
 
 
 def embedding_values(values: Any, key: str, first_row: int | None = None) -> NDArray[np.float32]:
-    """Rows of an embedding as contiguous 32-bit floats, which must be finite.
+    """Read rows of an embedding as contiguous float32, which must be finite.
 
     Parameters
     ----------
     values
-        Rows of what ``obsm`` has, of whatever storage.
+        The rows, as ``obsm`` stores them.
     key
-        Its key.
+        Their key in ``obsm``.
     first_row
-        Which row of the object the first is, where `values` are not all rows.
+        Number of their first row in the object, if `values` are not all rows.
 
     Raises
     ------
     ValueError
-        If there are NaN or infinite values, values that are infinite in 32-bit floats, or whose squares would be.
+        If there are NaN or infinite values, or values so large that they or their squares are infinite in float32.
     """
     array = dense_float32(values)
-    near = "" if first_row is None else f" near row {first_row}"
-    check_embedding(array, f"use_rep: obsm[{key!r}]{near}", "drop those spots or embed them again")
+    location = "" if first_row is None else f" near row {first_row}"
+    check_embedding(array, f"use_rep: obsm[{key!r}]{location}", "drop those spots or embed them again")
     return array
 
 
 def check_embedding(values: NDArray[np.float32], what: str, mend: str) -> None:
-    """Refuse NaN and infinite values, and those too large to be calculated with.
+    """Refuse embeddings with NaN, infinite or huge values.
 
     Raises
     ------
@@ -197,12 +197,12 @@ def check_embedding(values: NDArray[np.float32], what: str, mend: str) -> None:
 
 
 def embedding(adata: AnnData, key: str, width: int | None = None) -> NDArray[np.float32]:
-    """An embedding as (n_obs, width) float32; raises as :func:`embedding_matrix` and :func:`embedding_values` do."""
+    """Read an embedding as (n_obs, width) float32; raises as :func:`embedding_matrix` and :func:`embedding_values`."""
     return embedding_values(embedding_matrix(adata, key, width), key)
 
 
 def check_finite(values: NDArray[Any], what: str, mend: str) -> None:
-    """Refuse NaN and infinite values (in 32-bit floats).
+    """Refuse NaN and infinite values.
 
     Raises
     ------
@@ -216,14 +216,14 @@ def check_finite(values: NDArray[Any], what: str, mend: str) -> None:
 
 
 def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
-    """Coordinates as (n_obs, 2).
+    """Read coordinates as (n_obs, 2), x and y.
 
     Raises
     ------
     KeyError
         If the key is missing.
     ValueError
-        If they are not two finite columns of numbers, or all the same.
+        If there are not two columns of finite numbers, or all spots lie in one place.
     """
     if spatial_key not in adata.obsm:
         raise KeyError(f"spatial_key: no {spatial_key!r} in obsm, which has {sorted(adata.obsm)}; store x and y there")
@@ -238,29 +238,29 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
         numbers = values.to_numpy(np.float64, na_value=np.nan) if isinstance(values, pd.DataFrame) else dense(values)
         if _has_text(np.asarray(values) if isinstance(values, pd.DataFrame) else numbers):
             raise TypeError
-        place = np.ascontiguousarray(numbers, dtype=np.float64)
+        xy = np.ascontiguousarray(numbers, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{what} does not hold numbers; store x and y there") from None
-    if place.shape != (adata.n_obs, 2):
+    if xy.shape != (adata.n_obs, 2):
         raise ValueError(
-            f"{what} has shape {place.shape}, expected ({adata.n_obs}, 2): x and y alone, of the plane of the section"
+            f"{what} has shape {xy.shape}, expected ({adata.n_obs}, 2): x and y in the plane of the section, no more"
         )
     with np.errstate(over="ignore"):
-        check_finite(place.astype(np.float32), what, "drop those spots")
-    if len(place) > 1 and (place == place[0]).all():
-        raise ValueError(f"{what} has all {len(place)} spots in one place; store where they lie")
-    return place
+        check_finite(xy.astype(np.float32), what, "drop those spots")
+    if len(xy) > 1 and (xy == xy[0]).all():
+        raise ValueError(f"{what} has all {len(xy)} spots in one place; store their x and y there")
+    return xy
 
 
 def _has_text(array: NDArray[Any]) -> bool:
-    """Whether an array holds text, of which NumPy would make numbers, or complex numbers, whose half it would drop."""
+    """True for text, which NumPy would parse as numbers, and complex numbers, of which it would drop a part."""
     if array.dtype.kind == "O":
         return any(isinstance(value, str | bytes | complex) for value in array.ravel())
     return array.dtype.kind not in "fiub"
 
 
 def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = None) -> NDArray[np.str_] | None:
-    """Section of each spot, (n_obs,) strings; None without `library_key`.
+    """Read the section of each spot, (n_obs,) strings; None without `library_key`.
 
     Parameters
     ----------
@@ -269,15 +269,16 @@ def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = 
     library_key
         Column of ``obs``.
     spatial_key
-        Key of ``obsm`` with coordinates, where spots are to be taken for one section if no column is named.
+        Key of ``obsm`` with coordinates: check by them and the images that the object is one section, if `library_key`
+        is None.
 
     Raises
     ------
     KeyError
         If the column is missing.
     ValueError
-        If some spots have no section; or if no column is named although one names several sections that have images in
-        ``uns["spatial"]``.
+        If some spots have no section; or if `library_key` is None although a column names several sections that have
+        images in ``uns["spatial"]``.
     """
     if library_key is None:
         if spatial_key is not None:
@@ -289,18 +290,18 @@ def sections(adata: AnnData, library_key: str | None, spatial_key: str | None = 
 
 
 def _labels(adata: AnnData, key: str, name: str) -> NDArray[np.str_]:
-    """A column of ``obs`` as text."""
+    """Read a column of ``obs`` as text, without missing values."""
     column = adata.obs[key]
     if column.isna().any():
         raise ValueError(f"{name}: {int(column.isna().sum())} spots have no value in obs[{key!r}]")
     if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
-        column = column.astype(np.int64)  # whole numbers become 1.0 where tables are joined
+        column = column.astype(np.int64)  # joining tables turns integers into floats such as 1.0
     groups = column.astype("category").cat
     return groups.categories.astype(str).to_numpy().astype(str)[groups.codes]
 
 
 def groups(adata: AnnData, group_key: str | None, sections: NDArray[np.str_] | None) -> NDArray[np.str_] | None:
-    """Individual (patient, animal) of each spot, (n_obs,) strings; None without `group_key`.
+    """Read the individual (patient, animal) of each spot, (n_obs,) strings; None without `group_key`.
 
     Parameters
     ----------
@@ -309,7 +310,7 @@ def groups(adata: AnnData, group_key: str | None, sections: NDArray[np.str_] | N
     group_key
         Column of ``obs``.
     sections
-        (n_obs,) section of each spot, which is of one individual.
+        (n_obs,) section of each spot; a section must belong to one individual.
 
     Raises
     ------
@@ -325,48 +326,48 @@ def groups(adata: AnnData, group_key: str | None, sections: NDArray[np.str_] | N
     names = _labels(adata, group_key, "group_key")
     if sections is not None:
         pairs = pd.DataFrame({"section": sections, "group": names}).drop_duplicates()
-        torn = pairs["section"][pairs["section"].duplicated()].tolist()
-        if torn:
+        ambiguous = pairs["section"][pairs["section"].duplicated()].tolist()
+        if ambiguous:
             raise ValueError(
-                f"group_key: section {torn[0]!r} has several values of obs[{group_key!r}]; name another column"
+                f"group_key: section {ambiguous[0]!r} has several values of obs[{group_key!r}]; name another column"
             )
     return names
 
 
 def _check_single_slide(adata: AnnData, spatial_key: str) -> None:
-    """Refuse, or warn of, several slides in an object that is taken to be one section."""
+    """Refuse an object with several slides, or warn of it, where all spots would count as one section."""
     images = adata.uns.get("spatial")
     names = set(map(str, images)) if isinstance(images, Mapping) else set()
     for column in adata.obs.columns if len(names) > 1 else ():
         if not pd.api.types.is_float_dtype(adata.obs[column]):
-            there = set(adata.obs[column].dropna().astype(str).unique())
-            if len(there & names) > 1:
+            with_image = names & set(adata.obs[column].dropna().astype(str).unique())
+            if len(with_image) > 1:
                 raise ValueError(
-                    f"library_key: obs[{column!r}] names {len(there & names)} sections with images of their own in "
-                    f"uns['spatial']; pass library_key={column!r}, so that they are not taken for one"
+                    f"library_key: obs[{column!r}] names {len(with_image)} sections that have their own images in "
+                    f"uns['spatial']; pass library_key={column!r}, so that they are not treated as one section"
                 )
     if spatial_key in adata.obsm:
-        place = coordinates(adata, spatial_key)
-        n_apart = len(np.unique(place, axis=0))
-        if len(place) - n_apart > COINCIDING * len(place):
+        xy = coordinates(adata, spatial_key)
+        n_coinciding = len(xy) - len(np.unique(xy, axis=0))
+        if n_coinciding > COINCIDING * len(xy):
             warn_once(
                 logger,
-                "library_key: not given, but %d of %d spots lie exactly where another does in obsm[%r], as those of "
-                "several slides do; name the column of obs with the section, so that neighbours are not sought across "
-                "slides",
-                len(place) - n_apart,
-                len(place),
+                "library_key: not given, but %d of %d spots have the same coordinates as another spot in obsm[%r], as "
+                "if there were several slides; name the column of obs with the section, so that neighbours are not "
+                "sought across slides",
+                n_coinciding,
+                len(xy),
                 spatial_key,
             )
 
 
 def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Sequence[int]) -> None:
-    """Refuse sections too small for their smallest neighbourhood; larger ones are cut to a quarter of the section.
+    """Refuse sections too small for the smallest neighbourhood; warn of those where larger ones are cut.
 
     Raises
     ------
     ValueError
-        Naming the section.
+        If a section has no more spots than the smallest neighbourhood; the message names it.
     """
     if not n_neighbors:
         return
@@ -376,7 +377,7 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
     for label, count in zip(labels, counts, strict=True):
         if count <= least:
             raise ValueError(
-                f"n_neighbors: section {str(label)!r} has {count} spots, too few for {least} neighbours of each; "
+                f"n_neighbors: section {str(label)!r} has {count} spots, too few for {least} neighbours of each spot; "
                 "drop the section, or train with smaller n_neighbors"
             )
         if count // 4 < most:
@@ -387,7 +388,7 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
 
 
 def check_enough_spots(adata: AnnData, least: int, what: str) -> None:
-    """Refuse an object of too few spots.
+    """Refuse an object with too few spots.
 
     Raises
     ------
@@ -399,7 +400,7 @@ def check_enough_spots(adata: AnnData, least: int, what: str) -> None:
 
 
 def covariate(adata: AnnData, name: str) -> pd.Series:
-    """A column of ``obs`` that joins the condition.
+    """Get a covariate: a column of ``obs`` without missing values.
 
     Raises
     ------
@@ -414,12 +415,12 @@ def covariate(adata: AnnData, name: str) -> pd.Series:
     if column.isna().any():
         raise ValueError(f"covariates: {int(column.isna().sum())} spots have no value in obs[{name!r}]")
     if pd.api.types.is_float_dtype(column):
-        check_finite(column.to_numpy(np.float32), f"covariates: obs[{name!r}]", "mend them")
+        check_finite(column.to_numpy(np.float32), f"covariates: obs[{name!r}]", "replace them")
     return column
 
 
 def depth(adata: AnnData, value: str | float) -> NDArray[np.float32]:
-    """Total count of every spot, (n_obs,): a column of ``obs``, or one number for all.
+    """Read the total count of every spot, (n_obs,), from a column of ``obs``; or one number for all.
 
     Raises
     ------
@@ -432,8 +433,8 @@ def depth(adata: AnnData, value: str | float) -> NDArray[np.float32]:
         return np.full(adata.n_obs, value, np.float32)
     if value not in adata.obs:
         raise KeyError(
-            f"depth: no {value!r} in obs, which has {list(adata.obs.columns)}; total counts are "
-            "scanpy.pp.calculate_qc_metrics' 'total_counts', and a number is given without quotes"
+            f"depth: no {value!r} in obs, which has {list(adata.obs.columns)}; scanpy.pp.calculate_qc_metrics adds "
+            "total counts as 'total_counts'; give a number without quotes"
         )
     column = adata.obs[value]
     if column.dtype.kind not in "fiu":
@@ -454,9 +455,9 @@ def check_counts(values: NDArray[Any], what: str, mend: str) -> None:
     Parameters
     ----------
     values
-        The stored values, zeros left out or not.
+        The stored values, with or without zeros.
     what, mend
-        Where they are and what to do, for the message.
+        For the message: the slot, and how to mend it.
 
     Raises
     ------
@@ -491,14 +492,14 @@ def check_nonnegative(values: NDArray[Any], what: str) -> None:
 
 
 def panel(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
-    """Which genes are in the panel, (n_vars,).
+    """Read the mask of the panel's genes, (n_vars,).
 
     Raises
     ------
     KeyError
         If there is no panel.
     ValueError
-        If it is not a column of True and False, or has no gene.
+        If its column is not boolean, or no gene is in it.
     """
     if keys.panel not in adata.var:
         other = "" if keys.prefix == DEFAULT_KEY else f", key_added={keys.prefix!r}"
@@ -506,22 +507,22 @@ def panel(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
     column = adata.var[keys.panel]
     if not pd.api.types.is_bool_dtype(column) or column.isna().any():
         raise ValueError(
-            f"adata: var[{keys.panel!r}] has data type {column.dtype}, expected True or False of every gene; call "
-            "histovar.pp.gene_panel(adata), or mend it with .astype(bool)"
+            f"adata: var[{keys.panel!r}] has data type {column.dtype}, expected True or False for every gene; call "
+            "histovar.pp.gene_panel(adata), or convert it with .astype(bool)"
         )
-    chosen = column.to_numpy(dtype=bool)
-    if not chosen.any():
-        raise ValueError(f"adata: var[{keys.panel!r}] chooses no gene; call histovar.pp.gene_panel(adata)")
-    return chosen
+    mask = column.to_numpy(dtype=bool)
+    if not mask.any():
+        raise ValueError(f"adata: var[{keys.panel!r}] is True for no gene; call histovar.pp.gene_panel(adata)")
+    return mask
 
 
 def gene_columns(adata: AnnData, genes: Sequence[str], argument: str = "adata") -> NDArray[np.int64]:
-    """Columns of the genes.
+    """Find the columns of genes.
 
     Raises
     ------
     KeyError
-        Naming the missing ones.
+        If genes are missing; the message names some.
     """
     index = adata.var_names.get_indexer(pd.Index(genes))
     missing = [g for g, i in zip(genes, index, strict=True) if i < 0]
@@ -529,6 +530,6 @@ def gene_columns(adata: AnnData, genes: Sequence[str], argument: str = "adata") 
         raise KeyError(
             f"{argument}: {len(missing)} of the {len(genes)} panel genes are missing from var_names, "
             f"such as {missing[:3]}; names must match those the model was trained on "
-            "(symbols or identifiers, upper and lower case)"
+            "(symbols or identifiers, upper or lower case)"
         )
     return index.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Inputs of stage 2 from AnnData: embeddings, niches, coordinates, covariates."""
+"""Read the inputs of stage 2 from AnnData: embeddings, niches, coordinates, covariates."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .neighbors import Neighborhoods, section_coordinates
 
 logger = logging.getLogger(__name__)
 
-# Standard deviations from the mean of training, beyond which a covariate is warned of.
+# A covariate further from the mean of training gives a warning; in standard deviations.
 FAR_COVARIATE = 10.0
 
 
 def check_embeddings(adata: AnnData, use_rep: Sequence[str]) -> tuple[int, ...]:
-    """Widths of embeddings, which are checked; of those on disk, all but their values.
+    """Check embeddings and return their widths; values of those on disk are not read.
 
     Raises
     ------
     KeyError, ValueError
-        As :func:`gate.embedding_matrix`, :func:`record_of` and, of those in memory,
+        As :func:`gate.embedding_matrix`, :func:`record_of` and, for embeddings in memory,
         :func:`gate.embedding_values`.
     """
     matrices = {key: gate.embedding_matrix(adata, key) for key in use_rep}
@@ -46,7 +46,7 @@ def check_embeddings(adata: AnnData, use_rep: Sequence[str]) -> tuple[int, ...]:
 
 
 def learn_covariates(adata: AnnData, names: Sequence[str]) -> dict[str, Any]:
-    """How to encode ``obs`` columns: categories, or mean and standard deviation.
+    """Learn how to encode covariates: categories, or mean and standard deviation, of each column of ``obs``.
 
     Raises
     ------
@@ -66,12 +66,12 @@ def learn_covariates(adata: AnnData, names: Sequence[str]) -> dict[str, Any]:
 
 
 def covariate_width(encoders: dict[str, Any]) -> int:
-    """Number of encoded covariates."""
+    """Number of columns of the encoded covariates."""
     return sum(len(e["categories"]) if "categories" in e else 1 for e in encoders.values())
 
 
 def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
-    """Encoded covariates, (n_obs, n_covariates): one-hot categories, standardised numbers.
+    """Encode covariates, (n_obs, n_covariates): one-hot categories, standardised numbers.
 
     Raises
     ------
@@ -80,17 +80,17 @@ def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
     ValueError
         If it has missing values, or categories that training did not see.
     """
-    parts = [np.empty((adata.n_obs, 0), np.float32)]
+    encoded = [np.empty((adata.n_obs, 0), np.float32)]
     for name, encoder in encoders.items():
         column = gate.covariate(adata, name)
         if "categories" in encoder:
-            known = encoder["categories"]
-            unknown = sorted(set(column.astype(str)) - set(known))
+            categories = encoder["categories"]
+            unknown = sorted(set(column.astype(str)) - set(categories))
             if unknown:
                 raise ValueError(
-                    f"covariates: obs[{name!r}] has categories {unknown}, the model was trained on {known}"
+                    f"covariates: obs[{name!r}] has categories {unknown}, but the model was trained on {categories}"
                 )
-            parts.append((column.astype(str).to_numpy()[:, None] == np.array(known)).astype(np.float32))
+            encoded.append((column.astype(str).to_numpy()[:, None] == np.array(categories)).astype(np.float32))
         else:
             if not pd.api.types.is_numeric_dtype(column):
                 raise ValueError(f"covariates: obs[{name!r}] must be numeric as in training, got {column.dtype}")
@@ -102,8 +102,8 @@ def covariates(adata: AnnData, encoders: dict[str, Any]) -> NDArray[np.float32]:
                     name,
                     farthest,
                 )
-            parts.append(scores[:, None])
-    return np.concatenate(parts, 1)
+            encoded.append(scores[:, None])
+    return np.concatenate(encoded, 1)
 
 
 def check_number_of_embeddings(use_rep: Sequence[str], config: ModelConfig) -> None:
@@ -112,11 +112,11 @@ def check_number_of_embeddings(use_rep: Sequence[str], config: ModelConfig) -> N
     Raises
     ------
     ValueError
-        If so.
+        If their numbers differ.
     """
     if len(use_rep) != len(config.embedding_dims):
         raise ValueError(
-            f"use_rep: {list(use_rep)} given, the model was trained on {len(config.embedding_dims)} embeddings"
+            f"use_rep: got {list(use_rep)}, but the model was trained on {len(config.embedding_dims)} embeddings"
         )
 
 
@@ -131,37 +131,38 @@ def histology(
     spacing_um: float | None,
     key: str,
 ) -> Histology:
-    """Inputs of stage 2 for all spots of an object.
+    """Read the inputs of stage 2 for all spots of an object.
 
     Parameters
     ----------
     adata
         The object.
     config
-        Of the model: widths, neighbourhoods, whether coordinates are used.
+        The model's configuration: widths, neighbourhoods, use of coordinates.
     use_rep, spatial_key, library_key
-        Where embeddings, coordinates and sections are.
+        Slots of embeddings, coordinates and sections.
     encoders
-        How covariates are encoded.
+        Encoders of covariates, from :func:`learn_covariates`.
     spacing_um
-        How far apart spots lay in training, by which neighbourhoods reach as far on another grid; None if not known.
+        Distance between spots in training, in microns, so that neighbourhoods span the same distance on another grid;
+        None if unknown.
     key
         Prefix of the slots, for niche features computed before.
 
     Raises
     ------
     KeyError, ValueError
-        If any of it is missing or not as the model needs it.
+        If an input is missing or not as the model needs it.
     """
     check_number_of_embeddings(use_rep, config)
     embeddings = [gate.embedding(adata, k, w) for k, w in zip(use_rep, config.embedding_dims, strict=True)]
     names = gate.sections(adata, library_key, spatial_key if config.n_neighbors else None)
-    extra = covariates(adata, encoders)
-    place = np.empty((adata.n_obs, 0), np.float64)
+    encoded_covariates = covariates(adata, encoders)
+    xy = np.empty((adata.n_obs, 0), np.float64)
     if config.coordinates or config.n_neighbors:
-        place = gate.coordinates(adata, spatial_key)
+        xy = gate.coordinates(adata, spatial_key)
     sources: list[NDArray[np.float32]] = []
-    density = spacing.density(adata, place, names, library_key, spacing_um) if config.n_neighbors else None
+    density = spacing.density(adata, xy, names, library_key, spacing_um) if config.n_neighbors else None
     stored = None
     if density is None:
         stored = stored_niche(adata, Keys(key), use_rep, config.n_neighbors, spatial_key, library_key)
@@ -169,37 +170,40 @@ def histology(
         ends = np.cumsum([width for width in config.embedding_dims for _ in config.n_neighbors])
         *around, outline = np.split(stored, ends, axis=1)
     else:
-        around, outline = niche(embeddings, place, names, config.n_neighbors, density)
+        around, outline = niche(embeddings, xy, names, config.n_neighbors, density)
     step = len(config.n_neighbors)
     for i, embedding in enumerate(embeddings):
         sources += [embedding, *around[i * step : (i + 1) * step]]
     if config.has_outline:
         sources.append(outline)
-    where = section_coordinates(place, names) if config.coordinates else np.empty((adata.n_obs, 0), np.float32)
+    coordinates = section_coordinates(xy, names) if config.coordinates else np.empty((adata.n_obs, 0), np.float32)
     tensors = tuple(torch.from_numpy(source) for source in sources)
-    return Histology(tensors, torch.from_numpy(where), torch.from_numpy(extra), torch.zeros(adata.n_obs))
+    return Histology(
+        tensors, torch.from_numpy(coordinates), torch.from_numpy(encoded_covariates), torch.zeros(adata.n_obs)
+    )
 
 
 def niche(
     embeddings: Sequence[NDArray[np.float32]],
-    place: NDArray[np.floating],
+    coordinates: NDArray[np.floating],
     names: NDArray[np.str_] | None,
     n_neighbors: Sequence[int],
     density: NDArray[np.floating] | None = None,
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-    """Mean of every embedding over every neighbourhood, and the outline.
+    """Mean of every embedding over every neighbourhood, and features of the tissue's outline.
 
     Parameters
     ----------
     embeddings
         (n_obs, dim) each.
-    place, names, n_neighbors, density
+    coordinates, names, n_neighbors, density
         As in :meth:`Neighborhoods.of`.
 
     Returns
     -------
     means
-        For each embedding, and of it for each neighbourhood, (n_obs, dim).
+        (n_obs, dim) for each embedding and each neighbourhood: all neighbourhoods of the first embedding, then of the
+        next.
     outline
         As in :class:`Neighborhoods`.
 
@@ -208,9 +212,11 @@ def niche(
     ValueError
         If a section has too few spots.
     """
-    gate.check_neighbors(names, len(place), n_neighbors)
-    around = Neighborhoods.of(place, names, n_neighbors, density)
-    return [np.asarray(g @ values, np.float32) for values in embeddings for g in around.graphs], around.outline
+    gate.check_neighbors(names, len(coordinates), n_neighbors)
+    neighborhoods = Neighborhoods.of(coordinates, names, n_neighbors, density)
+    return [
+        np.asarray(g @ values, np.float32) for values in embeddings for g in neighborhoods.graphs
+    ], neighborhoods.outline
 
 
 def source_fingerprint(
@@ -233,25 +239,26 @@ def stored_niche(
     spatial_key: str,
     library_key: str | None,
 ) -> NDArray[np.float32] | None:
-    """Niche features that ``pp.niche`` left in the object, if they were made of what it holds with these parameters.
+    """Read niche features that ``pp.niche`` stored; None unless they are up to date and of these parameters.
 
     Raises
     ------
     ValueError
         If they are not finite, or too large.
     """
-    made = slots.record(adata, keys).get("niche")
-    if not len(n_neighbors) or made is None or keys.niche not in adata.obsm or keys.niche_source not in adata.obsm:
+    record = slots.record(adata, keys).get("niche")
+    if not len(n_neighbors) or record is None or keys.niche not in adata.obsm or keys.niche_source not in adata.obsm:
         return None
-    wanted = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
-    # Of fewer spots than there are now: as where halves of a section were joined.
-    if not all(np.array_equal(made.get(k), v) for k, v in wanted.items()) or made.get("n_obs", 0) < adata.n_obs:
+    parameters = niche_parameters(use_rep, n_neighbors, spatial_key, library_key)
+    # Recorded with fewer spots than there are now: for instance, halves of a section were concatenated.
+    if not all(np.array_equal(record.get(k), v) for k, v in parameters.items()) or record.get("n_obs", 0) < adata.n_obs:
         return None
     width = len(n_neighbors) * sum(adata.obsm[key].shape[1] for key in use_rep) + N_OUTLINE * len(n_neighbors)
     source = source_fingerprint(adata, use_rep, spatial_key, library_key)
     if adata.obsm[keys.niche].shape[1] != width or not np.array_equal(adata.obsm[keys.niche_source], source):
         logger.info(
-            "obsm[%r] was made of other embeddings, coordinates or sections than there are now: made again", keys.niche
+            "obsm[%r] is out of date, since embeddings, coordinates or sections have changed: computed again",
+            keys.niche,
         )
         return None
     values = dense_float32(adata.obsm[keys.niche])
@@ -262,7 +269,7 @@ def stored_niche(
 def niche_parameters(
     use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
 ) -> dict[str, Any]:
-    """What identifies niche features, in plain types."""
+    """Parameters that identify niche features, in plain types."""
     return {
         "use_rep": np.array(list(use_rep)),
         "n_neighbors": np.array(list(n_neighbors)),
@@ -272,20 +279,20 @@ def niche_parameters(
 
 
 def warn_of_novelty(novelty: NDArray[np.floating], labels: NDArray[np.str_]) -> None:
-    """Log a warning of sections that are unlike those of training.
+    """Warn of sections whose histology differs from that of training.
 
     Parameters
     ----------
     novelty
-        (n_spots,) that of each spot's section.
+        (n_spots,) novelty of each spot's section.
     labels
-        (n_spots,) the section's name.
+        (n_spots,) name of the section.
     """
-    found = {str(label): float(novelty[labels == label].max()) for label in np.unique(labels)}
-    unlike = {label: round(value, 2) for label, value in found.items() if value > 0}
-    if unlike:
+    by_section = {str(label): float(novelty[labels == label].max()) for label in np.unique(labels)}
+    novel = {label: round(value, 2) for label, value in by_section.items() if value > 0}
+    if novel:
         logger.warning(
-            "histology unlike that of the training sections (novelty, 0 to 1): %s; predictions may be further off, and "
-            "intervals are wider",
-            unlike,
+            "histology unlike that of the training sections (novelty, 0 to 1): %s; predictions may be less accurate, "
+            "and intervals are wider",
+            novel,
         )

@@ -1,4 +1,4 @@
-"""The tissue image of one section, from ``uns["spatial"]``, as squidpy draws it."""
+"""Get the tissue image of a section from ``uns["spatial"]``, in the form that squidpy plots."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 # Images in order of preference: Visium's larger one, HEST's, Visium's smaller one. Others follow as they are stored.
 PREFERRED_IMAGES = ("hires", "downscaled_fullres", "lowres")
-# Of Visium: spots of 55 um, 100 um from centre to centre.
+# As for Visium: spots of 55 um, 100 um from centre to centre.
 DIAMETER_OVER_DISTANCE = 0.55
-# Every n-th pixel is drawn of an image with at least twice as many pixels across the spots. Visium's hires image, which
-# has at most 2,000 pixels a side, is always drawn whole.
+# Of an image with at least twice as many pixels across the spots, only every n-th pixel is drawn. Visium's hires image,
+# which has at most 2,000 pixels a side, is always drawn in full.
 PIXELS_ACROSS_SPOTS = 2000
 # Largest values of pixels: 1 for floats, then 8, 10, 12, 14 and 16 bits.
 FLOAT_RANGES = (1, 255, 1023, 4095, 16383, 65535)
 INTEGER_RANGES = FLOAT_RANGES[1:]
-# Floats may exceed their range by this share of it, as interpolation makes them; what does is clipped.
+# Floats may exceed their range by this share of it, as they do after interpolation; they are clipped.
 OVERSHOOT = 0.1
 
 
@@ -36,34 +36,33 @@ def section_image(
     *,
     whole: bool = False,
 ) -> dict[str, dict[str, Any]] | None:
-    """Choose the image of a section and convert it to what squidpy draws.
+    """Choose the image of a section and convert it to the form that squidpy plots.
 
     An image belongs to a section if it is stored under the section's name. If the object has one section and one image,
-    they belong together whatever the image is called (Visium's library ids are not the sections' labels), unless it is
-    called as another section. Of several resolutions, the first that can be used is taken: hires, downscaled_fullres,
+    they belong together whatever the image's name (Visium's library ids are not the sections' labels), unless it is
+    named after another section. Of several resolutions, the first usable one is taken: hires, downscaled_fullres,
     lowres, then any other that has a scale factor ``tissue_{name}_scalef``.
 
     Parameters
     ----------
     images
-        ``uns["spatial"]``, whatever it may be.
+        ``uns["spatial"]``, of any content.
     section
         Label of the section; None if the object has no labels.
     column
-        Section of every spot of the object, of which categories without spots count as names of sections; None if the
-        object has no labels, and is one section.
+        Section of every spot of the object; categories without spots count as names of sections, too. None if the
+        object has no labels and is one section.
     coordinates
         (n_spots, 2) of the spots of this section, finite, in pixels of the full-resolution image.
     whole
-        Take all pixels, not every n-th of an image that is much finer than is drawn.
+        Take all pixels also of an image much finer than needed for a plot.
 
     Returns
     -------
     dict or None
         ``images["hires"]``, (height, width, 3) uint8, ``scalefactors["tissue_hires_scalef"]`` and
-        ``scalefactors["spot_diameter_fullres"]``, the latter of :func:`spot_diameter` if none is stored. An 8-bit RGB
-        image in memory is not copied. None if there is no image that can be used; a warning says why, unless nothing
-        is stored.
+        ``scalefactors["spot_diameter_fullres"]``, the latter from :func:`spot_diameter` if none is stored. An 8-bit RGB
+        image in memory is not copied. None if there is no usable image; a warning says why, unless nothing is stored.
     """
     if isinstance(images, Mapping) and not images:
         return None
@@ -71,7 +70,7 @@ def section_image(
         return _choose_image(_find_entry(images, section, column), coordinates, whole)
     except ValueError as error:
         spots = "the spots" if section is None else f"the spots of section {section!r}"
-        logger.warning("uns['spatial']: %s are drawn without a tissue image: %s", spots, error)
+        logger.warning("uns['spatial']: %s are plotted without a tissue image: %s", spots, error)
         return None
 
 
@@ -91,17 +90,17 @@ class StoredImage(NamedTuple):
 
 
 def finest_image(images: Any, section: str | None, column: pd.Series | None) -> StoredImage:
-    """The image of a section that has the most pixels.
+    """Get the section's image of the highest resolution.
 
     Parameters
     ----------
     images, section, column
-        As of :func:`section_image`.
+        As in :func:`section_image`.
 
     Raises
     ------
     ValueError
-        If there is none that can be used.
+        If there is no usable image.
     """
     entry = _find_entry(images, section, column)
     named, factors = entry.get("images"), entry.get("scalefactors")
@@ -116,7 +115,7 @@ def finest_image(images: Any, section: str | None, column: pd.Series | None) -> 
 
 
 def stored_fact(images: Any, section: str | None, column: pd.Series | None, group: str, name: str) -> Any:
-    """What ``uns["spatial"]`` says of an image, such as ``scalefactors["microns_per_pixel"]``; None if nothing."""
+    """Look up a section's metadata in ``uns["spatial"]``, such as ``scalefactors["microns_per_pixel"]``, or None."""
     try:
         facts = _find_entry(images, section, column).get(group)
     except (ValueError, StopIteration):
@@ -126,22 +125,22 @@ def stored_fact(images: Any, section: str | None, column: pd.Series | None, grou
 
 
 def spot_diameter(coordinates: NDArray[np.floating]) -> float:
-    """Diameter at which neighbouring spots do not touch: 0.55 of the median distance to the nearest other spot.
+    """Diameter to plot spots with: 0.55 times the median distance to the nearest other spot, so that none touch.
 
     Parameters
     ----------
     coordinates
-        (n_spots, 2), finite. Spots in the same place count once.
+        (n_spots, 2), finite. Spots with the same coordinates count once.
 
     Returns
     -------
     float
         In units of the coordinates; 1 if all spots are in one place.
     """
-    places = np.unique(coordinates, axis=0)
-    if len(places) < 2:
+    distinct = np.unique(coordinates, axis=0)
+    if len(distinct) < 2:
         return 1.0
-    distances, _ = cKDTree(places).query(places, k=2)
+    distances, _ = cKDTree(distinct).query(distinct, k=2)
     return DIAMETER_OVER_DISTANCE * float(np.median(distances[:, 1]))
 
 
@@ -151,12 +150,12 @@ def scale_factors(images: Any) -> dict[str, dict[str, float]]:
     Parameters
     ----------
     images
-        ``uns["spatial"]``, whatever it may be.
+        ``uns["spatial"]``, of any content.
 
     Returns
     -------
     dict
-        Of every entry the scale factors that are finite numbers, by name; anything else is left out.
+        For each entry its scale factors by name; only finite numbers.
     """
     if not isinstance(images, Mapping):
         return {}
@@ -176,10 +175,10 @@ def to_rgb(image: Any) -> NDArray[np.uint8]:
     Parameters
     ----------
     image
-        An array, or anything that numpy makes one of (dask, zarr, xarray): (height, width), (height, width, channels)
-        or (channels, height, width) with 1, 3 or 4 channels; integers of 8 to 16 bits, or floats of 0..1, 0..255 or the
-        range of the integers, where the largest value tells which. A fourth channel is opacity, over white. Pixels that
-        are NaN or infinite become white.
+        An array, or anything that numpy can convert to one (dask, zarr, xarray): (height, width), (height, width,
+        channels) or (channels, height, width) with 1, 3 or 4 channels; integers of 8 to 16 bits, or floats of 0..1,
+        0..255 or the range of the integers, as told by the largest value. A fourth channel is opacity, over white. NaN
+        and infinite pixels become white.
 
     Returns
     -------
@@ -189,7 +188,7 @@ def to_rgb(image: Any) -> NDArray[np.uint8]:
     Raises
     ------
     ValueError
-        If it is none of these.
+        If it is anything else.
     """
     pixels = _as_array(image)
     height_axis = _height_axis(pixels.shape)
@@ -213,23 +212,23 @@ def to_rgb(image: Any) -> NDArray[np.uint8]:
 def crop_to(
     image: NDArray[np.uint8], factor: float, low: NDArray[np.floating], high: NDArray[np.floating]
 ) -> tuple[NDArray[np.uint8], tuple[float, float, float, float]]:
-    """Cut out the part of an image that shows a region.
+    """Crop an image to a region.
 
     Parameters
     ----------
     image
         (height, width, channels).
     factor
-        Pixels of the image for each of the full-resolution slide.
+        Pixels of the image per pixel of the full-resolution slide.
     low, high
         (2,) corners x and y of the region, in pixels of the full-resolution slide.
 
     Returns
     -------
     image
-        A view; whole pixels, so that it may show a little more.
+        A view, extended to whole pixels.
     corners
-        Left, top, right and bottom of what it shows, in pixels of the full-resolution slide.
+        Its left, top, right and bottom, in pixels of the full-resolution slide.
     """
     size = np.array(image.shape[1::-1])
     start = np.clip(np.floor(low * factor), 0, size - 1).astype(int)
@@ -246,10 +245,10 @@ def _find_entry(images: Any, section: str | None, column: pd.Series | None) -> M
     if section not in entries:
         name = next(iter(entries))
         if len(entries) > 1 or (column is not None and column.nunique() > 1):
-            wanted = "no section is named" if section is None else "none has the section's name"
-            raise ValueError(f"there are images of {sorted(entries)}, and {wanted}")
+            reason = "no section is named" if section is None else "none has the section's name"
+            raise ValueError(f"there are images of {sorted(entries)}, but {reason}")
         if column is not None and name in column.astype("category").cat.categories.astype(str):
-            raise ValueError(f"the only image is of section {name!r}")
+            raise ValueError(f"the only image is that of section {name!r}")
     entry = entries[str(name)]
     if not isinstance(entry, Mapping):
         raise ValueError(f"entry {name!r} is {type(entry).__name__}, expected a dictionary")
@@ -259,7 +258,7 @@ def _find_entry(images: Any, section: str | None, column: pd.Series | None) -> M
 def _choose_image(
     entry: Mapping[str, Any], coordinates: NDArray[np.floating], whole: bool
 ) -> dict[str, dict[str, Any]]:
-    """Convert the first image that can be used; ValueError says what is wrong with each if none can."""
+    """Convert the first usable image; if there is none, raise ValueError that says what is wrong with each."""
     for key in ("images", "scalefactors"):
         if not isinstance(entry.get(key), Mapping):
             raise ValueError(f"its {key!r} are {type(entry.get(key)).__name__}, expected a dictionary")
@@ -290,26 +289,26 @@ def _choose_image(
 
 
 def _take_pixels(image: Any, coordinates: NDArray[np.floating], scale: float, whole: bool) -> tuple[Any, float]:
-    """Refuse an image that is not where the spots are; take every n-th pixel of one much finer than is drawn.
+    """Refuse an image that does not cover the spots; take every n-th pixel of one much finer than needed for a plot.
 
-    Nothing is read or copied here of arrays that know their shape.
+    Arrays that know their shape are neither read nor copied here.
     """
     if not hasattr(image, "shape"):
         image = _as_array(image)
     axis = _height_axis(tuple(image.shape))
     height, width = image.shape[axis : axis + 2]
-    place = coordinates * scale
-    n_inside = int(np.count_nonzero(((place >= 0) & (place <= (width, height))).all(1)))
-    if n_inside < len(place) / 2:
+    xy = coordinates * scale
+    n_inside = int(np.count_nonzero(((xy >= 0) & (xy <= (width, height))).all(1)))
+    if n_inside < len(xy) / 2:
         raise ValueError(
-            f"{len(place) - n_inside} of {len(place)} spots are outside its {width} x {height} pixels "
+            f"{len(xy) - n_inside} of {len(xy)} spots are outside its {width} x {height} pixels "
             f"at scale factor {scale:g}"
         )
-    step = max(1, int(np.ptp(place, axis=0).max() // PIXELS_ACROSS_SPOTS))
+    step = max(1, int(np.ptp(xy, axis=0).max() // PIXELS_ACROSS_SPOTS))
     if step == 1 or whole:
         return image, scale
-    every = slice(None, None, step)
-    return image[:, every, every] if axis else image[every, every], scale / step
+    nth = slice(None, None, step)
+    return image[:, nth, nth] if axis else image[nth, nth], scale / step
 
 
 def _as_array(image: Any) -> NDArray[Any]:
@@ -320,7 +319,7 @@ def _as_array(image: Any) -> NDArray[Any]:
 
 
 def _height_axis(shape: tuple[int, ...]) -> int:
-    """Axis of the image's height, which that of its width follows."""
+    """Number of the axis of the image's height; that of its width is the next."""
     if 0 not in shape:
         if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)):
             return 0
@@ -352,7 +351,7 @@ def _to_8_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _as_number(value: Any) -> float | None:
-    """A finite number, also of an array of one, which is how files hold them; None if it is none."""
+    """Convert to a finite number, also from an array of one element, as files hold them; None if it is none."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     if not isinstance(value, Real) or isinstance(value, bool):

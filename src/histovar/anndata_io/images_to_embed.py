@@ -1,4 +1,4 @@
-"""Which image is of which section, where its spots lie in it, and how large its pixels are."""
+"""Find each section's image, the positions of its spots in the image, and the image's microns per pixel."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HOW_TO_GIVE_MPP = "pass mpp=, such as 0.5 of a scan at 20x, 0.25 at 40x"
-# Share by which microns per pixel may differ from what the file says without a warning.
+HOW_TO_GIVE_MPP = "pass mpp=, such as 0.5 for a scan at 20x, 0.25 at 40x"
+# Given microns per pixel that differ from the file's by more than this share give a warning.
 MPP_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class SectionSlide:
-    """A section's spots in its image.
+    """A section's image with the positions of its spots.
 
     Parameters
     ----------
     name
-        The section; None if there is but one, without a name.
+        The section; None for a single section without a name.
     rows
-        Rows of the object.
+        Rows of its spots in the object.
     centers
-        (n_rows, 2), x and y in pixels of the image's finest resolution.
+        (n_rows, 2), x and y in pixels of the image at full resolution.
     image
         The image.
     mpp
-        Microns per pixel of that resolution.
+        Microns per pixel at full resolution.
     """
 
     name: str | None
@@ -54,12 +54,12 @@ class SectionSlide:
 
     @property
     def words(self) -> str:
-        """For messages."""
+        """Description of the section for messages."""
         return "the spots" if self.name is None else f"section {self.name!r}"
 
 
 class SectionSlides:
-    """The sections of an object, each with where its image is; images are opened one at a time.
+    """The sections of an object with the sources of their images, which are opened one at a time.
 
     Parameters
     ----------
@@ -68,19 +68,19 @@ class SectionSlides:
     adata
         Its table.
     image
-        A file, or a file by section; of a SpatialData the name of an image, or a name by section. None for what
-        ``uns["spatial"]`` names or holds, or a SpatialData's only image.
+        A file, or a file by section; for SpatialData the name of an image, or a name by section. None for the image
+        that ``uns["spatial"]`` names or holds, or a SpatialData's only image.
     mpp
-        Microns per pixel of the full-resolution image, or those by section; None if the image or the object says.
+        Microns per pixel of the full-resolution image, or by section; None to read it from the image or the object.
     library_key, spatial_key
-        Where sections and coordinates are.
+        Slots of sections and coordinates.
 
     Raises
     ------
     KeyError
         If a section has no image or no microns per pixel, or a key is missing.
     ValueError
-        If several sections are given one image.
+        If one image is given for several sections.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SectionSlides:
         self._mpp = self._by_section(mpp, "mpp")
         if len(self.names) > 1 and isinstance(image, str | Path) and self._element(image) is None:
             raise ValueError(
-                f"image: one file for the {len(self.names)} sections {self.names[:4]}; give a file of each, "
+                f"image: one file for the {len(self.names)} sections {self.names[:4]}; give a file for each, "
                 "image={'A1': 'A1.svs', ...}"
             )
 
@@ -118,21 +118,21 @@ class SectionSlides:
             return {None: next(iter(given.values()))}
         missing = [name for name in self.names if name not in given]
         if missing:
-            raise KeyError(f"{argument}: nothing for sections {missing}; given for {sorted(given)}")
+            raise KeyError(f"{argument}: missing for sections {missing}; given for {sorted(given)}")
         return {name: given[str(name)] for name in self.names}
 
     def open(self, i: int) -> SectionSlide:
-        """Open the image of a section; to be closed by the caller.
+        """Open the image of a section; the caller closes it.
 
         Parameters
         ----------
         i
-            Which of :attr:`names`.
+            Index of the section in :attr:`names`.
 
         Raises
         ------
         FileNotFoundError, KeyError, ValueError
-            If there is none, it cannot be read, its microns per pixel are not known, or spots lie outside of it.
+            If there is no image, it cannot be read, its microns per pixel are unknown, or spots lie outside it.
         """
         name, rows = self.names[i], self._rows[i]
         image, centers, mpp = self._find(name, rows)
@@ -142,7 +142,7 @@ class SectionSlides:
             if n_outside:
                 raise ValueError(
                     f"image: {n_outside} of {len(rows)} spots lie outside the {image.width} x {image.height} pixels of "
-                    f"the image of {slide.words}; give the image in whose pixels the coordinates are, and drop spots "
+                    f"the image of {slide.words}; give the image to whose pixels the coordinates refer, and drop spots "
                     "that are not on it"
                 )
         except BaseException:
@@ -154,8 +154,8 @@ class SectionSlides:
         given = self._images[name]
         element = self._element(given)
         if self.sdata is not None and element is not None:
-            of_sdata, centers = spatialdata_image(self.sdata, self.adata, element, rows)
-            return of_sdata, centers, self._scale(name, of_sdata, f"the image {element!r}")
+            sdata_image, centers = spatialdata_image(self.sdata, self.adata, element, rows)
+            return sdata_image, centers, self._scale(name, sdata_image, f"the image {element!r}")
         centers = gate.coordinates(self.adata, self.spatial_key)[rows]
         stored = self.adata.uns.get("spatial")
         if given is None:
@@ -165,18 +165,18 @@ class SectionSlides:
             image = open_image(Path(given))
             return image, centers, self._scale(name, image, repr(str(given)))
         try:
-            found = finest_image(stored, name, self.column)
+            finest = finest_image(stored, name, self.column)
         except (ValueError, StopIteration) as error:
-            of = "" if name is None else f" of section {name!r}"
+            of_section = "" if name is None else f" of section {name!r}"
             raise ValueError(
-                f"image: no image{of} in uns['spatial'] ({error}); pass image=, the file of the slide"
+                f"image: no image{of_section} in uns['spatial'] ({error}); pass image=, the file of the slide"
             ) from None
-        small = ArrayImage([found.pixels])
-        full = self._scale(name, small, "the image in uns['spatial']")
-        return small, centers * found.scale, full / found.scale
+        downscaled = ArrayImage([finest.pixels])
+        mpp = self._scale(name, downscaled, "the image in uns['spatial']")
+        return downscaled, centers * finest.scale, mpp / finest.scale
 
     def _element(self, given: Any) -> str | None:
-        """Name of the SpatialData's image that is meant."""
+        """Name of the SpatialData's image that was given, or its only one; None for a file."""
         if self.sdata is None:
             return None
         names = list(self.sdata.images)
@@ -187,24 +187,26 @@ class SectionSlides:
         return str(given) if str(given) in names else None
 
     def _scale(self, name: str | None, image: TissueImage, words: str) -> float:
-        """Microns per pixel of the full-resolution image: as given, as the file says, or as ``uns["spatial"]`` does."""
-        given, own = self._mpp[name], image.mpp
+        """Microns per pixel of the full-resolution image: as given, or from the file, or from ``uns["spatial"]``."""
+        given, from_file = self._mpp[name], image.mpp
         if given is not None:
-            if own is not None and abs(given - own) > MPP_TOLERANCE * own:
-                logger.warning("mpp: %g is given, but %s says %g um per pixel; what is given counts", given, words, own)
+            if from_file is not None and abs(given - from_file) > MPP_TOLERANCE * from_file:
+                logger.warning(
+                    "mpp: %g is given, but %s says %g um per pixel; the given value is used", given, words, from_file
+                )
             return float(given)
         stored = stored_fact(self.adata.uns.get("spatial"), name, self.column, "scalefactors", "microns_per_pixel")
-        known = own if own is not None else stored
-        if known is None:
+        mpp = from_file if from_file is not None else stored
+        if mpp is None:
             image.close()
-            raise ValueError(f"mpp: microns per pixel of {words} are not known; {HOW_TO_GIVE_MPP}")
-        return float(known)
+            raise ValueError(f"mpp: microns per pixel of {words} are unknown; {HOW_TO_GIVE_MPP}")
+        return float(mpp)
 
 
 def spatialdata_image(
     sdata: SpatialData, adata: AnnData, name: str, rows: NDArray[np.int64]
 ) -> tuple[ArrayImage, NDArray[np.float64]]:
-    """An image of a SpatialData, and in its pixels the centres of what rows of a table annotate.
+    """Get an image of a SpatialData and, in its pixels, the centres of the spots that rows of a table annotate.
 
     Parameters
     ----------
@@ -230,8 +232,8 @@ def spatialdata_image(
         _, region_key, instance_key = get_table_keys(adata)
     except ValueError:
         raise ValueError(
-            f"image: the table annotates no element of the SpatialData, so that it is not known where its spots lie in "
-            f"the image {name!r}; set it with spatialdata.models.TableModel.parse(..., region=)"
+            f"image: the table annotates no element of the SpatialData, so the positions of its spots in the image "
+            f"{name!r} are unknown; set it with spatialdata.models.TableModel.parse(..., region=)"
         ) from None
     element = sdata.images[name]
     levels = [scale["image"] for scale in element.values()] if hasattr(element, "children") else [element]
@@ -240,17 +242,17 @@ def spatialdata_image(
         image = ArrayImage(arrays, channels_first=True)
     except ValueError as error:
         raise ValueError(f"image: {name!r} of the SpatialData is {error}") from None
-    of_image = get_transformation(element, get_all=True)
+    image_transformations = get_transformation(element, get_all=True)
     centers = np.empty((len(rows), 2))
     regions = adata.obs[region_key].to_numpy()[rows]
     instances = adata.obs[instance_key].to_numpy()[rows]
     for region in pd.unique(regions):
-        shared = [s for s in get_transformation(sdata[region], get_all=True) if s in of_image]
+        shared = [s for s in get_transformation(sdata[region], get_all=True) if s in image_transformations]
         if not shared:
             raise ValueError(f"image: {name!r} and {region!r} of the SpatialData share no coordinate system")
         system = "global" if "global" in shared else shared[0]
         frame = get_centroids(sdata[region], coordinate_system=system).compute()
-        place = frame[["x", "y"]].loc[instances[regions == region]].to_numpy(np.float64)
-        matrix = np.linalg.inv(of_image[system].to_affine_matrix(("x", "y"), ("x", "y")))
-        centers[regions == region] = place @ matrix[:2, :2].T + matrix[:2, 2]
+        xy = frame[["x", "y"]].loc[instances[regions == region]].to_numpy(np.float64)
+        matrix = np.linalg.inv(image_transformations[system].to_affine_matrix(("x", "y"), ("x", "y")))
+        centers[regions == region] = xy @ matrix[:2, :2].T + matrix[:2, 2]
     return image, centers

@@ -1,4 +1,4 @@
-"""Histology of embeddings that are dask or zarr arrays, chunk by chunk, for any scheduler."""
+"""Read the inputs of stage 2 chunk by chunk from embeddings that are dask or zarr arrays, for any dask scheduler."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 
 def is_lazy(adata: AnnData, keys: Sequence[str]) -> bool:
-    """Whether the embeddings are dask or zarr arrays."""
+    """True if an embedding is a dask or zarr array."""
     return any(matrix.is_lazy(adata.obsm.get(key)) for key in keys)
 
 
 class Chunk(NamedTuple):
-    """Some consecutive spots, and where they and their neighbours are.
+    """A chunk of consecutive spots, with the rows of their neighbours.
 
     Parameters
     ----------
     start, stop
-        The spots.
+        First row, and the row after the last.
     blocks
-        Chunks of the embeddings that hold them and their neighbours.
+        Numbers of the embeddings' chunks that hold the spots and their neighbours.
     rows
-        Rows of these blocks, side by side, that are needed.
+        Rows needed of these blocks, when the blocks are concatenated.
     own
-        Which of `rows` are the spots themselves.
+        Positions of the spots themselves in `rows`.
     neighbors
         For each neighbourhood, index pointers and indices into `rows` of the spots' neighbours.
     """
@@ -56,39 +56,42 @@ class Chunk(NamedTuple):
 
     @classmethod
     def of(cls, number: int, bounds: NDArray[np.integer], graphs: Sequence[sparse.csr_matrix]) -> Chunk:
-        """The chunk of some number, given where chunks begin and the last ends."""
+        """Find the rows needed for a chunk, from the chunks' bounds and the neighbour graphs."""
         start, stop = int(bounds[number]), int(bounds[number + 1])
-        parts = [graph[start:stop] for graph in graphs]
-        needed = np.unique(np.concatenate([np.arange(start, stop), *(part.indices for part in parts)]))
-        home = np.searchsorted(bounds, needed, side="right") - 1
-        blocks, which = np.unique(home, return_inverse=True)
-        before = np.concatenate([[0], np.diff(bounds)[blocks].cumsum()[:-1]])
-        small = np.min_scalar_type(len(needed))  # neighbours of all chunks are in memory, and sent to the workers
+        subgraphs = [graph[start:stop] for graph in graphs]
+        needed = np.unique(np.concatenate([np.arange(start, stop), *(graph.indices for graph in subgraphs)]))
+        block_of_row = np.searchsorted(bounds, needed, side="right") - 1
+        blocks, index = np.unique(block_of_row, return_inverse=True)
+        offsets = np.concatenate([[0], np.diff(bounds)[blocks].cumsum()[:-1]])
+        dtype = np.min_scalar_type(len(needed))  # small: neighbours of all chunks are in memory and sent to workers
         return cls(
             start,
             stop,
             blocks.tolist(),
-            (needed - bounds[blocks][which] + before[which]).astype(np.int32),
-            np.searchsorted(needed, np.arange(start, stop)).astype(small),
-            [(part.indptr.astype(np.int32), np.searchsorted(needed, part.indices).astype(small)) for part in parts],
+            (needed - bounds[blocks][index] + offsets[index]).astype(np.int32),
+            np.searchsorted(needed, np.arange(start, stop)).astype(dtype),
+            [
+                (graph.indptr.astype(np.int32), np.searchsorted(needed, graph.indices).astype(dtype))
+                for graph in subgraphs
+            ],
         )
 
     def sources(self, embeddings: Sequence[Sequence[Any]], keys: Sequence[str]) -> tuple[Tensor, ...]:
-        """Each embedding and its mean over each neighbourhood, from the blocks of each embedding."""
-        found = []
+        """Compute each embedding and its mean over each neighbourhood, from the embeddings' blocks."""
+        tensors = []
         for key, blocks in zip(keys, embeddings, strict=True):
             stacked = np.concatenate([matrix.dense_float32(block) for block in blocks])
             values = gate.embedding_values(stacked[self.rows], key, self.start)
-            found.append(torch.from_numpy(values[self.own]))
+            tensors.append(torch.from_numpy(values[self.own]))
             for pointers, indices in self.neighbors:
                 shares = np.repeat(1 / np.diff(pointers).clip(min=1), np.diff(pointers)).astype(np.float32)
                 graph = sparse.csr_matrix((shares, indices.astype(np.int32), pointers), (len(self.own), len(values)))
-                found.append(torch.from_numpy(graph @ values))
-        return tuple(found)
+                tensors.append(torch.from_numpy(graph @ values))
+        return tuple(tensors)
 
 
 def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
-    """An embedding as dask array with whole rows in each chunk; values are checked when they are read.
+    """Get an embedding as a dask array with whole rows in each chunk; values are checked when they are read.
 
     Raises
     ------
@@ -109,12 +112,14 @@ def embedding(adata: AnnData, key: str, width: int | None = None) -> da.Array:
 def niche(
     adata: AnnData, use_rep: Sequence[str], n_neighbors: Sequence[int], spatial_key: str, library_key: str | None
 ) -> tuple[da.Array, da.Array]:
-    """What :func:`histovar.pp.niche` writes, features and fingerprints, as dask arrays chunked as the first embedding.
+    """Compute niche features and fingerprints for :func:`histovar.pp.niche`, as dask arrays.
+
+    They are chunked as the first embedding.
 
     Raises
     ------
     KeyError, ValueError
-        If anything is missing or not as it should be.
+        If an embedding, coordinates or sections are missing or malformed.
     """
     import dask.array as da
     from dask.delayed import delayed
@@ -127,9 +132,9 @@ def niche(
     n_sources = len(config.source_dims)
     means = [i for i in range(n_sources) if i % (1 + len(n_neighbors)) or i == n_sources - 1]
     width = sum(config.source_dims[i] for i in means)
-    parts = [
-        da.from_delayed(delayed(_side_by_side)(part, means), (chunk.stop - chunk.start, width), np.float32)
-        for part, chunk in zip(inputs.histology("niche"), inputs.chunks, strict=True)
+    features = [
+        da.from_delayed(delayed(_concat_sources)(histology, means), (chunk.stop - chunk.start, width), np.float32)
+        for histology, chunk in zip(inputs.histology("niche"), inputs.chunks, strict=True)
     ]
     names = gate.sections(adata, library_key)
     columns = [gate.coordinates(adata, spatial_key), *([] if names is None else [names])]
@@ -142,7 +147,7 @@ def niche(
         )
         for i, chunk in enumerate(inputs.chunks)
     ]
-    return da.concatenate(parts), da.concatenate(fingerprints)
+    return da.concatenate(features), da.concatenate(fingerprints)
 
 
 def _fingerprints(embeddings: list[Any], columns: list[NDArray[Any]]) -> NDArray[np.uint64]:
@@ -150,24 +155,24 @@ def _fingerprints(embeddings: list[Any], columns: list[NDArray[Any]]) -> NDArray
 
 
 class ChunkedHistology:
-    """Inputs of stage 2 for every chunk of embeddings, each computed when it is asked for.
+    """Inputs of stage 2 as delayed chunks, for embeddings that do not fit into memory.
 
-    Neighbours are found at once, from coordinates, which are in memory. Embeddings are read twice: for the moments of
-    every section, and for the spots themselves.
+    Neighbours are found immediately, from the coordinates, which are in memory. Embeddings are read twice: for the
+    mean and variance of every section, and for the spots themselves.
 
     Parameters
     ----------
     adata
         The object; its first embedding sets the chunks.
     config
-        Of the model.
+        The model's configuration.
     use_rep, spatial_key, library_key, encoders, spacing_um
         As in :func:`histovar.anndata_io.histology.histology`.
 
     Raises
     ------
     KeyError, ValueError
-        If anything is missing or not as the model needs it.
+        If an input is missing or not as the model needs it.
     """
 
     def __init__(
@@ -193,21 +198,21 @@ class ChunkedHistology:
         self.outline = np.empty((adata.n_obs, 0), np.float32)
         graphs: list[sparse.csr_matrix] = []
         if config.coordinates or config.n_neighbors:
-            place = gate.coordinates(adata, spatial_key)
+            xy = gate.coordinates(adata, spatial_key)
             if config.coordinates:
-                self.coordinates = section_coordinates(place, names)
+                self.coordinates = section_coordinates(xy, names)
             if config.n_neighbors:
                 gate.check_neighbors(names, adata.n_obs, config.n_neighbors)
-                density = spacing.density(adata, place, names, library_key, spacing_um)
-                graphs, self.outline = Neighborhoods.of(place, names, config.n_neighbors, density)
+                density = spacing.density(adata, xy, names, library_key, spacing_um)
+                graphs, self.outline = Neighborhoods.of(xy, names, config.n_neighbors, density)
         self.bounds = np.concatenate([[0], np.cumsum(arrays[0].chunks[0])])
         self.chunks = [Chunk.of(i, self.bounds, graphs) for i in range(len(self.bounds) - 1)]
 
     def histology(self, reading: str) -> list[Delayed]:
-        """:class:`Histology` of every chunk, not aligned; blocks are not shared with readings of other names."""
+        """Delayed :class:`Histology` of every chunk, not yet aligned; `reading` names this pass over the data."""
         from dask.delayed import delayed
 
-        # Names of their own: else blocks would be kept in memory from one reading to the next.
+        # Each pass names its tasks, or dask would keep blocks in memory from one pass to the next.
         blocks = [
             values.map_blocks(
                 matrix.dense, dtype=values.dtype, meta=np.empty((0, 0), values.dtype), name=f"{reading}-{values.name}"
@@ -229,28 +234,30 @@ class ChunkedHistology:
         ]
 
     def aligned(self, model: Delayed) -> list[Delayed]:
-        """:class:`Histology` of every chunk as the model takes it."""
+        """Delayed :class:`Histology` of every chunk, aligned with the statistics of its sections for the model."""
         from dask.delayed import delayed
 
         numbers = [self.sections[chunk.start : chunk.stop] for chunk in self.chunks]
-        parts: dict[int, list[Delayed]] = {}
-        for chunk, own in zip(self.histology("moments"), numbers, strict=True):
-            of_chunk = delayed(_moments)(chunk, own)
-            for section in np.unique(own).tolist():
-                parts.setdefault(section, []).append(of_chunk[section])
-        moments = {section: delayed(Moments.combined)(some) for section, some in parts.items()}
+        by_section: dict[int, list[Delayed]] = {}
+        for inputs, sections in zip(self.histology("moments"), numbers, strict=True):
+            chunk_moments = delayed(_moments)(inputs, sections)
+            for section in np.unique(sections).tolist():
+                by_section.setdefault(section, []).append(chunk_moments[section])
+        moments = {section: delayed(Moments.combined)(chunks) for section, chunks in by_section.items()}
         firsts = np.unique(self.sections, return_index=True)[1]
         starts = [firsts[(chunk.start <= firsts) & (firsts < chunk.stop)] for chunk in self.chunks]
         return [
             delayed(_aligned)(
                 model,
                 inputs,
-                own,
-                {s: moments[s] for s in np.unique(own).tolist()},
+                sections,
+                {section: moments[section] for section in np.unique(sections).tolist()},
                 first - chunk.start,
                 self.labels[first],
             )
-            for inputs, own, first, chunk in zip(self.histology("spots"), numbers, starts, self.chunks, strict=True)
+            for inputs, sections, first, chunk in zip(
+                self.histology("spots"), numbers, starts, self.chunks, strict=True
+            )
         ]
 
 
@@ -262,14 +269,18 @@ def _histology(
     coordinates: NDArray[np.float32],
     covariates: NDArray[np.float32],
 ) -> Histology:
-    place, extra = torch.from_numpy(coordinates.copy()), torch.from_numpy(covariates.copy())
     sources = chunk.sources(blocks, keys) + (() if outline is None else (torch.from_numpy(outline.copy()),))
-    return Histology(sources, place, extra, torch.zeros(len(place)))
+    return Histology(
+        sources,
+        torch.from_numpy(coordinates.copy()),
+        torch.from_numpy(covariates.copy()),
+        torch.zeros(len(coordinates)),
+    )
 
 
-def _side_by_side(histology: Histology, which: list[int]) -> NDArray[np.float32]:
-    """Some of the sources."""
-    return np.concatenate([histology.sources[i].numpy() for i in which], axis=1)
+def _concat_sources(histology: Histology, indices: list[int]) -> NDArray[np.float32]:
+    """Concatenate the columns of selected sources."""
+    return np.concatenate([histology.sources[i].numpy() for i in indices], axis=1)
 
 
 def _moments(histology: Histology, sections: NDArray[np.integer]) -> dict[int, Moments]:
@@ -284,10 +295,10 @@ def _aligned(
     first: NDArray[np.integer],
     labels: NDArray[np.str_],
 ) -> Histology:
-    """Align a chunk; of sections that begin in it, at its spots `first`, warn if they are unlike those of training."""
-    where = model.device
-    there = {section: own.to(where) for section, own in moments.items()}
-    numbers = torch.from_numpy(sections).to(where)
-    aligned = model.var_stage.condition.align(inputs.map(lambda t: t.to(where)), numbers, there).map(Tensor.cpu)
+    """Align a chunk; warn of novel sections whose first spot, `first`, is in this chunk."""
+    device = model.device
+    on_device = {section: section_moments.to(device) for section, section_moments in moments.items()}
+    numbers = torch.from_numpy(sections).to(device)
+    aligned = model.var_stage.condition.align(inputs.map(lambda t: t.to(device)), numbers, on_device).map(Tensor.cpu)
     histology.warn_of_novelty(aligned.novelty[first].numpy(), labels)
     return aligned

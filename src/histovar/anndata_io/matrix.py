@@ -1,4 +1,4 @@
-"""Matrices of any storage, read alike: in memory, backed, dask or zarr; dense, sparse or a DataFrame."""
+"""Read matrices however they are stored: in memory, backed, dask or zarr; dense, sparse or a DataFrame."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from anndata.abc import CSCDataset, CSRDataset
 from numpy.typing import NDArray
 from scipy import sparse
 
-# Rows of a matrix that are in memory at once while it is gone through.
+# Rows in a block when a matrix is read block by block.
 ROWS_AT_ONCE = 4096
 
 
 def library(values: Any) -> str:
-    """Name of the package whose type this is, looking through anndata's views."""
+    """Name of the package that defines the type of a matrix, seen through anndata's views."""
     packages = (base.__module__.split(".")[0] for base in type(values).__mro__)
     return next(package for package in packages if package != "anndata")
 
 
 def on_disk(values: Any) -> bool:
-    """Whether these are dask, zarr or HDF5 arrays, or sparse matrices of a backed object."""
+    """True for dask, zarr and HDF5 arrays, and sparse matrices of a backed object."""
     return library(values) in ("dask", "zarr", "h5py") or isinstance(values, CSRDataset | CSCDataset)
 
 
 def is_lazy(values: Any) -> bool:
-    """Whether these are dask or zarr arrays."""
+    """True for dask and zarr arrays."""
     return library(values) in ("dask", "zarr")
 
 
 def take_rows(matrix: Any, rows: NDArray[np.int64]) -> Any:
-    """Rows, increasing, of a matrix, in memory."""
+    """Read rows of a matrix, given in increasing order, into memory."""
     if hasattr(matrix, "iloc"):
         return matrix.iloc[rows]
     consecutive = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1
@@ -41,7 +41,7 @@ def take_rows(matrix: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def row_blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
-    """Blocks of rows, each a NumPy array or a CSR matrix whose entries are unique; the matrix is untouched."""
+    """Yield blocks of rows, each a NumPy array or a CSR matrix without duplicate entries; the matrix is not changed."""
     for start in range(0, n_rows, ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
         block = matrix.iloc[rows] if hasattr(matrix, "iloc") else matrix[rows]
@@ -49,7 +49,7 @@ def row_blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
 
 
 def canonical(block: Any) -> Any:
-    """A NumPy array, or a CSR matrix in which entries that were stored twice are summed (in a copy)."""
+    """Convert to a NumPy array or a CSR matrix; duplicate entries of a sparse matrix are summed in a copy."""
     if not sparse.issparse(block):
         return block.to_numpy() if isinstance(block, pd.DataFrame) else dense(block)
     rows = sparse.csr_matrix(block)
@@ -60,19 +60,19 @@ def canonical(block: Any) -> Any:
 
 
 def stored_values(block: Any) -> NDArray[Any]:
-    """The values of a block, of a sparse one those that are stored."""
+    """Get the values of a block; of a sparse one only the stored values."""
     return block.data if sparse.issparse(block) else np.asarray(block)
 
 
 def dense(block: Any) -> NDArray[Any]:
-    """A block in memory as NumPy array; masked values are NaN."""
+    """Convert a block in memory to a NumPy array; masked values become NaN."""
     if isinstance(block, np.ma.MaskedArray):
         return np.where(np.ma.getmaskarray(block), np.nan, np.ma.getdata(block))
     return block.toarray() if sparse.issparse(block) else np.asarray(block)
 
 
 def dense_float32(values: Any) -> NDArray[np.float32]:
-    """A matrix as contiguous 32-bit floats; missing values of nullable columns are NaN, too large ones infinite."""
+    """Convert a matrix to contiguous float32; missing values become NaN, values too large for float32 infinite."""
     if hasattr(values, "compute"):
         values = values.compute()
     if isinstance(values, pd.DataFrame):

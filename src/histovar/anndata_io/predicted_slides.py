@@ -1,4 +1,4 @@
-"""The sections of a prediction as they lie on their slides: spots, coordinates in pixels, image."""
+"""Read the sections of a prediction for plots: spots, coordinates in pixels, tissue image."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class Slide(NamedTuple):
-    """One section.
+    """One section of a prediction.
 
     Parameters
     ----------
     label
-        Name of the section; None where the object is one section that has no name.
+        Name of the section; None for an object that is one section without a name.
     rows
-        (n_spots,) its spots.
+        (n_spots,) rows of its spots in the object.
     coordinates
-        (n_spots, 2) centres, x and y, in pixels of the full-resolution image.
+        (n_spots, 2) centres of the spots, x and y, in pixels of the full-resolution image.
     diameter
-        Of a spot, in the same pixels.
+        Diameter of a spot, in the same pixels.
     image
-        As :func:`section_image` gives it; None where there is none.
+        From :func:`section_image`; None if there is none.
     """
 
     label: str | None
@@ -59,7 +59,7 @@ def read_slides(
     keys
         Slot names.
     names
-        (n_obs,) section of each spot, as :func:`predicted_sections` gives it; None where sections have no names.
+        (n_obs,) section of each spot, from :func:`predicted_sections`; None for a section without a name.
     library_key
         Column of ``obs`` with the section; that of the prediction by default.
     whole_images
@@ -68,7 +68,7 @@ def read_slides(
     Raises
     ------
     KeyError
-        If there is no prediction, or there are no coordinates.
+        If there is no prediction, or no coordinates.
     ValueError
         If coordinates are not finite.
     """
@@ -84,27 +84,27 @@ def read_slide(
     Parameters
     ----------
     adata, keys, names, library_key
-        As of :func:`read_slides`.
+        As in :func:`read_slides`.
     section
-        Its name, compared as text; None for the only one. Where sections have no names, all spots are of this one.
+        Name of the section, compared as text; None for the only one. If spots have no sections, all belong to this one.
 
     Raises
     ------
     KeyError
         As :func:`read_slides`.
     ValueError
-        As :func:`read_slides`; and if there are several sections and none is named, or no such section.
+        As :func:`read_slides`; also if there are several sections and `section` is None, or no such section.
     """
     label = None if section is None else str(section)
     if names is not None:
-        there = np.unique(names).tolist()
-        if label is None and len(there) > 1:
-            raise ValueError(f"section: the object has sections {there}; name one of them")
-        label = there[0] if label is None else label
-        if label not in there:
-            raise ValueError(f"section: no section {label!r}; the object has {there}")
+        sections = np.unique(names).tolist()
+        if label is None and len(sections) > 1:
+            raise ValueError(f"section: the object has sections {sections}; name one of them")
+        label = sections[0] if label is None else label
+        if label not in sections:
+            raise ValueError(f"section: no section {label!r}; the object has {sections}")
     elif label is not None:
-        logger.warning("section: without library_key all spots are taken to be of section %r", label)
+        logger.warning("section: without library_key, all spots are treated as section %r", label)
     return _read(adata, keys, names, library_key, [label], False)[0]
 
 
@@ -118,12 +118,12 @@ def _read(
 ) -> list[Slide]:
     params = slots.record(adata, keys)["params"]
     library_key = str(params["library_key"]) or None if library_key is None else library_key
-    places = gate.coordinates(adata, str(params["spatial_key"]))
+    all_coordinates = gate.coordinates(adata, str(params["spatial_key"]))
     column = None if library_key is None else adata.obs[library_key]
     slides = []
     for label in labels:
         rows = np.arange(adata.n_obs) if names is None else np.flatnonzero(names == label)
-        coordinates = places[rows]
+        coordinates = all_coordinates[rows]
         image = section_image(adata.uns.get("spatial", {}), label, column, coordinates, whole=whole_images)
         factors = {} if image is None else image["scalefactors"]
         diameter = factors.get("spot_diameter_fullres", spot_diameter(coordinates))

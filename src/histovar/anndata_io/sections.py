@@ -1,4 +1,4 @@
-"""Expression and embeddings read section by section where they are on disk, and at once where they are not."""
+"""Read expression and embeddings on disk section by section; those in memory all at once."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Section(NamedTuple):
-    """Spots in memory, and which of the object's rows they are."""
+    """Spots in memory, with their rows in the object."""
 
     adata: AnnData
     rows: NDArray[np.int64]
 
 
 class Sections:
-    """The spots of an object: all at once, or section by section where expression or embeddings are on disk.
+    """Iterate over the spots of an object: section by section if data are on disk, otherwise all at once.
 
     Parameters
     ----------
@@ -39,20 +39,20 @@ class Sections:
     library_key
         Column of ``obs`` with the section.
     layer
-        Layer that is needed.
+        Layer to read.
     obsm
-        Keys of ``obsm`` that are needed, where they are there.
+        Keys of ``obsm`` to read; absent ones are skipped.
     spatial_key
-        Key of ``obsm`` with coordinates, where neighbours are sought.
+        Key of ``obsm`` with coordinates, if neighbours are needed.
 
     Attributes
     ----------
     stored : bool
-        Whether it is on disk.
+        True if expression or embeddings are on disk.
     names : ndarray or None
         (n_obs,) section of each spot.
     numbers : ndarray
-        (n_obs,) the same, numbered from 0.
+        (n_obs,) number of each spot's section, from 0.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Sections:
 
     @contextmanager
     def scratch(self) -> Iterator[Path | None]:
-        """A temporary directory for what is made of sections on disk; None for an object in memory."""
+        """Make a temporary directory for results of sections on disk; None for an object in memory."""
         if not self.stored:
             yield None
             return
@@ -95,7 +95,7 @@ class Sections:
             yield Path(directory)
 
     def _in_memory(self, rows: NDArray[np.int64]) -> AnnData:
-        """Some spots, with what is needed of them."""
+        """Read the needed slots of some spots into memory."""
         adata = self.adata
         section = AnnData(
             X=take_rows(adata.X, rows) if adata.X is not None and self.layer in ("X", LOGNORM) else None,
@@ -112,7 +112,7 @@ class Sections:
 
 
 class _Mapped(Generic[T]):
-    """See :meth:`Sections.map`."""
+    """Lazy result of :meth:`Sections.map`."""
 
     def __init__(self, sections: Sections, function: Callable[[Section], T]) -> None:
         self.sections, self.function = sections, function
@@ -120,10 +120,10 @@ class _Mapped(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         for section in self.sections:
             try:
-                made = self.function(section)
+                result = self.function(section)
             except ValueError as error:
                 names = self.sections.names
                 where = "" if names is None else f" (rows of section {str(names[section.rows[0]])!r})"
                 raise ValueError(f"{error}{where}") from None
             del section
-            yield made
+            yield result

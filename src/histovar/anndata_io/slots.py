@@ -1,4 +1,4 @@
-"""The slots that histovar writes, and the record of them: nothing else is overwritten, and failures leave no trace."""
+"""Write slots of AnnData and record them in ``uns``: data of others are never overwritten, failures leave no trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anndata import AnnData, ImplicitModificationWarning
 from histovar._keys import Keys
 from histovar._version import __version__
 
-# Where a slot is, such as ("obsm", "histovar_tokens").
+# Store and name of a slot, such as ("obsm", "histovar_tokens").
 Slot = tuple[str, str]
 
 RECORDED = "slots"
@@ -23,12 +23,12 @@ STORES = ("obs", "var", "layers", "obsm", "varm", "uns")
 
 
 def record(adata: AnnData, keys: Keys) -> Mapping[str, Any]:
-    """What ``uns`` says of the slots with a prefix; empty where histovar wrote none.
+    """Get the entry of ``uns`` for the slots of a prefix; empty if histovar wrote none.
 
     Raises
     ------
     ValueError
-        If ``uns`` has something else there.
+        If that entry was not written by histovar.
     """
     stored = adata.uns.get(keys.uns, {})
     if not isinstance(stored, Mapping) or (len(stored) and not _is_ours(stored)):
@@ -39,33 +39,33 @@ def record(adata: AnnData, keys: Keys) -> Mapping[str, Any]:
 
 
 def _is_ours(stored: Mapping[str, Any]) -> bool:
-    """Whether histovar wrote an entry of ``uns``; the version is lost where objects of two versions were joined."""
+    """True if histovar wrote an entry of ``uns``; concatenating objects of two versions drops its version."""
     return "version" in stored or RECORDED in stored
 
 
 def check_free(adata: AnnData, keys: Keys, slots: Iterable[Slot]) -> None:
-    """Refuse to write slots that hold what histovar did not write.
+    """Refuse to overwrite slots that histovar did not write.
 
     Parameters
     ----------
     adata
         The object.
     keys
-        Their prefix.
+        Prefix of the slots.
     slots
-        Those that will be written.
+        Slots that will be written.
 
     Raises
     ------
     ValueError
-        Naming the slot.
+        If a slot holds other data; the message names it.
     """
     ours = _recorded(record(adata, keys))
     others = {slot for name, stored in adata.uns.items() if name != keys.uns for slot in _recorded(stored) or ()}
     for store, name in slots:
         if name not in getattr(adata, store):
             continue
-        # Files of earlier versions say no more than that the prefix is histovar's.
+        # Files of earlier versions record only the prefix: `ours` is then None.
         if (store, name) in others or not (ours is None or (store, name) in ours):
             raise ValueError(
                 f"key_added: {store}[{name!r}] was not written by histovar as {keys.prefix!r}; choose another "
@@ -74,7 +74,7 @@ def check_free(adata: AnnData, keys: Keys, slots: Iterable[Slot]) -> None:
 
 
 def _recorded(stored: Any) -> set[Slot] | None:
-    """Slots that an entry of ``uns`` claims; None where an earlier version did not say."""
+    """Slots recorded in an entry of ``uns``; None if an earlier version did not record them."""
     if not isinstance(stored, Mapping) or not _is_ours(stored):
         return set()
     if RECORDED not in stored:
@@ -83,7 +83,7 @@ def _recorded(stored: Any) -> set[Slot] | None:
 
 
 def _by_name(adata: AnnData, keys: Keys) -> set[Slot]:
-    """Slots whose names begin with the prefix: those of an earlier version, which did not record them."""
+    """Slots whose names begin with the prefix, for files of earlier versions, which did not record slots."""
     return {
         (store, name)
         for store in ("layers", "obsm", "varm", "var")
@@ -93,12 +93,12 @@ def _by_name(adata: AnnData, keys: Keys) -> set[Slot]:
 
 
 def write(adata: AnnData, keys: Keys, slots: Mapping[Slot, Any], entries: Mapping[str, Any] | None = None) -> None:
-    """Write slots and record them, in ``uns``, with entries of plain types.
+    """Write slots, and record them in ``uns`` together with entries of plain types.
 
     Raises
     ------
     ValueError
-        If a slot holds what histovar did not write.
+        If a slot holds data that histovar did not write.
     """
     check_free(adata, keys, slots)
     stored = dict(record(adata, keys))
@@ -116,18 +116,18 @@ def write(adata: AnnData, keys: Keys, slots: Mapping[Slot, Any], entries: Mappin
 
 
 def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterable[str] = ()) -> None:
-    """Delete slots that histovar wrote, and entries of ``uns``, that are no longer true."""
+    """Delete slots that histovar wrote, and entries of ``uns``, that are out of date."""
     stored = dict(record(adata, keys))
     ours = _recorded(stored)
     present = [(store, name) for store, name in slots if name in getattr(adata, store)]
-    gone = present if ours is None else [slot for slot in present if slot in ours]
+    dropped = present if ours is None else [slot for slot in present if slot in ours]
     with writing(adata):
-        for store, name in gone:
+        for store, name in dropped:
             del getattr(adata, store)[name]
         for entry in entries:
             stored.pop(entry, None)
         if ours:
-            kept = sorted(f"{store}/{name}" for store, name in ours - set(gone))
+            kept = sorted(f"{store}/{name}" for store, name in ours - set(dropped))
             stored[RECORDED] = np.array(kept, dtype=str)
         if stored:
             adata.uns[keys.uns] = stored
@@ -155,14 +155,14 @@ def writing(adata: AnnData) -> Iterator[None]:
 
 
 def _held(store: Any) -> Any:
-    """What a store holds, which stays so when entries of the store are replaced."""
+    """Shallow copy of a store's entries, which stays the same when entries of the store are replaced."""
     if isinstance(store, pd.DataFrame):
         return store.copy(deep=False)
     return {name: values for name, values in store.items() if name is not None}  # None is X, in anndata 0.13
 
 
 def _put_back(adata: AnnData, store: str, before: Any) -> None:
-    """Make a store hold what it held before."""
+    """Restore the entries that a store had before."""
     now = getattr(adata, store)
     if isinstance(now, pd.DataFrame):
         if not now.equals(before):

@@ -1,4 +1,4 @@
-"""Check zarr stores before anything is decoded: no pickles in them, no chunk files missing from them."""
+"""Check zarr stores for pickles and missing or truncated chunk files before anything is decoded."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Bytes of the header of what Blosc compressed, of which the last four say how long it is.
+# Bytes of Blosc's header; the last four hold the compressed length.
 BLOSC_HEADER = 16
-# What a prediction reads of a store, or copies.
+# Parts of a store that a prediction reads or copies.
 READ_BY_PREDICTION = ("obs", "obsm", "uns/spatial")
 
 
 class StoreError(ValueError):
-    """A zarr store that is not to be read, and why, in one line."""
+    """A zarr store is not safe to read; the message says why in one line."""
 
 
 def open_store(path: Path) -> zarr.Group:
-    """Open an AnnData in zarr once its metadata and the names of its chunk files are checked; nothing is decoded.
+    """Open an AnnData in zarr after checking its metadata and chunk files; nothing is decoded.
 
-    zarr reads chunks whose files are missing as zeros, and leaves out files of chunks that are zero throughout. So
-    missing files are taken for lost ones where zeros are implausible, and warned of where expression may be zero.
+    zarr reads missing chunk files as zeros, and does not write files of chunks that are all zero. So missing files are
+    an error where zeros are implausible, and give a warning where expression may be zero.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def open_store(path: Path) -> zarr.Group:
     Raises
     ------
     StoreError
-        If an array is pickled, lacks chunk files, or has one that ends early.
+        If an array is pickled, or a chunk file is missing or truncated.
     """
     import zarr
 
@@ -68,12 +68,12 @@ def open_store(path: Path) -> zarr.Group:
 
 
 def check_chunks(array: zarr.Array, what: str) -> None:
-    """Refuse an array of embeddings or coordinates that lacks chunk files, or has one that ends early.
+    """Refuse an array of embeddings or coordinates with missing or truncated chunk files.
 
     Raises
     ------
     StoreError
-        If so.
+        If a chunk file is missing or truncated.
     """
     _refuse_lost(array, what)
     _refuse_cut(array, what)
@@ -86,7 +86,7 @@ def _refuse_lost(array: zarr.Array, what: str) -> None:
 
 
 def missing_chunks(array: zarr.Array) -> NDArray[np.bool_]:
-    """Which chunks (shards of a sharded array) have no file, in the shape of the array's grid."""
+    """Mask of the chunks (shards of a sharded array) that have no file, in the shape of the chunk grid."""
     from zarr.core.sync import sync
 
     async def stored() -> set[str]:
@@ -97,15 +97,15 @@ def missing_chunks(array: zarr.Array) -> NDArray[np.bool_]:
     sizes = array.shards or array.chunks
     grid = tuple(math.ceil(length / size) for length, size in zip(array.shape, sizes, strict=True))
     missing = np.zeros(grid, bool)
-    for place in np.ndindex(grid):
-        missing[place] = f"{prefix}{array.metadata.encode_chunk_key(place)}" not in keys
+    for position in np.ndindex(grid):
+        missing[position] = f"{prefix}{array.metadata.encode_chunk_key(position)}" not in keys
     return missing
 
 
 def _refuse_cut(array: zarr.Array, what: str) -> None:
-    """Refuse an array with a chunk file shorter than Blosc says in its header, beyond which it would read on.
+    """Refuse an array with a chunk file shorter than its Blosc header says: Blosc would read past its end.
 
-    Other compressors notice by themselves; chunks within a shard are not looked at.
+    Other compressors check this themselves; chunks within a shard are not checked.
     """
     if array.shards is not None or not any("blosc" in repr(codec).lower() for codec in array.compressors):
         return
@@ -117,8 +117,8 @@ def _refuse_cut(array: zarr.Array, what: str) -> None:
 
     async def is_cut(key: str) -> bool:
         header = await array.store.get(key, default_buffer_prototype(), RangeByteRequest(0, BLOSC_HEADER))
-        whole = b"" if header is None else header.to_bytes()
-        return len(whole) < BLOSC_HEADER or await array.store.getsize(key) < int.from_bytes(whole[12:], "little")
+        content = b"" if header is None else header.to_bytes()
+        return len(content) < BLOSC_HEADER or await array.store.getsize(key) < int.from_bytes(content[12:], "little")
 
     async def first_cut() -> str | None:
         async for key in array.store.list_prefix(prefix):
@@ -127,13 +127,13 @@ def _refuse_cut(array: zarr.Array, what: str) -> None:
         return None
 
     if cut := sync(first_cut()):
-        raise StoreError(f"{what} is damaged; copy or write the store again (its chunk file {cut!r} ends early)")
+        raise StoreError(f"{what} is damaged; copy or write the store again (its chunk file {cut!r} is truncated)")
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of all files of a store that a prediction reads, by name and content; a gigabyte takes about a second."""
+    """SHA-256 of the names and contents of all files that a prediction reads from a store; takes about 1 s per GB."""
     files = [file for file in path.iterdir() if file.is_file()]
-    files += [file for part in READ_BY_PREDICTION for file in (path / part).rglob("*") if file.is_file()]
+    files += [file for folder in READ_BY_PREDICTION for file in (path / folder).rglob("*") if file.is_file()]
     names = sorted(str(file.relative_to(path)) for file in files)
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda name: file_digest(path / name), names)
@@ -145,11 +145,11 @@ def _refuse_pickles(array: zarr.Array, what: str) -> None:
     metadata: Any = array.metadata
     codecs = metadata.codecs if metadata.zarr_format == 3 else (metadata.compressor, *(metadata.filters or ()))
     if any("pickle" in repr(codec).lower() for codec in codecs):
-        raise StoreError(f"{what} is pickled, and unpickling runs code: it is not read; have it written as text")
+        raise StoreError(f"{what} is pickled and is not read, since unpickling runs code; have it written as text")
 
 
 def _recorded_slots(store: zarr.Group) -> set[str]:
-    """Slots that histovar wrote, such as ``"obsm/histovar"``."""
+    """Read the slots that histovar recorded as its own, such as ``"obsm/histovar"``."""
     import anndata as ad
 
     uns: Any = store["uns"] if "uns" in store else None
@@ -159,7 +159,7 @@ def _recorded_slots(store: zarr.Group) -> set[str]:
 
 
 def _elements(store: zarr.Group) -> Iterator[tuple[str, Any]]:
-    """Tables and matrices of an AnnData, by slot."""
+    """Yield tables and matrices of an AnnData, with their slots."""
     for name in ("obs", "var", "X"):
         if name in store:
             yield name, store[name]
@@ -170,7 +170,7 @@ def _elements(store: zarr.Group) -> Iterator[tuple[str, Any]]:
 
 
 def _check_table(table: Any, what: str) -> None:
-    """Refuse names, and labels of several categories, that are lost; whether numbers are cannot be known."""
+    """Refuse a table whose names, or labels of several categories, are missing; of numbers this cannot be known."""
     index = table.attrs.get("_index")
     for name, column in table.members():
         if name == index and hasattr(column, "chunks"):
@@ -184,7 +184,7 @@ def _check_table(table: Any, what: str) -> None:
 
 
 def _check_matrix(element: Any, what: str, *, may_be_zero: bool) -> None:
-    """Refuse a matrix that lacks chunk files; of one that may be zero, if it lacks those of some spots altogether."""
+    """Refuse a matrix that lacks chunk files; if it may hold zeros, only one that lacks all chunks of some spots."""
     kind = element.attrs.get("encoding-type")
     if hasattr(element, "chunks"):
         missing = missing_chunks(element)
@@ -194,7 +194,7 @@ def _check_matrix(element: Any, what: str, *, may_be_zero: bool) -> None:
         elif missing.any():
             _refuse_missing(missing, what)
     elif kind in ("csr_matrix", "csc_matrix") and element["data"].shape[0]:
-        # Zeros are not stored, and at most one index of a row or column is 0.
+        # Sparse matrices store no zeros, and at most one index of a row or column is 0: no chunk can be all zero.
         for name in ("data", "indices", "indptr") if 1 not in element.attrs["shape"] else ("data",):
             _refuse_lost(element[name], f"{name} of {what}")
     elif kind == "dataframe" and not may_be_zero:

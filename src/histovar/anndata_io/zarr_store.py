@@ -1,4 +1,4 @@
-"""Zarr stores read and written chunk by chunk, so that an object need never be in memory whole."""
+"""Read and write zarr stores chunk by chunk, for objects that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from .zarr_check import missing_chunks, open_store
 if TYPE_CHECKING:
     import dask.array as da
 
-# Spots of a chunk: 8 MB of embeddings 1,024 wide.
+# Spots in a chunk: 8 MB of embeddings of width 1,024.
 ROWS_AT_ONCE = 2048
-# An unfinished store: what it will be, marks of the chunks that are done, and the store itself, before and after all
-# its chunks are.
+# Files of an unfinished store: identity of the content, marks of finished chunks, and the store itself, until and after
+# all its chunks are written.
 IDENTITY, DONE, STORE, COMPLETE = "identity.json", "done", "store.zarr", "complete.zarr"
 
 
 def read_zarr(path: Path, genes: list[str] | None = None, rows_at_once: int = ROWS_AT_ONCE) -> AnnData:
-    """A store's spots; expression, embeddings and other arrays of ``obsm`` as dask arrays.
+    """Read an AnnData in zarr lazily: expression, embeddings and other arrays of ``obsm`` as dask arrays.
 
     Parameters
     ----------
     path
         AnnData as zarr.
     genes
-        Names of the genes that the object is to have, whose expression is then left alone.
+        Names of genes that the object gets in place of the store's; expression is then not read.
     rows_at_once
         Spots in a chunk.
 
     Raises
     ------
     ValueError
-        If it is no such store, is pickled or lacks chunk files; of damaged chunks, when they are computed.
+        If it is not AnnData in zarr, is pickled or lacks chunk files; for damaged chunks, when they are computed.
     """
     try:
         group: Any = open_store(path)
@@ -71,7 +71,7 @@ def read_zarr(path: Path, genes: list[str] | None = None, rows_at_once: int = RO
 
 
 class _Stored:
-    """A matrix of a store, whose errors say which it is."""
+    """A matrix of a store, whose read errors name it."""
 
     def __init__(self, matrix: Any, what: str) -> None:
         self.matrix, self.what = matrix, what
@@ -82,13 +82,13 @@ class _Stored:
             return self.matrix[index]
         except MemoryError:
             raise
-        except Exception as error:  # every codec has its own
+        except Exception as error:  # codecs raise errors of different types
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.what} is damaged; copy or write the store again ({reason})") from error
 
 
 def _lazy(element: Any, rows_at_once: int, what: str) -> Any:
-    """A stored matrix as dask array; a table in memory."""
+    """Read a stored matrix as a dask array; a table into memory."""
     import dask.array as da
 
     shape = element.attrs.get("shape", getattr(element, "shape", None))
@@ -102,26 +102,26 @@ def _lazy(element: Any, rows_at_once: int, what: str) -> Any:
 
 
 def unfinished(path: Path) -> Path:
-    """Where :func:`write_zarr` keeps what is done of a store until all is."""
+    """Directory in which :func:`write_zarr` keeps an unfinished store."""
     return path.with_name(f"{path.name}.part")
 
 
 def write_zarr(adata: AnnData, path: Path, identity: Mapping[str, Any]) -> None:
-    """Write an object whose dask arrays share their chunks of spots, and continue what was interrupted.
+    """Write an object chunk by chunk to a zarr store; resume an interrupted write.
 
-    Each chunk is computed and written by one task of the active scheduler. Until all are, the store is in
-    ``{path}.part`` (seen by all workers), beside its identity and marks of the chunks that are done. The directory is
-    there whole or not at all, and goes when the store has its name, so that a process killed at any moment leaves
-    what the next call continues.
+    All dask arrays are written in the same chunks of spots, each chunk by one task of the active scheduler. Until all
+    are written, the store is in ``{path}.part`` (visible to all workers), beside its identity and marks of the finished
+    chunks. This directory appears complete or not at all, and is removed when the store has got its name, so that after
+    a kill at any moment the next call can resume.
 
     Parameters
     ----------
     adata
         The object.
     path
-        Where to write; what is there is replaced.
+        Where to write; an existing store is replaced.
     identity
-        What tells this content from any other, in plain types, under names that a user knows.
+        Facts that identify the content, in plain types; users see their names in messages.
 
     Raises
     ------
@@ -135,9 +135,9 @@ def write_zarr(adata: AnnData, path: Path, identity: Mapping[str, Any]) -> None:
     part = unfinished(path)
     lazy = _lazy_arrays(adata)
     bounds = np.concatenate([[0], np.cumsum(next(iter(lazy.values())).chunks[0])])
-    wanted = json.loads(json.dumps({"histovar": __version__, **identity, "chunks": bounds.tolist()}))
-    if not _can_be_continued(part, wanted):
-        _begin(part, adata, lazy, wanted)
+    identity_record = json.loads(json.dumps({"histovar": __version__, **identity, "chunks": bounds.tolist()}))
+    if not _can_be_continued(part, identity_record):
+        _begin(part, adata, lazy, identity_record)
     with _locked(part):
         done = _chunks_done(part, list(lazy))
         blocks = {name: values.to_delayed().reshape(len(bounds) - 1, -1)[:, 0] for name, values in lazy.items()}
@@ -158,13 +158,13 @@ def _locked(part: Path) -> Iterator[None]:
         yield
 
 
-def _can_be_continued(part: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether there is an unfinished store of this identity; False where there is none, or nothing is done of another.
+def _can_be_continued(part: Path, identity: Mapping[str, Any]) -> bool:
+    """True if there is an unfinished store of this identity; False if there is none, or another without chunks.
 
     Raises
     ------
     ValueError
-        If the directory is not histovar's, or has chunks of another identity.
+        If the directory was not written by histovar, or has chunks of another identity.
     """
     if not part.exists():
         return False
@@ -173,29 +173,29 @@ def _can_be_continued(part: Path, wanted: Mapping[str, Any]) -> bool:
             if not any(part.iterdir()):
                 return False
     try:
-        there = json.loads((part / IDENTITY).read_text())
-        is_ours = isinstance(there, dict) and "histovar" in there
+        recorded = json.loads((part / IDENTITY).read_text())
+        is_ours = isinstance(recorded, dict) and "histovar" in recorded
     except (OSError, ValueError):
         is_ours = False
     if not is_ours:
         raise ValueError(
-            f"{str(part)!r} is needed for what is unfinished, and was not written by histovar; move it, or give "
+            f"{str(part)!r} is needed for the unfinished output, but was not written by histovar; move it, or give "
             "another --out"
         )
     n_done = len(list((part / DONE).glob("*")))
-    if not (part / STORE).exists() or (there != wanted and not n_done):
+    if not (part / STORE).exists() or (recorded != identity and not n_done):
         return False
-    if there != wanted:
-        names = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
+    if recorded != identity:
+        names = sorted(name for name in {*recorded, *identity} if recorded.get(name) != identity.get(name))
         raise ValueError(
             f"{str(part)!r} has {n_done} chunks of an unfinished prediction that differs in {', '.join(names)}; finish "
-            f"it as it was begun, or delete it (rm -r {str(part)!r})"
+            f"it with the same arguments, or delete it (rm -r {str(part)!r})"
         )
     return True
 
 
 def _begin(part: Path, adata: AnnData, lazy: Mapping[str, da.Array], identity: Mapping[str, Any]) -> None:
-    """Make an unfinished store with all but its chunks, in one step."""
+    """Create an unfinished store, complete but for its chunks."""
     import zarr
 
     in_memory = AnnData(obs=adata.obs, var=adata.var, uns=adata.uns)
@@ -210,14 +210,14 @@ def _begin(part: Path, adata: AnnData, lazy: Mapping[str, da.Array], identity: M
         root = zarr.open_group(beside / STORE, mode="r+", use_consolidated=False)
         for name, values in lazy.items():
             chunks: Any = values.chunksize
-            # Every chunk has a file, so that it is known which are lost.
+            # Write a file for every chunk, so that missing ones are noticed.
             config: Any = {"write_empty_chunks": True}
             array = root.create_array(name, shape=values.shape, chunks=chunks, dtype=values.dtype, config=config)
             array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
 
 def write_whole(adata: AnnData, path: Path) -> None:
-    """Write an object in memory to a store in which every chunk has a file, so that it is known which are lost."""
+    """Write an object in memory to a store with a file for every chunk, so that missing ones are noticed."""
     import zarr
 
     with zarr.config.set({"array.write_empty_chunks": True}):
@@ -225,7 +225,7 @@ def write_whole(adata: AnnData, path: Path) -> None:
 
 
 def _chunks_done(part: Path, names: list[str]) -> set[int]:
-    """Numbers of the chunks that were marked as done, and whose files are there."""
+    """Numbers of the chunks that are marked as finished and whose files exist."""
     import zarr
 
     root: Any = zarr.open_group(part / STORE, mode="r", use_consolidated=False)
@@ -234,29 +234,29 @@ def _chunks_done(part: Path, names: list[str]) -> set[int]:
 
 
 def _finish(part: Path, path: Path) -> None:
-    """Give a store its name, in place of what has it, and remove the rest."""
+    """Rename a finished store to its destination, replacing an earlier one, and remove the temporary directory."""
     import zarr
 
     zarr.consolidate_metadata(part / STORE)
     flush_tree(part / STORE)
-    # Under another name while two stores are exchanged, lest the earlier one is taken for what is unfinished.
+    # Exchanging two stores puts the earlier one here: under this name it is not mistaken for an unfinished store.
     os.rename(part / STORE, part / COMPLETE)
     rename_directory(part / COMPLETE, path)
     shutil.rmtree(part)
 
 
 def _lazy_arrays(adata: AnnData) -> dict[str, da.Array]:
-    """Dask arrays of an object by their place, in the same chunks of whole rows, all of a size but the last."""
+    """Dask arrays of an object by slot, rechunked to the same chunks of whole rows, of equal size but for the last."""
     import dask.array as da
 
-    found = {
+    arrays = {
         f"{name}/{key}": values
         for name, store in (("layers", adata.layers), ("obsm", adata.obsm))
         for key, values in store.items()
         if isinstance(values, da.Array)
     }
-    rows = max(next(iter(found.values())).chunks[0])
-    return {name: values.rechunk((rows, *values.shape[1:])) for name, values in found.items()}
+    rows = max(next(iter(arrays.values())).chunks[0])
+    return {name: values.rechunk((rows, *values.shape[1:])) for name, values in arrays.items()}
 
 
 def _write_chunk(path: str, number: int, start: int, blocks: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one command a file, each a thin layer over the function of the same name."""
+"""The command line: one file per command, each a thin layer over the Python function of the same name."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ for command in (tile, embed, train, predict, calibrate, adapt, evaluate, report,
 
 
 def main() -> None:
-    """Run the command line; errors of the user are one line and exit code 2, Ctrl-C is exit code 130.
+    """Run the command line; a user's error prints one line and exits with code 2, Ctrl-C with code 130.
 
     Results go to standard output, progress and logs to standard error.
     """
     try:
         _prepare()
         program = typer.main.get_command(app)
-        # Not program.main(), which takes KeyboardInterrupt for success and EOFError for KeyboardInterrupt.
+        # Not program.main(), which treats KeyboardInterrupt as success and EOFError as KeyboardInterrupt.
         with program.make_context("histovar", sys.argv[1:]) as context:
             program.invoke(context)
     except KeyboardInterrupt:
@@ -59,11 +59,11 @@ def main() -> None:
     except MemoryError as error:
         _refuse(f"not enough memory ({error})")
     except EOFError as error:
-        _refuse(f"the input ends too early ({error})")
+        _refuse(f"the input ends unexpectedly ({error})")
     except (ValueError, KeyError, TypeError, ImportError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         _refuse(str(text))
-    except Exception as error:  # click's own usage errors, whose class typer does not export
+    except Exception as error:  # usage errors of click, whose class typer does not export
         show = getattr(error, "format_message", None)
         if show is None:
             raise
@@ -72,9 +72,8 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    """Let idle threads sleep, send logs to standard error, and keep notices to programmers from users."""
-    # Before torch is imported: its threads would otherwise spin while they wait, and two programs on the same cores
-    # take turns at spinning.
+    """Let idle threads sleep, send logs to standard error, and hide warnings meant for programmers."""
+    # Must be set before torch is imported. Otherwise its idle threads spin, which slows other programs on these cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from rich.console import Console
@@ -84,7 +83,7 @@ def _prepare() -> None:
     package = logging.getLogger("histovar")
     package.addHandler(handler)
     package.setLevel(logging.INFO)
-    # anndata says it once for every array that is written to a store.
+    # anndata repeats this warning for every array that is written to a store.
     warnings.filterwarnings("ignore", message="zarr v3 autosharding")
 
 

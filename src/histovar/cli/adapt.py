@@ -27,8 +27,8 @@ def adapt(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            help="The section with embeddings of all of its spots and counts of some, as an .h5ad file or .zarr store; "
-            "it may hold other sections, too.",
+            help="The section with embeddings of all its spots and counts of some, as an .h5ad file or .zarr store, "
+            "which may hold other sections, too.",
             **FILES,
         ),
     ],
@@ -40,7 +40,7 @@ def adapt(
             "--measured-key",
             "--measured_key",
             callback=not_empty,
-            help="Column of obs that is true of the measured spots: 9 or more, of one section. All by default.",
+            help="Boolean column of obs that marks the measured spots: 9 or more, in one section. All by default.",
         ),
     ] = None,
     library_key: LibraryKey = None,
@@ -49,9 +49,9 @@ def adapt(
     gpus: Gpus = None,
     seed: Seed = 0,
 ) -> None:
-    """Adapt a model to a new section of which a few spots are measured, to predict the others.
+    """Adapt a model to a new section in which a few spots are measured, to predict the others.
 
-    Level, depth and intervals are corrected, and measured spots tell of those near them.
+    Gene levels, depth and intervals are corrected, and measured spots inform predictions near them.
     """
     outputs.check_model(out, [*inputs, model])
     from histovar import TwoStageVARST, tl

@@ -24,7 +24,7 @@ def calibrate(
         typer.Option(
             "--out",
             "-o",
-            help="Directory to write the calibrated model to; to replace the model itself, give its own directory.",
+            help="Directory to write the calibrated model to; give the model's own directory to replace it.",
             **PATH,
         ),
     ],
@@ -35,12 +35,12 @@ def calibrate(
     gpus: Gpus = None,
     seed: Seed = 0,
 ) -> None:
-    """Calibrate a model's uncertainty, so that its intervals hold the true expression as often as they say.
+    """Calibrate a model's uncertainty, so that its intervals contain the true expression as often as they should.
 
-    Training does so on its own sections; held-out sections, better still of another patient, are the better judges.
+    'train' does this on its own sections; held-out sections, best of another patient, give better intervals.
     """
-    itself = out.resolve() == model.resolve()
-    outputs.check_model(out, inputs if itself else [*inputs, model])
+    in_place = out.resolve() == model.resolve()
+    outputs.check_model(out, inputs if in_place else [*inputs, model])
     from histovar import TwoStageVARST, tl
     from histovar.anndata_io import files
 

@@ -32,18 +32,18 @@ def embed(
         list[str] | None,
         typer.Option(
             callback=not_empty,
-            help="Slide or image in whose pixels the coordinates are: a file, or SECTION=FILE for each of several "
-            "sections. By default the file that 'histovar tile' has noted, or the small image in the .h5ad file, of "
-            "which embeddings are poorer.",
+            help="Slide or image to whose pixels the coordinates refer: a file, or SECTION=FILE for each of several "
+            "sections. By default the slide recorded by 'histovar tile', or the small image in the .h5ad file, which "
+            "gives poorer embeddings.",
         ),
     ] = None,
     encoder: Annotated[
         str,
         typer.Option(
             callback=not_empty,
-            help="Network that turns a patch of the image into numbers: dinov2_vits14 is free for all; uni, uni2_h, "
-            "virchow2, h_optimus_0, h_optimus_1, conch, phikon_v2 and gigapath were trained on pathology, most need "
-            "access granted on huggingface.co.",
+            help="Network that computes the embeddings: dinov2_vits14 is free for everyone; uni, uni2_h, virchow2, "
+            "h_optimus_0, h_optimus_1, conch, phikon_v2 and gigapath were trained on pathology, and most need access "
+            "granted on huggingface.co.",
         ),
     ] = "dinov2_vits14",
     field_um: Annotated[
@@ -52,33 +52,34 @@ def embed(
             "--field-um",
             "--field_um",
             callback=_all_positive,
-            help="Side of the square around each spot that is embedded, in microns; repeatable, the smallest first. "
-            "112 and 224 by default.",
+            help="Side in microns of the square around each spot that is embedded; repeatable, the smallest first. 112 "
+            "and 224 by default.",
         ),
     ] = None,
     mpp: Annotated[
         float | None,
         typer.Option(
             callback=positive_or_none,
-            help="Microns per pixel of the image, where its file does not say: about 0.5 at 20x, 0.25 at 40x.",
+            help="Microns per pixel of the image, if its file does not say: about 0.5 at 20x, 0.25 at 40x.",
         ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="File with the encoder's weights, in place of a download from huggingface.co.", **PATH),
+        typer.Option(help="File with the encoder's weights, instead of a download from huggingface.co.", **PATH),
     ] = None,
     library_key: LibraryKey = None,
     spatial_key: SpatialKey = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Patches at once.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Patches in a batch.")] = 32,
     gpus: Gpus = None,
     precision: Annotated[
-        Precision, typer.Option(help="bf16: 16-bit arithmetic, faster on hardware that has it, slower on other CPUs.")
+        Precision,
+        typer.Option(help="bf16: 16-bit arithmetic, faster on hardware that supports it, slower on other CPUs."),
     ] = Precision.fp32,
 ) -> None:
     """Embed the H&E around each spot: the step before 'train' and 'predict'.
 
-    What a model was trained on must be embedded in the same way as what it is to predict: with the same encoder and
-    fields. Images may be scanned at other magnifications, as fields are in microns.
+    Sections to train on and sections to predict must be embedded with the same encoder and fields. Images may be
+    scanned at different magnifications, since fields are in microns.
     """
     outputs.check_data(out, inputs, "embeddings")
     images = _images(image or [])
@@ -105,11 +106,11 @@ def embed(
 
 
 def _images(given: list[str]) -> str | dict[str, str] | None:
-    """What --image names: one file, or files by section."""
+    """Parse --image: one file, or files by section."""
     if len(given) == 1 and ("=" not in given[0] or path_of(given[0]).exists()):
         return str(path_of(given[0]))
     unnamed = [text for text in given if "=" not in text]
     if unnamed:
-        raise ValueError(f"--image: {unnamed[0]!r} is one of several; say of which section each is, as SECTION=FILE")
+        raise ValueError(f"--image: {unnamed[0]!r} is one of several; name the section of each as SECTION=FILE")
     pairs = [text.split("=", 1) for text in given]
     return {section: str(path_of(path)) for section, path in pairs} or None

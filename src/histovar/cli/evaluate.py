@@ -36,8 +36,8 @@ def evaluate(
     adata, library_key = read_predictions(inputs, library_key, key)
     columns = {"library_key": library_key, "group_key": group_key}
     scores = tl.evaluate(adata, key=key, layer=layer, **columns, random_state=seed)
-    written = adata.uns[key]
-    typer.echo(pd.concat([written["evaluation"], written["evaluation_interval"]]).T.round(4).to_string())
+    entry = adata.uns[key]
+    typer.echo(pd.concat([entry["evaluation"], entry["evaluation_interval"]]).T.round(4).to_string())
     if out is not None:
         outputs.write_genes(scores, out)
         typer.echo(f"scores written to {out}")

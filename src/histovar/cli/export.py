@@ -14,7 +14,7 @@ from .predictions import read_predictions
 
 
 class Format(StrEnum):
-    """What to write."""
+    """Formats to export to."""
 
     geojson = "geojson"
     spatialdata = "spatialdata"
@@ -33,7 +33,7 @@ def export(
         Format,
         typer.Option(
             "--to",
-            help="geojson: a detection for every spot, to open on its slide in QuPath. spatialdata: a store for "
+            help="geojson: a detection for every spot, to open with its slide in QuPath. spatialdata: a store for "
             "napari, vitessce and spatialdata-plot.",
         ),
     ],
@@ -44,7 +44,8 @@ def export(
     section: Annotated[
         str | None,
         typer.Option(
-            callback=not_empty, help="Section to write as geojson, where there are several: a file is of one slide."
+            callback=not_empty,
+            help="Section to write as geojson, if there are several: a geojson file is for one slide.",
         ),
     ] = None,
     shape: Annotated[
@@ -55,22 +56,22 @@ def export(
         typer.Option(
             min=0,
             callback=lambda value: value if value is None else positive(value),
-            help="Of the circles in geojson, or side of the squares, in pixels of the full-resolution slide; as the "
-            "file has it, by default.",
+            help="Diameter of the circles in geojson, or side of the squares, in pixels of the full-resolution slide; "
+            "read from the file by default.",
         ),
     ] = None,
     library_key: LibraryKey = None,
     key: Prediction = "histovar",
     confidence_level: Interval = 0.9,
 ) -> None:
-    """Write a prediction for other programs: QuPath, or napari and vitessce.
+    """Export a prediction to other programs: QuPath, or napari and vitessce.
 
-    Either has the predicted mean and the ends of the interval of each gene.
+    Both formats hold each gene's predicted mean and the ends of its interval.
     """
-    of_geojson = {"--gene": gene, "--section": section, "--diameter": diameter, "--shape": shape != Shape.circle}
-    given = [name for name, value in of_geojson.items() if value]
+    geojson_options = {"--gene": gene, "--section": section, "--diameter": diameter, "--shape": shape != Shape.circle}
+    given = [name for name, value in geojson_options.items() if value]
     if to == Format.spatialdata and given:
-        raise ValueError(f"{given[0]} is for --to geojson; leave it out")
+        raise ValueError(f"{given[0]} is for --to geojson only; leave it out")
     outputs.check_export(out, inputs, to.value)
     from histovar import get, io
 

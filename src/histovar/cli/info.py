@@ -16,10 +16,10 @@ def info(
     model: Annotated[Path, typer.Argument(help="Directory of the trained model.", parser=path_of)],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="File to write how far each gene can be trusted to, as .csv.", **PATH),
+        typer.Option("--out", "-o", help="CSV file for the expected accuracy of every gene.", **PATH),
     ] = None,
 ) -> None:
-    """Say what a saved model was trained on and what it needs, and check that it is whole."""
+    """Show what a saved model was trained on and what it needs, and check that its files are complete."""
     if out is not None:
         outputs.check_genes(out, [model])
     from histovar import TwoStageVARST
@@ -39,7 +39,7 @@ def info(
         "Stages": ", ".join(map(str, card["stages"])),
         **summarize(registry, loaded.config),
         "Learnt from": "" if stage2 is None else "counts" if stage2.of_counts else "values",
-        "Trust": in_words(gene_table(registry)) if registry.get("trust") else "not known",
+        "Trust": in_words(gene_table(registry)) if registry.get("trust") else "unknown",
         "SHA-256": sha256,
     }
     width = max(map(len, facts))

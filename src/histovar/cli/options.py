@@ -1,4 +1,4 @@
-"""Options that commands share, and what they mean: devices, embeddings, files."""
+"""Options that several commands share, and their defaults: devices, embeddings, files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 def path_of(value: str | Path) -> Path:
-    """A path as it was typed; an empty one is refused."""
+    """Parse a path; refuse an empty one."""
     if not str(value).strip():
         raise typer.BadParameter("the path is empty")
     return Path(value).expanduser()
 
 
 def not_empty(value: Any) -> Any:
-    """Refuse empty text, which would pass for an option that was not given."""
+    """Refuse empty text, which would look as if the option was not given."""
     texts = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(text, str) and not text.strip() for text in texts):
         raise typer.BadParameter("the text is empty; leave the option out, or give a name")
@@ -34,21 +34,21 @@ def not_empty(value: Any) -> Any:
 
 
 def positive(value: float) -> float:
-    """Refuse 0, which a range of typer would let pass."""
+    """Refuse 0, which typer's ``min=0`` accepts."""
     if not value > 0:
         raise typer.BadParameter(f"{value:g} is not more than 0")
     return value
 
 
 def positive_or_none(value: float | None) -> float | None:
-    """The same of an option that may be left out."""
+    """Refuse 0, for an option that may be left out."""
     return value if value is None else positive(value)
 
 
 def strictly_between(value: float) -> float:
-    """Refuse 0 and 1, which a range of typer would let pass."""
+    """Refuse 0 and 1, which typer's ``min=0, max=1`` accepts."""
     if not 0 < value < 1:
-        raise typer.BadParameter(f"{value:g} is not more than 0 and less than 1")
+        raise typer.BadParameter(f"{value:g} is not between 0 and 1")
     return value
 
 
@@ -65,7 +65,7 @@ UseRep = Annotated[
         "--use_rep",
         callback=not_empty,
         help="Key of obsm with the embedding of the H&E around each spot, such as X_uni; repeat it for embeddings of "
-        "wider fields. By default the only X_* that is there, or what the model was trained on.",
+        "wider fields. By default the only X_* key, or the embeddings that the model was trained on.",
     ),
 ]
 LibraryKey = Annotated[
@@ -74,8 +74,8 @@ LibraryKey = Annotated[
         "--library-key",
         "--library_key",
         callback=not_empty,
-        help="Column of obs that names the tissue section of each spot; 'section', or that of training, by default. "
-        "A file without it is one section, named after the file.",
+        help="Column of obs that names the tissue section of each spot; 'section' or, after training, that of the "
+        "model by default. A file without it is one section, named after the file.",
     ),
 ]
 GroupKey = Annotated[
@@ -93,7 +93,7 @@ SpatialKey = Annotated[
         "--spatial-key",
         "--spatial_key",
         callback=not_empty,
-        help="Key of obsm with the spots' coordinates; 'spatial', or that of training, by default.",
+        help="Key of obsm with the spots' coordinates; 'spatial' or, after training, that of the model by default.",
     ),
 ]
 KeyAdded = Annotated[
@@ -102,12 +102,12 @@ KeyAdded = Annotated[
         "--key-added",
         "--key_added",
         callback=not_empty,
-        help="Prefix of the names under which a file holds what histovar has made, such as var['histovar_panel']; "
-        "another prefix keeps two models' results side by side.",
+        help="Prefix of all slots that histovar writes, such as var['histovar_panel']; give another prefix to keep two "
+        "models' results side by side.",
     ),
 ]
 Prediction = Annotated[
-    str, typer.Option("--key", callback=not_empty, help="Name of the prediction, the --key-added of predict.")
+    str, typer.Option("--key", callback=not_empty, help="Name of the prediction: the --key-added of 'predict'.")
 ]
 Layer = Annotated[
     str | None,
@@ -118,7 +118,7 @@ Layer = Annotated[
 ]
 Gene = Annotated[
     list[str] | None,
-    typer.Option("--gene", callback=not_empty, help="Gene to take; repeatable. All that were predicted by default."),
+    typer.Option("--gene", callback=not_empty, help="Gene to include; repeatable. All predicted genes by default."),
 ]
 Interval = Annotated[
     float,
@@ -128,54 +128,54 @@ Interval = Annotated[
         min=0,
         max=1,
         callback=strictly_between,
-        help="Share of what would be measured that the interval between lower and upper bound is to hold.",
+        help="Share of measured values that the interval should contain.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Spots at once.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Spots in a batch.")]
 Gpus = Annotated[
-    int | None, typer.Option(min=0, help="Number of GPUs; 0 is the CPU. One where there is any by default.")
+    int | None, typer.Option(min=0, help="Number of GPUs; 0 is the CPU. By default one, if there is a GPU.")
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=MOST_RANDOM_STATE, help="Seed of all random choices; the same seed repeats them.")
+    int, typer.Option(min=0, max=MOST_RANDOM_STATE, help="Seed of all random numbers; the same seed repeats a run.")
 ]
 
 
 def hardware(gpus: int | None) -> tuple[str, int]:
-    """Lightning's accelerator and devices for a number of GPUs.
+    """Translate --gpus to Lightning's accelerator and number of devices.
 
     Parameters
     ----------
     gpus
-        As it was given; None for a GPU where there is one.
+        The option; None for one GPU if there is any.
 
     Raises
     ------
     ValueError
-        If there are fewer.
+        If the machine has fewer GPUs.
     """
     import torch
 
     if gpus is None:
         return "auto", 1
-    there = torch.cuda.device_count()
-    if gpus > there:
+    n_gpus = torch.cuda.device_count()
+    if gpus > n_gpus:
         raise ValueError(
-            f"--gpus {gpus}: this machine has {there} CUDA GPUs; use --gpus {there}" + " (the CPU)" * (there == 0)
+            f"--gpus {gpus}: this machine has {n_gpus} CUDA GPUs; use --gpus {n_gpus}" + " (the CPU)" * (n_gpus == 0)
         )
     return ("cuda", gpus) if gpus else ("cpu", 1)
 
 
 def section_column(library_key: str | None, model: TwoStageVARST, n_files: int) -> tuple[str | None, str]:
-    """The column of ``obs`` with the section: to use, and to read the files with.
+    """Column of ``obs`` with the section, once for the Python function and once for reading the files.
 
     Parameters
     ----------
     library_key
-        As it was given.
+        The option, or None.
     model
         A trained model, whose column is the default.
     n_files
-        Several files are several sections, also to a model of a single one.
+        Number of files: several files are several sections, also for a model trained on a single section.
     """
     from histovar.anndata_io.files import SECTION
 
@@ -187,14 +187,14 @@ def section_column(library_key: str | None, model: TwoStageVARST, n_files: int) 
 
 
 def embeddings(adata: AnnData, use_rep: list[str] | None) -> list[str]:
-    """Keys of the embeddings to train on: those given, or the only one there is.
+    """Keys of the embeddings to train on: those given, or else the only one.
 
     Parameters
     ----------
     adata
         Training sections.
     use_rep
-        Keys as they were given.
+        The option, or None.
 
     Raises
     ------
@@ -217,5 +217,5 @@ def embeddings(adata: AnnData, use_rep: list[str] | None) -> list[str]:
             f"--use-rep: obsm has several embeddings, {candidates}; say which to use with --use-rep KEY (repeatable: "
             "the spot's own first, then those of wider fields)"
         )
-    logger.info("embedding: obsm[%r], the only one there is", candidates[0])
+    logger.info("embedding: obsm[%r], the only one in the input", candidates[0])
     return candidates

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Decoding(StrEnum):
-    """How tokens are chosen, as in :class:`histovar.model.Decoding`."""
+    """Modes of decoding tokens, as in :class:`histovar.model.Decoding`."""
 
     expected = "expected"
     greedy = "greedy"
@@ -59,7 +59,7 @@ class Precision(StrEnum):
 
 
 def _column_or_number(value: str | None) -> str | float | None:
-    """A text that is a number, as one."""
+    """Parse text as a number if it is one; otherwise it names a column."""
     not_empty(value)
     try:
         return value if value is None else float(value)
@@ -83,17 +83,17 @@ def predict(
     units: Annotated[
         Units | None,
         typer.Option(
-            help="Of a model that learnt from counts. lognorm: log1p of counts per as many as in training. log_counts: "
-            "log1p of counts. counts. rates: counts per 10,000 without the noise of counting. Those of training by "
-            "default.",
+            help="Units of the prediction, for a model that learnt from counts. lognorm: log1p of counts normalised as "
+            "in training. log_counts: log1p of counts. counts. rates: expected counts per 10,000, without counting "
+            "noise. Those of training by default.",
         ),
     ] = None,
     depth: Annotated[
         str | None,
         typer.Option(
             callback=_column_or_number,
-            help="Total count at which to predict: a column of obs with each spot's own, or a number for all spots, so "
-            "that maps of sections compare. What histology tells of it by default.",
+            help="Total count at which to predict: a column of obs with each spot's own, or one number for all spots, "
+            "so that maps of sections can be compared. Predicted from histology by default.",
         ),
     ] = None,
     quantile: Annotated[
@@ -102,7 +102,7 @@ def predict(
             min=0,
             max=1,
             help="Quantile of each gene's expression to add; repeatable. --quantile 0.05 --quantile 0.95 are the ends "
-            "of an interval that holds the true expression in 90 % of the spots.",
+            "of an interval that contains the true expression in 90 % of the spots.",
         ),
     ] = None,
     n_samples: Annotated[
@@ -112,7 +112,7 @@ def predict(
             "--n_samples",
             min=0,
             max=MOST_SAMPLES,
-            help="Random draws of each spot's expression to add, in which genes vary together as in tissue.",
+            help="Number of random draws of each spot's expression to add, in which genes are correlated as in tissue.",
         ),
     ] = 0,
     tokens: Annotated[
@@ -125,18 +125,21 @@ def predict(
     decoding: Annotated[
         Decoding,
         typer.Option(
-            help="expected: the average of all that the histology allows. greedy: the likeliest. sample: one draw."
+            help="How tokens are decoded. expected: the mean over all tokens. greedy: the likeliest token. sample: one "
+            "draw."
         ),
     ] = Decoding.expected,
     temperature: Annotated[
         float,
         typer.Option(
-            min=0, callback=positive, help="Of draws: below 1 they keep to what is likely, above 1 they vary more."
+            min=0,
+            callback=positive,
+            help="Temperature of draws: below 1 they stay closer to likely tokens, above 1 they vary more.",
         ),
     ] = 1.0,
     top_k: Annotated[
         int,
-        typer.Option("--top-k", "--top_k", min=0, help="Of draws: choose among so many of the likeliest; 0 for all."),
+        typer.Option("--top-k", "--top_k", min=0, help="Draw from this many likeliest tokens; 0 for all."),
     ] = 0,
     top_p: Annotated[
         float,
@@ -146,13 +149,14 @@ def predict(
             min=0,
             max=1,
             callback=positive,
-            help="Of draws: choose among the likeliest that share so much of the probability; 1 for all.",
+            help="Draw from the likeliest tokens that together have this probability; 1 for all.",
         ),
     ] = 1.0,
     batch_size: BatchSize = 64,
     gpus: Gpus = None,
     precision: Annotated[
-        Precision, typer.Option(help="bf16: 16-bit arithmetic, faster on hardware that has it, slower on other CPUs.")
+        Precision,
+        typer.Option(help="bf16: 16-bit arithmetic, faster on hardware that supports it, slower on other CPUs."),
     ] = Precision.fp32,
     seed: Seed = 0,
     scheduler: Annotated[
@@ -165,13 +169,13 @@ def predict(
 ) -> None:
     """Predict expression from histology; no measured genes are needed.
 
-    A .zarr store is streamed to a .zarr store, chunk by chunk, with the panel's genes and without the embeddings. What
-    was interrupted is continued when the same command is given again.
+    From a .zarr store to a .zarr store, spots are streamed chunk by chunk; the output has the panel's genes and no
+    embeddings. To continue after an interruption, repeat the command.
     """
     outputs.check_data(out, [*inputs, model])
     streamed = len(inputs) == 1 and inputs[0].suffix == out.suffix == ".zarr"
     if scheduler is not None and not streamed:
-        raise ValueError("--scheduler is for one .zarr store and --out .zarr")
+        raise ValueError("--scheduler needs a single .zarr store as input and --out ending in .zarr")
     from histovar import TwoStageVARST, tl
     from histovar.anndata_io import files
 
@@ -215,7 +219,7 @@ def _stream(
     options: dict[str, Any],
     scheduler: str | None,
 ) -> None:
-    """Predict a .zarr store chunk by chunk into another with dask."""
+    """Predict a .zarr store chunk by chunk into another .zarr store with dask."""
     from dask.diagnostics.progress import ProgressBar
 
     from histovar import tl

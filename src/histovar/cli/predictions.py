@@ -1,4 +1,4 @@
-"""Files of predictions, put together."""
+"""Read several files of one prediction as one object."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def read_predictions(inputs: Sequence[Path], library_key: str | None, key: str) -> tuple[AnnData, str | None]:
-    """Read files of one prediction as one object, and the column with the section.
+    """Read files of one prediction as one object; also return the column with the section.
 
     Parameters
     ----------
     inputs
         The files.
     library_key
-        The column, as it was given; that of the prediction by default.
+        The option; that of the prediction by default.
     key
         Name of the prediction.
 
@@ -34,17 +34,17 @@ def read_predictions(inputs: Sequence[Path], library_key: str | None, key: str) 
     from histovar.anndata_io import files
 
     paths = files.check_paths(inputs)
-    parts = [files.read_file(path) for path in paths]
-    predicted_with = _library_key(parts, paths, key)
+    adatas = [files.read_file(path) for path in paths]
+    predicted_with = _library_key(adatas, paths, key)
     library_key = predicted_with if library_key is None else library_key
-    if library_key is None and len(parts) > 1:
+    if library_key is None and len(adatas) > 1:
         library_key = files.SECTION
-    adata = files.combine_files(parts, paths, files.SECTION if library_key is None else library_key)
+    adata = files.combine_files(adatas, paths, files.SECTION if library_key is None else library_key)
     return adata, library_key
 
 
-def _library_key(parts: Sequence[AnnData], paths: Sequence[Path], key: str) -> str | None:
-    """Column with the section that the files were predicted with; refuses files of different predictions.
+def _library_key(adatas: Sequence[AnnData], paths: Sequence[Path], key: str) -> str | None:
+    """Column with the section that the prediction used; refuse files of different predictions.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def _library_key(parts: Sequence[AnnData], paths: Sequence[Path], key: str) -> s
     """
     import numpy as np
 
-    records = [part.uns.get(key, {}) for part in parts]
+    records = [adata.uns.get(key, {}) for adata in adatas]
     for record, path in zip(records, paths, strict=True):
         if "genes" not in record:
             raise KeyError(
@@ -64,8 +64,8 @@ def _library_key(parts: Sequence[AnnData], paths: Sequence[Path], key: str) -> s
         for entry in ("genes", "layer", "units", "quantiles", "trained_on", "trained_on_groups"):
             if not np.array_equal(record.get(entry, []), records[0].get(entry, [])):
                 raise ValueError(
-                    f"{str(path)!r} and {str(paths[0])!r} were predicted by other models or with other options: "
-                    f"{entry!r} differs; give them one by one"
+                    f"{str(path)!r} and {str(paths[0])!r} were predicted by different models or with different "
+                    f"options: {entry!r} differs; give one file at a time"
                 )
-    recorded = {str(record["params"]["library_key"]) for record in records}
-    return recorded.pop() or None if len(recorded) == 1 else None
+    keys_used = {str(record["params"]["library_key"]) for record in records}
+    return keys_used.pop() or None if len(keys_used) == 1 else None

@@ -19,11 +19,12 @@ def report(
         typer.Option(
             "--model",
             "-m",
-            help="Directory of the model that predicted, to say what it was trained on and which genes can be trusted.",
+            help="Directory of the model that made the prediction, to report its training data and which genes to "
+            "trust.",
             **PATH,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write, which ends in .html.", **PATH)] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write, ending in .html.", **PATH)] = Path(
         "report.html"
     ),
     gene: Gene = None,
@@ -43,10 +44,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Make one page of a prediction, to look at in any browser and to hand on; it needs no network.
+    """Write an interactive HTML report of a prediction: one file for any browser, which needs no network.
 
-    Choose a gene and see its predicted map over the H&E, how uncertain it is and, where it was measured, what was
-    measured; how far intervals can be believed, and what to be careful about.
+    Choose a gene to see its predicted map on the H&E, its uncertainty and, if measured, its measured map; the report
+    also shows how well intervals are calibrated, and what to be careful about.
     """
     outputs.check_report(out, [*inputs, *([] if model is None else [model])])
     from histovar import TwoStageVARST, pl

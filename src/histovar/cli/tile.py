@@ -27,14 +27,14 @@ def tile(
             "--spacing-um",
             "--spacing_um",
             callback=positive,
-            help="Microns from tile to tile. The map is finer with less, and takes longer.",
+            help="Distance from tile to tile, in microns. Smaller values give a finer map and take longer.",
         ),
     ] = 100.0,
     mpp: Annotated[
         float | None,
         typer.Option(
             callback=positive_or_none,
-            help="Microns per pixel of the slide, where its file does not say: about 0.5 at 20x, 0.25 at 40x.",
+            help="Microns per pixel of the slide, if its file does not say: about 0.5 at 20x, 0.25 at 40x.",
         ),
     ] = None,
     section: Annotated[
@@ -48,13 +48,13 @@ def tile(
             min=0,
             max=1,
             callback=positive,
-            help="Share of a tile that must be tissue for it to be kept.",
+            help="Smallest share of tissue for a tile to be kept.",
         ),
     ] = 0.5,
 ) -> None:
-    """Lay a grid of tiles over the tissue of a slide: the first step where nothing but H&E is there.
+    """Lay a grid of tiles over the tissue of a slide: the first step if there is only H&E.
 
-    'embed' then embeds the H&E around the tiles, and 'predict' predicts their expression.
+    'embed' then embeds the H&E around each tile, and 'predict' predicts its expression.
     """
     outputs.check_data(out, [slide], "tiles")
     from histovar import pp

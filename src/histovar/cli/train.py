@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Preset(StrEnum):
-    """Named configurations."""
+    """Named configurations of the model."""
 
     default = "default"
     reference = "reference"
@@ -52,7 +52,7 @@ def train(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(callback=not_empty, help="Data set in --data-dir, in place of files: PRAD, her2st."),
+        typer.Option(callback=not_empty, help="Data set in --data-dir, instead of files: PRAD, her2st."),
     ] = None,
     data_dir: Annotated[
         Path,
@@ -69,7 +69,8 @@ def train(
             "--training_stage",
             min=1,
             max=2,
-            help="1: gene tokens, of expression alone. 2: tokens from histology. Both by default.",
+            help="1: learn gene tokens from expression alone. 2: learn to predict tokens from histology. Both by "
+            "default.",
         ),
     ] = None,
     stage1_ckpt: Annotated[
@@ -77,12 +78,12 @@ def train(
         typer.Option(
             "--stage1-ckpt",
             "--stage1_ckpt",
-            help="Model directory whose stage 1 training stage 2 builds on.",
+            help="Directory of the model whose stage 1 is used for --training-stage 2.",
             **PATH,
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Most epochs of a stage; chosen by the amount of data by default.")
+        int | None, typer.Option(min=1, help="Maximum epochs per stage; by default chosen by the amount of data.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Spots in a batch.")] = 64,
     gpus: Gpus = None,
@@ -97,7 +98,7 @@ def train(
         str | None,
         typer.Option(
             callback=not_empty,
-            help="Layer with log-normalised expression; by default 'lognorm', made of the counts in X if absent.",
+            help="Layer with log-normalised expression; by default 'lognorm', computed from the counts in X if absent.",
         ),
     ] = None,
     library_key: LibraryKey = None,
@@ -105,7 +106,8 @@ def train(
         str | None,
         typer.Option(
             callback=not_empty,
-            help="Column of obs that names the individual (patient, animal): by it intervals are calibrated.",
+            help="Column of obs that names the individual (patient, animal); intervals are then calibrated for unseen "
+            "individuals.",
         ),
     ] = None,
     spatial_key: SpatialKey = None,
@@ -113,7 +115,7 @@ def train(
         list[str] | None,
         typer.Option(
             callback=not_empty,
-            help="Column of obs that is known of every spot beside its histology, such as stage or age; repeatable.",
+            help="Column of obs to predict from in addition to histology, such as stage or age; repeatable.",
         ),
     ] = None,
     key_added: KeyAdded = "histovar",
@@ -129,22 +131,22 @@ def train(
             "--n-genes",
             "--n_genes",
             min=2,
-            help="Genes to model, the most variable ones; by default those chosen in the file, else 200 or as many as "
-            "are detected in a tenth of the spots.",
+            help="Number of genes to model, the most variable ones; by default the panel in the file, else 200 or as "
+            "many as are detected in a tenth of the spots.",
         ),
     ] = None,
     preset: Annotated[
-        Preset, typer.Option(help="Configuration: small and accurate, or the 85 M parameter reference.")
+        Preset, typer.Option(help="Configuration: small and accurate, or the reference with 85 M parameters.")
     ] = Preset.default,
     seed: Seed = 0,
     checkpoint_dir: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint-dir", "--checkpoint_dir", help="Directory in which unfinished training is kept.", **PATH
+            "--checkpoint-dir", "--checkpoint_dir", help="Directory for checkpoints of unfinished training.", **PATH
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the training that --checkpoint-dir holds, if there is any.")
+        bool, typer.Option("--resume", help="Continue unfinished training from --checkpoint-dir, if there is any.")
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the model to.", **PATH)] = Path(
         "histovar_model"
@@ -152,7 +154,7 @@ def train(
 ) -> None:
     """Train a model on sections with measured expression and histology embeddings, and calibrate its uncertainty."""
     if bool(inputs) == (dataset is not None):
-        raise ValueError("give .h5ad files or --dataset, one of the two")
+        raise ValueError("give either .h5ad files or --dataset")
     if training_stage == 2 and stage1_ckpt is None:
         raise ValueError("--stage1-ckpt: stage 2 needs a trained stage 1; give its model directory")
     if training_stage != 2 and stage1_ckpt is not None:
@@ -164,16 +166,16 @@ def train(
     if resume and checkpoint_dir is None:
         raise ValueError("--resume needs --checkpoint-dir, the directory that holds the unfinished training")
     library_key = "section" if library_key is None else library_key
-    read = [*(inputs or []), *([data_dir / dataset] if dataset else []), *([stage1_ckpt] if stage1_ckpt else [])]
-    outputs.check_model(out, read)
+    sources = [*(inputs or []), *([data_dir / dataset] if dataset else []), *([stage1_ckpt] if stage1_ckpt else [])]
+    outputs.check_model(out, sources)
     from histovar import TwoStageVARST, tl
 
     accelerator, n_gpus = hardware(gpus)
     stage1 = None if stage1_ckpt is None else TwoStageVARST.load(stage1_ckpt)
     if stage1 is not None:
         _check_stage1(stage1, n_genes, layer)
-    wanted = None if training_stage == 1 and not use_rep else embedding
-    adata = _training_data(inputs, dataset, data_dir, wanted, library_key)
+    dataset_embedding = None if training_stage == 1 and not use_rep else embedding
+    adata = _training_data(inputs, dataset, data_dir, dataset_embedding, library_key)
     if hold_out:
         adata = _without(adata, library_key, hold_out)
     options: dict[str, Any] = {
@@ -212,7 +214,7 @@ def train(
 
 
 def _check_stage1(stage1: TwoStageVARST, n_genes: int | None, layer: str | None) -> None:
-    """Refuse genes and a layer that stage 1 was not trained on."""
+    """Refuse another number of genes or another layer than stage 1 was trained on."""
     n_panel, trained_on = len(stage1.registry["genes"]), stage1.registry["layer"]
     if n_genes not in (None, n_panel):
         raise ValueError(f"--n-genes {n_genes}: stage 1 was trained on {n_panel} genes; leave --n-genes out")
@@ -223,7 +225,7 @@ def _check_stage1(stage1: TwoStageVARST, n_genes: int | None, layer: str | None)
 def _training_data(
     inputs: list[Path] | None, dataset: str | None, data_dir: Path, embedding: str | None, library_key: str
 ) -> AnnData:
-    """The training sections, of files or of a data set."""
+    """Read the training sections from files or a data set."""
     from histovar import datasets
     from histovar.anndata_io import files
 
@@ -237,18 +239,18 @@ def _training_data(
 
 
 def _without(adata: AnnData, library_key: str, sections: list[str]) -> AnnData:
-    """The object without the sections that are held out."""
+    """Leave out the sections to hold out."""
     if library_key not in adata.obs:
         raise KeyError(f"--hold-out needs --library-key, a column of obs; obs has {list(adata.obs.columns)}")
     names = adata.obs[library_key].astype(str)
     unknown = sorted(set(sections) - set(names))
     if unknown:
-        raise ValueError(f"--hold-out: no sections {unknown}; there are {sorted(set(names))}")
+        raise ValueError(f"--hold-out: no sections {unknown}; the input has {sorted(set(names))}")
     return adata[~names.isin(sections)].copy()
 
 
 def _choose_panel(adata: AnnData, n_genes: int | None, library_key: str, key_added: str) -> None:
-    """Choose so many genes, where a number is given; refuse another number than that of a panel in the file."""
+    """Choose a panel of the given number of genes; refuse a number other than that of a panel in the file."""
     from histovar import pp
     from histovar._keys import Keys
 
@@ -261,13 +263,13 @@ def _choose_panel(adata: AnnData, n_genes: int | None, library_key: str, key_add
     n_panel = int(adata.var[panel].sum())
     if n_panel != n_genes:
         raise ValueError(
-            f"--n-genes {n_genes}: the file has a panel of {n_panel} genes already, in var[{panel!r}]; leave --n-genes "
+            f"--n-genes {n_genes}: the file already has a panel of {n_panel} genes in var[{panel!r}]; leave --n-genes "
             "out to train on it, or delete that column"
         )
 
 
 def _config(preset: Preset, adata: AnnData, stage1: TwoStageVARST | None, key_added: str) -> ModelConfig | None:
-    """The preset's configuration for the panel, chosen as training would where it has not been; None for default."""
+    """Configuration of the preset for the panel, which is chosen first if need be; None for the default."""
     from histovar import ModelConfig
     from histovar._keys import Keys
     from histovar.tl._panel import ensure_panel

@@ -1,4 +1,4 @@
-"""Data sets: simulated, and readers of published layouts."""
+"""Simulate data sets, and read published ones (HEST-1k, HER2-positive breast cancer)."""
 
 from .her2st import her2st
 from .hest import hest

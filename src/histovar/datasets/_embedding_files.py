@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-# Names are compared in lower case. The first embeddings of a fitting shape are read.
+# Names are compared in lower case. The first array with such a name and the shape of embeddings is read.
 EMBEDDING_NAMES = ("embeddings", "embedding", "features", "feats")
 COORDS_NAMES = ("coords", "coord", "coordinates", "coords_patching", "centroids", "positions", "pxl", "xy")
 ID_NAMES = frozenset(
@@ -24,7 +24,7 @@ ID_NAMES = frozenset(
     | {f"{noun}_{kind}{s}" for noun in ("spot", "cell") for kind in ("id", "name", "barcode") for s in ("", "s")}
     | {"obs_name", "obs_names", "index", "_index"}
 )
-# A slide's only file is not read as another encoder's if its path names one of these, of any version.
+# A slide's only file is refused if its path names another encoder: one of these, of any version.
 ENCODER_FAMILIES = (
     *("conch", "ctranspath", "gigapath", "h0", "h-optimus", "hibou", "hoptimus", "kaiko", "lunit", "midnight", "musk"),
     *("phikon", "plip", "resnet", "titan", "uni", "virchow"),
@@ -33,7 +33,7 @@ ENCODER_FAMILIES = (
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """Embeddings of a file and its other arrays.
+    """Embeddings in a file, with the file's other arrays.
 
     Attributes
     ----------
@@ -42,9 +42,9 @@ class EmbeddingFile:
     values
         Embeddings, (n_rows, width).
     arrays
-        Arrays of the file by name, those that may hold ids or coordinates among them.
+        Arrays of the file by name, including those that may hold ids or coordinates.
     is_tensor
-        Whether the file holds a tensor only, which is documented to be in the slide's order.
+        True if the file holds only a tensor, which must be in the slide's order.
     """
 
     name: str
@@ -54,10 +54,10 @@ class EmbeddingFile:
 
 
 def find_embedding_file(root: Path, slide: str, embedding: str, all_slides: Collection[str]) -> Path:
-    """Path of the file below `root` with embeddings of a slide by an encoder.
+    """Find the file below `root` with a slide's embeddings by an encoder.
 
-    The encoder's name has to be a whole word of the path, the slide's name aside. A slide's only file need not name the
-    encoder, but must not name another.
+    The encoder's name must be a whole word of the path, not counting the slide's name. A slide's only file need not
+    name the encoder, but must not name another one.
     """
     longer = [other for other in all_slides if other.startswith(f"{slide}_")]
     files = [
@@ -68,26 +68,26 @@ def find_embedding_file(root: Path, slide: str, embedding: str, all_slides: Coll
     ]
     files = [file for file in files if file.is_file() and "patches" not in file.relative_to(root).parts]
     labels = {file: _path_without_slide(file.relative_to(root), slide, embedding) for file in files}
-    # A name goes on with a letter, a digit or, as in v1.5, a point and a digit.
+    # A letter, a digit or, as in v1.5, a point and a digit continue a name.
     whole_word = re.compile(rf"(?<![a-z0-9]){re.escape(embedding.lower())}(?![a-z0-9]|\.\d)")
     named = [file for file in files if whole_word.search(labels[file])]
     if not named and len(files) == 1:
         encoders = "|".join(map(re.escape, (*ENCODER_FAMILIES, embedding.lower())))
         if not re.search(rf"(?<![a-z0-9])({encoders})(?![a-z])", labels[files[0]]):
             named = files
-            # A path with other words may name an encoder that is not known here.
+            # Other words in the path may be the name of an encoder that is not listed here.
             level = logging.WARNING if re.search("[a-z]", labels[files[0]]) else logging.INFO
             path = files[0].relative_to(root)
-            logger.log(level, "hest: the path of %s does not name the encoder: taken for %s", path, embedding)
+            logger.log(level, "hest: the path of %s does not name the encoder: assumed to be %s", path, embedding)
     if not named:
         raise FileNotFoundError(
             f"embedding: no file of {embedding!r} embeddings of slide {slide!r} below {str(root)!r}; "
-            f"there are {[str(file.relative_to(root)) for file in files]}"
+            f"files of this slide: {[str(file.relative_to(root)) for file in files]}"
         )
     if len(named) > 1:
         raise ValueError(
             f"embedding: several files fit slide {slide!r}: {[str(file.relative_to(root)) for file in named]}; "
-            "be more exact"
+            "give a longer name that only one of them has"
         )
     return named[0]
 
@@ -97,13 +97,13 @@ def _is_named_after(name: str, slide: str) -> bool:
 
 
 def _path_without_slide(path: Path, slide: str, embedding: str) -> str:
-    """Path in lower case without the slide's name, in which the name of an encoder may be part."""
+    """Path in lower case without the slide's name, since that may contain an encoder's name."""
     folders = [folder for folder in path.parts[:-1] if folder != slide or slide.lower() == embedding.lower()]
     return "/".join([*folders, path.stem.removeprefix(slide)]).lower()
 
 
 def read_embedding_file(file: Path, root: Path) -> EmbeddingFile:
-    """Read embeddings, and what may hold ids or coordinates, without unpickling.
+    """Read embeddings, and arrays that may hold ids or coordinates, without unpickling.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def _read_h5(file: Path, name: str) -> tuple[dict[str, NDArray[Any]], list[str]]
             for key, item in store.items():
                 is_array = isinstance(item, h5py.Dataset) and item.shape is not None
                 contents.append(describe_array(key, item) if is_array else f"{key} ({type(item).__name__})")
-                # Image patches, which the file may have, are not read.
+                # Image patches, which the file may hold, too, are not read.
                 if is_array and (
                     key.lower() in {*EMBEDDING_NAMES, *COORDS_NAMES, *ID_NAMES}
                     or h5py.check_string_dtype(item.dtype) is not None
@@ -150,7 +150,7 @@ def _read_h5(file: Path, name: str) -> tuple[dict[str, NDArray[Any]], list[str]]
                     arrays[key] = np.asarray(item[()])
     except MemoryError:
         raise
-    except Exception as error:  # of damaged files HDF5 has many kinds
+    except Exception as error:  # HDF5 raises errors of many types for damaged files
         reason = " ".join(str(error).split())
         raise ValueError(f"embedding: {name} cannot be read as HDF5 ({reason}); write it again") from error
     return arrays, contents
@@ -161,15 +161,15 @@ def _load_pt(file: Path, name: str) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # of damaged files torch and the unpickler have many kinds
+    except Exception as error:  # torch and the unpickler raise errors of many types for damaged files
         raise ValueError(
-            f"embedding: {name} cannot be read by torch.load(weights_only=True), it is damaged or holds pickled "
+            f"embedding: {name} cannot be read by torch.load(weights_only=True): it is damaged or holds pickled "
             "objects; save a tensor, or a dictionary of tensors and lists of strings"
         ) from error
 
 
 def _to_array(value: Any) -> NDArray[Any] | None:
-    """Array of a tensor or list; None for anything else."""
+    """Convert a tensor or list to an array; None for anything else."""
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach()
@@ -180,7 +180,7 @@ def _to_array(value: Any) -> NDArray[Any] | None:
 
 
 def describe_array(key: str, array: Any) -> str:
-    """Name, type and shape of an array, for messages."""
+    """Describe an array by name, type and shape, for messages."""
     return f"{key} {array.dtype} {array.shape}"
 
 

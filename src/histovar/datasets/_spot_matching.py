@@ -20,23 +20,24 @@ logger = logging.getLogger(__name__)
 def match_spots(
     file: EmbeddingFile, spot_names: pd.Index, spatial: NDArray[Any], slide: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Rows of the slide that have an embedding, and the embeddings in their order.
+    """Match embeddings to spots: rows of the slide that have an embedding, and the embeddings in this order.
 
-    Rows of the file are matched to spots by id. Coordinates, if they vary, have to agree with the spots matched.
-    Without ids, coordinates have to show that the file is in the slide's order; without either, equal numbers of rows
-    and spots are taken to be in the same order.
+    Rows of the file are matched to spots by id; coordinates, if they vary, must then agree with the spots. Without ids,
+    coordinates must show that the file is in the slide's order; without either, equal numbers of rows and spots are
+    assumed to be in the same order.
 
     Raises
     ------
     ValueError
-        If ids are duplicated, ambiguous or of other spots, if coordinates disagree, or if numbers differ without ids.
+        If ids are duplicated, ambiguous or of other spots, if coordinates disagree, or if there are no ids and the
+        numbers of rows and spots differ.
     """
     coords = _coords(file)
-    found = _find_ids(file, spot_names, slide)
-    if found is None:
+    key_and_ids = _find_ids(file, spot_names, slide)
+    if key_and_ids is None:
         _check_slide_order(file, coords, spot_names, spatial, slide)
         return np.arange(len(spot_names)), file.values
-    key, ids = found
+    key, ids = key_and_ids
     order = ids.get_indexer(spot_names)
     rows = np.flatnonzero(order >= 0)
     if coords is not None:
@@ -49,8 +50,8 @@ def match_spots(
     numbers = file.arrays[key].dtype.kind in "iu"
     if numbers and len(rows) < max(len(spot_names), len(ids)) and (coords is None):
         raise ValueError(
-            f"embedding: the numbers {key!r} of {file.name} are names of {len(rows)} of the {len(spot_names)} spots of "
-            f"slide {slide!r} only, and may be mere positions; store the slide's spot names as 'barcodes'"
+            f"embedding: the numbers {key!r} of {file.name} match only {len(rows)} of the {len(spot_names)} spot names "
+            f"of slide {slide!r}, and may be mere row numbers; store the slide's spot names as 'barcodes'"
         )
     if len(rows) < len(spot_names):
         n_missing = len(spot_names) - len(rows)
@@ -59,7 +60,7 @@ def match_spots(
 
 
 def _find_ids(file: EmbeddingFile, spot_names: pd.Index, slide: str) -> tuple[str, pd.Index] | None:
-    """Name and values of the file's array of spot ids; None if no array can be one."""
+    """Find the file's array of spot ids: its name and values; None if there is none."""
     n_rows = len(file.values)
     candidates: dict[str, pd.Index] = {}
     unfit = []
@@ -69,7 +70,7 @@ def _find_ids(file: EmbeddingFile, spot_names: pd.Index, slide: str) -> tuple[st
             continue  # a property of the file
         if array.size == n_rows and (_is_text(array) or (is_known and array.dtype.kind in "iu")):
             ids = pd.Index([_to_text(value) for value in array.ravel()], dtype=object)
-            # Strings of which most are repeated are labels, such as regions.
+            # If most strings are repeated, they are labels, such as regions, not ids.
             if is_known or ids.nunique() > n_rows / 2:
                 candidates[key] = ids
         elif is_known:
@@ -85,7 +86,7 @@ def _find_ids(file: EmbeddingFile, spot_names: pd.Index, slide: str) -> tuple[st
     if not matching and unfit:
         raise ValueError(
             f"embedding: {file.name} has {', '.join(unfit)} for {n_rows} embeddings; "
-            "ids have to be strings or integers, one for each embedding"
+            "ids must be strings or integers, one for each embedding"
         )
     for key, ids in matching.items():
         if not ids.is_unique:
@@ -118,7 +119,7 @@ def _examples(names: Iterable[Any]) -> str:
 
 
 def _coords(file: EmbeddingFile) -> NDArray[np.float64] | None:
-    """Coordinates of the embeddings, (n_rows, 2); None if there are none that are finite."""
+    """Find the file's array of coordinates, (n_rows, 2); None if there is none with finite values."""
     for key, coords in file.arrays.items():
         if key.lower() not in COORDS_NAMES:
             continue
@@ -139,27 +140,27 @@ def _coords(file: EmbeddingFile) -> NDArray[np.float64] | None:
 def _check_slide_order(
     file: EmbeddingFile, coords: NDArray[np.float64] | None, spot_names: pd.Index, spatial: NDArray[Any], slide: str
 ) -> None:
-    """Refuse a file without ids that has other numbers of rows than the slide has spots, or is in another order."""
+    """Refuse a file without ids if its number of rows is not that of the spots, or its order is not the slide's."""
     if len(file.values) != len(spot_names):
         raise ValueError(
-            f"embedding: {file.name} has {len(file.values)} rows and no barcodes, slide {slide!r} has "
-            f"{len(spot_names)} spots; they cannot be matched, store barcodes with the embeddings"
+            f"embedding: {file.name} has {len(file.values)} rows and no barcodes, but slide {slide!r} has "
+            f"{len(spot_names)} spots, so they cannot be matched; store barcodes with the embeddings"
         )
     offset = None if coords is None else _largest_offset(coords, spatial, spatial)
     if offset is None:
         level = logging.INFO if file.is_tensor else logging.WARNING
-        message = "hest: %s has neither barcodes nor coords that tell spots apart; taken in the order of slide %s"
+        message = "hest: %s has neither barcodes nor distinct coords: assumed to be in the order of slide %s"
         logger.log(level, message, file.name, slide)
     elif offset.disagrees:
         raise ValueError(
-            f"embedding: {file.name} has no barcodes, and its coords are in another order than obsm['spatial'] of "
+            f"embedding: {file.name} has no barcodes, and its coords are not in the order of obsm['spatial'] of "
             f"slide {slide!r}: {offset.describe(spot_names)}; store barcodes with the embeddings"
         )
 
 
 @dataclass(frozen=True)
 class Offset:
-    """Distance between a spot of the slide and the coordinates of its embedding, in pixels of the slide."""
+    """Distance of an embedding's coordinates from its spot, in pixels of the slide."""
 
     row: int
     distance: float
@@ -167,27 +168,27 @@ class Offset:
 
     @property
     def disagrees(self) -> bool:
-        """Whether the embedding may be of another spot."""
+        """True if the embedding may belong to another spot."""
         return self.distance >= self.spacing / 2
 
     def describe(self, spot_names: pd.Index) -> str:
-        """The distance in words."""
+        """Describe the distance for a message."""
         spot, distance, spacing = spot_names[self.row], f"{self.distance:.4g}", f"{self.spacing:.4g}"
         return f"spot {spot!r} lies {distance} pixels off, spots are {spacing} pixels apart"
 
 
 def _largest_offset(coords: NDArray[np.float64], spatial: NDArray[Any], all_spatial: NDArray[Any]) -> Offset | None:
-    """Largest distance of matched coordinates to their spots, None where positions do not tell spots apart.
+    """Largest distance of matched coordinates from their spots; None if positions do not tell spots apart.
 
-    Coordinates may be corners of patches, or of another magnification. They are brought to the mean and standard
-    deviation of the spots, axis by axis, which another order of the same spots does not change.
+    Coordinates may be corners of patches, or belong to another magnification. Each axis is scaled to the mean and
+    standard deviation of the spots, which do not depend on the order of the spots.
     """
-    places = np.unique(all_spatial[np.isfinite(all_spatial).all(1)], axis=0).astype(np.float64)
+    distinct = np.unique(all_spatial[np.isfinite(all_spatial).all(1)], axis=0).astype(np.float64)
     finite = np.flatnonzero(np.isfinite(spatial).all(1))
     coords, spatial = coords[finite], spatial[finite].astype(np.float64)
     if not len(finite) or min(np.ptp(coords, axis=0).max(), np.ptp(spatial, axis=0).max()) == 0:
         return None
-    spacing = float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
+    spacing = float(np.median(cKDTree(distinct).query(distinct, k=2)[0][:, 1]))
     spread = coords.std(0)
     scale = spatial.std(0) / np.where(spread > 0, spread, np.inf)
     distance = np.linalg.norm((coords - coords.mean(0)) * scale - (spatial - spatial.mean(0)), axis=1)

@@ -34,23 +34,23 @@ def hest(
     Parameters
     ----------
     path
-        Directory that holds `dataset`, or, without `dataset`, the slides themselves: ``st/*.h5ad`` (HEST-1k) or
+        Directory that holds `dataset`; without `dataset`, the directory of the slides: ``st/*.h5ad`` (HEST-1k) or
         ``adata/*.h5ad`` (HEST-Benchmark).
     dataset
         Name of a directory in `path`, such as ``"PRAD"`` or ``"her2st"``.
     embedding
         Name of the encoder; None reads no embeddings, which stage 1 does not need. Embeddings are sought below the data
         set in files named after the slide, ``{slide}.pt``, ``{slide}.h5`` or ``{slide}_*.pt`` and so on. The encoder's
-        name has to be a whole word of the path (``"conch_v1"`` does not find ``features_conch_v15/{slide}.h5``); a
-        slide's only file need not name the encoder, but is refused if it names another. See Notes for what the files
-        hold.
+        name must be a whole word of the path (``"conch_v1"`` does not find ``features_conch_v15/{slide}.h5``); a
+        slide's only file need not name the encoder, but is refused if it names another. See Notes for the content of
+        the files.
     slides
         Slides to read, or the name of one; all by default.
 
     Returns
     -------
     AnnData
-        Genes that all slides share, spots that have an embedding; ``X`` as stored, ``obs["section"]``,
+        The genes that all slides share and the spots that have an embedding; ``X`` as stored, ``obs["section"]``,
         ``obsm[f"X_{embedding}"]``, ``obsm["spatial"]``, ``uns["spatial"][slide]``.
 
     Raises
@@ -66,19 +66,19 @@ def hest(
     A ``.h5`` file, or a ``.pt`` file with a dictionary, holds ``embeddings`` (or ``features``, as written by TRIDENT,
     ``embedding`` or ``feats``), (n_spots, width) or (1, n_spots, width), and
 
-    - ids of the spots: ``barcodes``, ``spot_ids``, ``names`` and so on, or any array of the slide's spot names. Rows
-      are matched to spots by them, in any order; spots without an embedding are left out.
-    - ``coords``, (n_spots, 2), in pixels, of the spots' centres or the corners of their patches. They have to agree
-      with ``obsm["spatial"]``, up to a scale and shift of each axis, to less than half the spacing of the spots.
-      Without ids they have to show that the file is in the slide's order.
+    - ids of the spots: ``barcodes``, ``spot_ids``, ``names`` and so on, or any array of the slide's spot names. They
+      match rows to spots, in any order; spots without an embedding are left out.
+    - ``coords``, (n_spots, 2), in pixels, of the spots' centres or the corners of their patches. They must agree with
+      ``obsm["spatial"]``, up to a scale and shift of each axis, to less than half the spacing of the spots. Without
+      ids, they must show that the file is in the slide's order.
 
-    Without either, as for a ``.pt`` file with a tensor only, the file has to be in the slide's order.
+    Without either, as in a ``.pt`` file with only a tensor, the file must be in the slide's order.
     """
     root = Path(path) if dataset is None else Path(path) / dataset
     if not root.is_dir():
-        known = sorted(p.name for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
+        directories = sorted(p.name for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
         name = "path" if dataset is None else "dataset"
-        raise FileNotFoundError(f"{name}: no directory {str(root)!r}; {str(path)!r} has {known}")
+        raise FileNotFoundError(f"{name}: no directory {str(root)!r}; {str(path)!r} has {directories}")
     files = {f.stem: f for f in sorted(f for folder in ("st", "adata") for f in (root / folder).glob("*.h5ad"))}
     if not files:
         raise FileNotFoundError(f"path: no st/*.h5ad or adata/*.h5ad in {str(root)!r}")
@@ -118,7 +118,7 @@ def _choose_slides(slides: Sequence[str] | str | None, files: dict[str, Path], r
 
 
 def _read_slide(file: Path, slide: str) -> AnnData:
-    """Expression and positions of a slide with one row for each spot name."""
+    """Read expression and positions of a slide; refuse duplicate spot names."""
     adata = read_file(file)
     adata.var_names_make_unique()
     adata.obs_names = adata.obs_names.astype(str)
@@ -134,7 +134,7 @@ def _read_slide(file: Path, slide: str) -> AnnData:
     if spatial.ndim != 2 or spatial.shape[1] != 2 or spatial.dtype.kind not in "fiu":
         raise ValueError(
             f"path: obsm['spatial'] of slide {slide!r} is {spatial.dtype} {spatial.shape}; "
-            "it has to hold two numbers, x and y in pixels, for each spot"
+            "it must hold two numbers, x and y in pixels, for each spot"
         )
     adata.obsm["spatial"] = spatial
     return adata
@@ -146,7 +146,7 @@ def _check_widths(sections: list[AnnData], key: str, files: list[str]) -> None:
         listed = ", ".join(f"{file} ({width})" for file, width in widths.items())
         raise ValueError(
             f"embedding: files have embeddings of different widths: {listed}; "
-            "name one encoder, or read those slides apart"
+            "name one encoder, or read those slides separately"
         )
 
 
@@ -163,7 +163,7 @@ def _check_shared_genes(sections: list[AnnData], slides: list[str]) -> None:
 
 
 def _hires_image(adata: AnnData, slide: str) -> dict[str, Any]:
-    """HEST's downscaled image under the name that squidpy looks for; empty if there is none with a scale factor."""
+    """Get HEST's downscaled image under the name that squidpy expects; empty if none has a scale factor."""
     for library in _as_mapping(adata.uns.get("spatial")).values():
         images = _as_mapping(_as_mapping(library).get("images"))
         factors = dict(_as_mapping(_as_mapping(library).get("scalefactors")))

@@ -1,4 +1,4 @@
-"""Image encoders that :func:`histovar.pp.embed` knows by name, and how to bring one of your own."""
+"""Image encoders for :func:`histovar.pp.embed`: those known by name, and the class to describe your own."""
 
 from .encoder import Encoder
 from .registry import ENCODERS, describe, get

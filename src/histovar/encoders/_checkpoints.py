@@ -1,4 +1,4 @@
-"""Weights of an encoder: found on the hub or in a file, and loaded into its architecture."""
+"""Load an encoder's weights from the hub or a file into its architecture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from .encoder import Encoder
 
-# Layers of a checkpoint that classify, of which embeddings have no need, and a token that is for training alone.
+# Layers of a checkpoint for classification, and a token for training; embeddings need neither.
 DROPPED = re.compile(r"^(head|head_dist|fc_norm)\.|(^|\.)mask_token$")
 TRUNK = "visual.trunk."
-# As timm looks for them in a repository.
+# Names under which timm looks for weights in a repository.
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# Of DINOv2 in transformers, what timm calls otherwise; the first that fits.
+# Names of DINOv2's layers in transformers, and those in timm; the first pattern that matches is used.
 FROM_TRANSFORMERS = (
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -36,20 +36,20 @@ State = dict[str, "torch.Tensor"]
 
 
 def conch_trunk(state: State) -> State:
-    """The image encoder of a checkpoint of CONCH, without its text encoder."""
+    """Take the image encoder from a checkpoint of CONCH, without its text encoder."""
     return {key.removeprefix(TRUNK): value for key, value in state.items() if key.startswith(TRUNK)}
 
 
 def from_transformers(state: State) -> State:
-    """A checkpoint of DINOv2 in transformers, as timm names and joins it."""
+    """Convert a checkpoint of DINOv2 in transformers to timm's names, with query, key and value in one tensor."""
     import torch
 
     converted = {}
     for key, value in state.items():
         query = QUERY.match(key)
         if query:
-            parts = [state[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            converted[f"blocks.{query[1]}.attn.qkv.{query[2]}"] = torch.cat(parts)
+            tensors = [state[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            converted[f"blocks.{query[1]}.attn.qkv.{query[2]}"] = torch.cat(tensors)
         elif ".attention.attention." not in key:
             pattern, name = next((rule for rule in FROM_TRANSFORMERS if re.search(rule[0], key)), ("^", ""))
             converted[re.sub(pattern, name, key, count=1)] = value
@@ -64,7 +64,7 @@ def import_timm() -> ModuleType:
     ModuleNotFoundError
         If it is not installed.
     """
-    import histovar._torchvision  # noqa: F401  # which timm imports
+    import histovar._torchvision  # noqa: F401  # timm imports torchvision
 
     return import_extra("timm", "embed", "embedding of images")
 
@@ -87,26 +87,26 @@ def load(encoder: Encoder, weights: Path | None) -> nn.Module:
     encoder
         The encoder.
     weights
-        A checkpoint file; None for the hub, or for a module that has its weights.
+        A checkpoint file; None for the hub, or for a module, which has its weights already.
 
     Raises
     ------
     FileNotFoundError
         If the file does not exist.
     ValueError
-        If a checkpoint is not one of this architecture.
+        If the checkpoint is not of this architecture.
     PermissionError
         If the weights are gated.
     ConnectionError
-        If they cannot be downloaded.
+        If the weights cannot be downloaded.
     """
     if encoder.module is not None:
         if weights is not None:
-            raise ValueError("weights: the encoder is a module that has its weights already; leave them out")
-        own: nn.Module = encoder.module
-        return own
+            raise ValueError("weights: the encoder is a module, which has its weights already; leave weights out")
+        module: nn.Module = encoder.module
+        return module
     state = _from_hub(encoder) if weights is None else _from_file(weights)
-    module = architecture(encoder)
+    module = architecture(encoder)  # random weights
     source = f"the hub's {encoder.hub}" if weights is None else repr(str(weights))
     try:
         _fill(module, state if encoder.convert is None else encoder.convert(state))
@@ -142,23 +142,23 @@ def _from_hub(encoder: Encoder) -> State:
     if not encoder.hub:
         raise ValueError(f"weights: encoder {encoder.name!r} has no repository; pass weights=, a checkpoint file")
     page = f"https://huggingface.co/{encoder.hub}"
-    elsewhere = "or pass weights=, a checkpoint file that you have"
+    alternative = "or pass weights=, a checkpoint file that you have"
     cached = any(isinstance(try_to_load_from_cache(encoder.hub, name), str) for name in WEIGHTS_FILES)
     try:
-        if not cached:  # fails at once without a network, where the download tries again and again
+        if not cached:  # without a network this fails at once, while the download would retry for long
             HfApi().model_info(encoder.hub, timeout=10)
         state: State = models.load_state_dict_from_hf(encoder.hub, weights_only=True)
-    except Exception as error:  # noqa: BLE001 (the hub raises errors of many libraries, some by way of others)
+    except Exception as error:  # noqa: BLE001 (the hub raises errors of many libraries, some wrapped in others)
         causes = _causes(error)
         if any(isinstance(cause, errors.GatedRepoError | errors.RepositoryNotFoundError) for cause in causes):
             raise PermissionError(
-                f"encoder: the weights of {encoder.name!r} are not given to you (gated: {encoder.gated}); ask for "
-                f"access on {page}, log in with 'hf auth login', {elsewhere}"
+                f"encoder: you have no access to the weights of {encoder.name!r} (gated: {encoder.gated}); request "
+                f"access on {page} and log in with 'hf auth login', {alternative}"
             ) from None
         reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise ConnectionError(
             f"encoder: the weights of {encoder.name!r} cannot be downloaded from {page} "
-            f"({reason}); try again with a network, {elsewhere}"
+            f"({reason}); try again with a network, {alternative}"
         ) from None
     return state
 

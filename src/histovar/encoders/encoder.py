@@ -34,40 +34,40 @@ Layers = TupleOf[Number]
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An image encoder: architecture and weights, size and normalisation of its input, layers that are kept.
+    """Description of an image encoder: architecture, weights, input size and normalisation, layers, pooling.
 
     Parameters
     ----------
     name
-        Name by which it is asked for and recorded.
+        Name of the encoder, which is recorded with the embeddings.
     architecture
-        Name of the architecture in timm; empty where `module` is given.
+        Name of the architecture in timm; empty if `module` is given.
     options
         Arguments of ``timm.create_model``.
     hub
-        Repository of the weights on the Hugging Face hub; empty where there is none.
+        Repository of the weights on the Hugging Face hub; empty if there is none.
     module
-        A module of your own, in place of an architecture. It maps normalised images (n, 3, input_px, input_px) to
+        A module of your own, instead of an architecture. It maps normalised images (n, 3, input_px, input_px) to
         features (n, width), and `pooling` must be ``"output"``.
     input_px
-        Pixels a side of the images that it takes; patches of any field are resized to them.
+        Side of the input images in pixels; patches of any field are resized to it.
     mean, std
-        By which the red, green and blue of images in 0..1 are normalised.
+        Mean and standard deviation by which red, green and blue, scaled to 0..1, are normalised.
     layers
-        Blocks, counted from 0, whose patch tokens are kept.
+        Blocks, counted from 0, whose patch tokens are used.
     pooling
-        ``"mean_std"``: mean and standard deviation of the patch tokens of each layer, side by side. ``"mean"``: the
-        mean alone. ``"output"``: what the encoder itself returns, without `layers`.
+        ``"mean_std"``: mean and standard deviation of the patch tokens of each layer, concatenated. ``"mean"``: the
+        mean only. ``"output"``: the output of the encoder itself, without `layers`.
     token_width
-        Width of a token, or of the encoder's output; 0 where it is not known.
+        Width of a token, or of the encoder's output; 0 if unknown.
     licence
         Licence of the weights.
     gated
-        Whether the hub gives the weights only to users who were granted access.
+        True if the hub gives the weights only to users who were granted access.
     citation
-        Where it was published, as a DOI or an arXiv identifier.
+        Publication, as a DOI or an arXiv identifier.
     convert
-        Function that makes of a published checkpoint one of the architecture.
+        Function that converts a published checkpoint to the architecture's.
     """
 
     name: Key
@@ -90,32 +90,32 @@ class Encoder:
         for name, value in checked(Encoder, {f.name: getattr(self, f.name) for f in fields(self)}).items():
             object.__setattr__(self, name, value)
         if bool(self.architecture) == (self.module is not None):
-            raise ValueError("architecture: expected the name of an architecture in timm, or a module in its place")
+            raise ValueError("architecture: expected the name of an architecture in timm, or a module instead of it")
         if bool(self.layers) == (self.pooling == "output"):
             raise ValueError(
                 f"layers: {self.layers} with pooling={self.pooling!r}; 'output' takes no layers, 'mean_std' and 'mean' "
-                "take at least one"
+                "need at least one"
             )
         if self.module is not None and self.layers:
-            raise ValueError("layers: a module of your own returns its features itself; leave layers out")
+            raise ValueError("layers: not for a module of your own, whose output is used; leave layers out")
 
     @property
     def width(self) -> int:
-        """Width of an embedding; 0 where it is not known."""
+        """Width of an embedding; 0 if unknown."""
         return self.token_width * max(len(self.layers), 1) * (2 if self.pooling == "mean_std" else 1)
 
     def replace(self, **changes: Any) -> Encoder:
-        """The same encoder with other fields, such as ``layers=(11,)``.
+        """Copy the encoder with other values of some fields, such as ``layers=(11,)``.
 
         Parameters
         ----------
         **changes
-            Fields and their values.
+            Fields and their new values.
 
         Raises
         ------
         TypeError, ValueError
-            If a field is unknown, or a value of another type or out of range.
+            If a field is unknown, or a value has the wrong type or is out of range.
         """
         unknown = sorted(set(changes) - {f.name for f in fields(self)})
         if unknown:

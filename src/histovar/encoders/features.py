@@ -1,4 +1,4 @@
-"""Embeddings of image patches: normalised, encoded, their tokens pooled."""
+"""Embed image patches: normalise, encode, pool the tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .encoder import Encoder
 
 
 class Features(nn.Module):
-    """An encoder with its weights, which embeds patches as they are cut from an image.
+    """An encoder with its weights, which maps image patches to embeddings.
 
     Parameters
     ----------
     encoder
-        What it is fed and what of it is kept.
+        Description of the encoder: normalisation, layers, pooling.
     module
         The network.
     """
@@ -38,7 +38,7 @@ class Features(nn.Module):
 
     @classmethod
     def load(cls, encoder: Encoder, weights: Path | None = None) -> Features:
-        """An encoder with its published weights, those of a file, or those that its module has.
+        """Load an encoder with its published weights, or from a file; a module keeps its own weights.
 
         Parameters
         ----------
@@ -50,7 +50,7 @@ class Features(nn.Module):
         Raises
         ------
         FileNotFoundError, ValueError, PermissionError, ConnectionError
-            If there are no such weights; see :func:`_checkpoints.load`.
+            If the weights cannot be loaded; see :func:`_checkpoints.load`.
         """
         return cls(encoder, _checkpoints.load(encoder, weights))
 
@@ -65,7 +65,7 @@ class Features(nn.Module):
         Returns
         -------
         Tensor
-            (n, width), 32-bit floats; of ``"mean_std"``, for each layer the means and then the standard deviations.
+            (n, width), float32; with ``"mean_std"``, for each layer the means and then the standard deviations.
         """
         images = (patches.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         if not self.encoder.layers:
@@ -73,8 +73,8 @@ class Features(nn.Module):
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
                 shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
-                    f"encoder: {self.encoder.name!r} returns {shape} of {len(images)} images, expected a tensor of "
-                    f"({len(images)}, width)"
+                    f"encoder: {self.encoder.name!r} returns {shape} for {len(images)} images, expected a tensor of "
+                    f"shape ({len(images)}, width)"
                 )
             return output.float()
         layers = self.module.forward_intermediates(  # type: ignore[operator]
@@ -94,7 +94,7 @@ class Features(nn.Module):
         return torch.cat(pooled, 1)
 
     def digest(self) -> str:
-        """Digest of the weights, which identifies the network whatever file it was read from.
+        """Digest of the weights, which identifies the network independently of the file it was read from.
 
         Weights are compared in half precision, so that a checkpoint stored in half precision has the same digest.
         """
@@ -109,18 +109,18 @@ class Features(nn.Module):
 
     @contextmanager
     def on(self, device: str) -> Iterator[torch.device]:
-        """Move to a device, in evaluation mode, and leave a module of the user's as it was.
+        """Move to a device in evaluation mode; restore device and mode afterwards, as the module may be the user's.
 
         Raises
         ------
         ValueError
             If the device does not exist.
         """
-        first = next(self.module.parameters(), None)
-        home, was_training = torch.device("cpu") if first is None else first.device, self.module.training
+        parameter = next(self.module.parameters(), None)
+        original, was_training = torch.device("cpu") if parameter is None else parameter.device, self.module.training
         try:
-            with moved(self, device, home) as where:
+            with moved(self, device, original) as on_device:
                 self.eval()
-                yield where
+                yield on_device
         finally:
             self.module.train(was_training)

@@ -1,4 +1,4 @@
-"""Registry of image encoders, by name."""
+"""Registry of image encoders by name, with licence and citation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NON_COMMERCIAL = "CC-BY-NC-ND-4.0"
 
 
 def _vit(name: str, architecture: str, hub: str, depth: int, token_width: int, **fields: Any) -> Encoder:
-    """A vision transformer, of which the blocks at one half and three quarters of its depth are kept.
+    """Describe a vision transformer, using the blocks at one half and three quarters of its depth.
 
-    These are blocks 5 and 8 of DINOv2 ViT-S/14, which has 12. On her2st's patient C (tuned ridge, leave one section
-    out) they gave a Pearson correlation of 0.381, its last block 0.328; of SqueezeNet, too, the middle was better than
-    the end (0.377, 0.346).
+    For DINOv2 ViT-S/14 these are blocks 5 and 8 of 12. On her2st's patient C (tuned ridge, leave one section out) they
+    gave a Pearson correlation of 0.381, the last block 0.328; for SqueezeNet, too, the middle was better than the end
+    (0.377 and 0.346).
     """
     return Encoder(
         name=name,
@@ -150,20 +150,20 @@ ENCODERS = {
 
 @check_arguments
 def get(name: Key) -> Encoder:
-    """Get an encoder by its name, to look at or to change: ``hv.encoders.get("uni").replace(layers=(23,))``.
+    """Get an encoder by name, to inspect or modify it: ``hv.encoders.get("uni").replace(layers=(23,))``.
 
     Parameters
     ----------
     name
-        One of those of :func:`describe`.
+        A name that :func:`describe` lists.
 
     Raises
     ------
     KeyError
-        If there is none of this name.
+        If there is no encoder of this name.
     """
     if name not in ENCODERS:
-        raise KeyError(f"name: no encoder {name!r}; there are {sorted(ENCODERS)}, and any torch.nn.Module of your own")
+        raise KeyError(f"name: no encoder {name!r}; known are {sorted(ENCODERS)}, and you can use any torch.nn.Module")
     return ENCODERS[name]
 
 
@@ -174,7 +174,7 @@ def describe() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row an encoder: repository of its weights, pixels of its input, layers, pooling, width of an embedding,
+        One row per encoder: repository of the weights, input size in pixels, layers, pooling, width of an embedding,
         licence, whether it is gated, and citation.
     """
     columns = ("hub", "input_px", "layers", "pooling", "width", "licence", "gated", "citation")

@@ -1,4 +1,4 @@
-"""Get results as AnnData, SpatialData and tables."""
+"""Get predictions as AnnData or SpatialData, and tables of a model's genes."""
 
 from .genes import genes
 from .prediction import prediction

@@ -1,4 +1,4 @@
-"""A prediction as an AnnData of its own."""
+"""Get a prediction as an AnnData of the panel's genes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prediction(
     min_trust: Annotated[Real, Field(ge=-1, le=1)] | None = None,
     table_name: Key | None = None,
 ) -> AnnData:
-    """Get a prediction as an AnnData of its own, a column for each gene of the panel.
+    """Get a prediction as an AnnData with one column for each gene of the panel.
 
     Parameters
     ----------
@@ -44,27 +44,27 @@ def prediction(
     key
         Prefix of the slots, the `key_added` of :func:`histovar.tl.predict`.
     min_trust
-        Keep only genes whose Pearson correlation over the spots of an unseen section (individual) is expected to be at
-        least this, by the model that predicted them (:func:`genes`); 0.3 keeps maps that are worth looking at. It says
-        what training showed, not what was measured in this object. None keeps all.
+        Keep only genes whose expected Pearson correlation on an unseen section (individual) is at least this, according
+        to the model that predicted them (:func:`genes`); 0.3 keeps maps that are worth looking at. It was estimated in
+        training or calibration, not measured in this object. None keeps all.
     table_name
         Table of a SpatialData.
 
     Returns
     -------
     AnnData
-        Of the panel's genes: ``X`` expected expression, ``layers["std"]``, where they were asked for
-        ``layers["q0.05"]`` and so on and ``layers["sample_0"]`` and so on; of a model that learnt from counts
-        ``layers["rates"]``, counts per 10,000, and in ``obs``, in place of columns of the same names, the predicted
-        ``total_count``, ``excess``, ``depth_spread`` and ``novelty`` of each spot. ``obs``, ``obsm["spatial"]``
-        (whatever its key was) and ``uns["spatial"]`` are carried along, so that scanpy and squidpy work on it as it is.
+        The panel's genes with expected expression in ``X``, its standard deviation in ``layers["std"]`` and, if they
+        were predicted, quantiles in ``layers["q0.05"]`` and so on and draws in ``layers["sample_0"]`` and so on. If the
+        model learnt from counts, ``layers["rates"]`` has counts per 10,000, and ``obs`` the predicted ``total_count``,
+        ``excess``, ``depth_spread`` and ``novelty`` of each spot, replacing columns of the same names. ``obs``,
+        ``obsm["spatial"]`` (from any key) and ``uns["spatial"]`` are copied, so that scanpy and squidpy work on it.
 
     Raises
     ------
     KeyError
         If there is no prediction under `key`.
     ValueError
-        If what was predicted was changed since.
+        If a slot of the prediction was changed since.
     """
     adata = gate.table(data, table_name, writes=False)
     keys = Keys(key)
@@ -73,9 +73,9 @@ def prediction(
     expected = read_expected_pearson(adata, keys, len(genes))
     if min_trust is not None and expected is None:
         raise ValueError(
-            f"min_trust: the prediction {key!r} does not say how far its genes can be trusted, as of models of earlier "
-            "versions or not calibrated, and of baselines; leave min_trust out, or call histovar.tl.calibrate(adata, "
-            "model) on training or held-out sections and predict again"
+            f"min_trust: the prediction {key!r} holds no expected accuracy of its genes: its model is a baseline, not "
+            "calibrated, or of an earlier version; leave min_trust out, or call histovar.tl.calibrate(adata, model) on "
+            "training or held-out sections and predict again"
         )
     quantiles, draws = read_quantiles(adata, keys, len(genes)), read_draws(adata, keys, len(genes))
     result = AnnData(np.array(mean, dtype=np.float32), obs=adata.obs.copy())
@@ -107,7 +107,7 @@ def prediction(
     trusted = result[:, np.nan_to_num(result.var["expected_pearson"], nan=-2.0) >= min_trust].copy()
     if not trusted.n_vars:
         logger.warning(
-            "min_trust: of no gene a correlation of %g or more is expected; the largest is %.2f",
+            "min_trust: no gene has an expected correlation of %g or more; the largest is %.2f",
             min_trust,
             result.var["expected_pearson"].max(),
         )

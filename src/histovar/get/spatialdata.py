@@ -1,4 +1,4 @@
-"""A prediction as a SpatialData."""
+"""Get a prediction as SpatialData."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from histovar.anndata_io.prediction import predicted_sections
 
 from .prediction import prediction
 
-# How a SpatialData table says which shape each of its rows is of.
+# Columns of obs by which a SpatialData table refers to shapes: the element, and the shape in it.
 REGION, INSTANCE = "histovar_region", "histovar_instance"
 
 
@@ -34,7 +34,7 @@ def spatialdata(
     library_key: Key | None = None,
     table_name: Key | None = None,
 ) -> SpatialData:
-    """Get a prediction as a SpatialData, for spatialdata-plot, napari-spatialdata and vitessce.
+    """Get a prediction as SpatialData, for spatialdata-plot, napari-spatialdata and vitessce.
 
     Parameters
     ----------
@@ -43,27 +43,27 @@ def spatialdata(
     key
         Prefix of the slots, the `key_added` of :func:`histovar.tl.predict`.
     confidence_level
-        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+        Share of the measured values that intervals should contain, between 0 and 1 (both excluded).
     library_key
-        Column of ``obs`` with the section; that of the prediction by default. Not for SpatialData, whose table says
-        which region each spot is of.
+        Column of ``obs`` with the section; that of the prediction by default. Not for SpatialData, whose table names
+        the region of each spot.
     table_name
         Table of a SpatialData.
 
     Returns
     -------
     SpatialData
-        ``tables[key]`` is what :func:`prediction` returns with the layers ``"mean"`` (which ``X`` is, too), ``"std"``,
+        ``tables[key]`` is the result of :func:`prediction` with the layers ``"mean"`` (equal to ``X``), ``"std"``,
         ``"lower"`` and ``"upper"``, the ends of the interval.
 
-        Of an AnnData further, of every section, ``shapes["{section}_spots"]``, circles of the spots' diameter in pixels
-        of the full-resolution slide, and ``images["{section}_image"]``, where ``uns["spatial"]`` has one, scaled to the
-        same pixels by its scale factor. Each section has a coordinate system of its own, called as the section. An
-        object that is one section without a name has ``"spots"`` and ``"image"`` in ``"global"``. Characters that
-        SpatialData does not allow in names, also in those of columns of ``obs`` and such, become ``_``.
+        From AnnData, it has for every section ``shapes["{section}_spots"]``, circles of the spots' diameter in pixels
+        of the full-resolution slide, and ``images["{section}_image"]``, if ``uns["spatial"]`` has one, scaled to the
+        same pixels by its scale factor. Each section has its own coordinate system with the section's name. An object
+        that is one section without a name has ``"spots"`` and ``"image"`` in ``"global"``. Characters that SpatialData
+        does not allow in names, such as those of columns of ``obs``, become ``_``.
 
-        Of a SpatialData its images, labels, points and shapes, not copied, with their transformations; the table is of
-        the same regions as before.
+        From SpatialData, it has the same images, labels, points and shapes, not copied, with their transformations; the
+        table annotates the same regions.
 
         ``attrs["histovar"]`` has ``"version"``, ``"key"``, ``"units"`` and ``"confidence_level"``.
 
@@ -72,8 +72,8 @@ def spatialdata(
     KeyError
         If there is no prediction under `key`, no such column, or there are no coordinates.
     ValueError
-        If what was predicted was changed since, draws or quantiles do not reach as far out as `confidence_level`, or
-        `library_key` is given for SpatialData.
+        If a slot of the prediction was changed since, draws or quantiles do not reach as far out as
+        `confidence_level`, or `library_key` is given for SpatialData.
     """
     if isinstance(data, SpatialData) and library_key is not None:
         raise ValueError(
@@ -88,8 +88,8 @@ def spatialdata(
     table.layers["mean"] = table.X.copy()
     sanitize_table(table)
     name = sanitize_name(key)
-    about = {"version": __version__, "key": key, "units": table.uns["units"], "confidence_level": confidence_level}
-    attrs = {"histovar": about}
+    metadata = {"version": __version__, "key": key, "units": table.uns["units"], "confidence_level": confidence_level}
+    attrs = {"histovar": metadata}
     if isinstance(data, SpatialData):
         elements = {kind: dict(getattr(data, kind)) for kind in ("images", "labels", "points", "shapes")}
         return SpatialData(**elements, tables={name: table}, attrs=attrs)
@@ -119,14 +119,14 @@ def spatialdata(
     table.uns.pop(TableModel.ATTRS_KEY, None)
     table.obs[REGION] = pd.Categorical(regions)
     table.obs[INSTANCE] = table.obs_names.to_numpy()
-    # The images are elements now.
+    # The images are elements of the SpatialData now.
     table.uns.pop("spatial", None)
     table = TableModel.parse(table, region=list(shapes), region_key=REGION, instance_key=INSTANCE)
     return SpatialData(images=images, shapes=shapes, tables={name: table}, attrs=attrs)
 
 
 def _element_names(slides: list[Slide]) -> list[str]:
-    """A name that SpatialData allows for each section, each once; empty for a section without a name."""
+    """Make distinct names of sections that SpatialData allows; empty for a section without a name."""
     names: list[str] = []
     for slide in slides:
         name = "" if slide.label is None else sanitize_name(slide.label)

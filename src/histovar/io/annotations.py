@@ -1,4 +1,4 @@
-"""Annotations that were drawn in QuPath, as a column of ``obs``."""
+"""Read annotations drawn in QuPath into a column of ``obs``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from histovar.anndata_io.gate import Data
 logger = logging.getLogger(__name__)
 
 UNCLASSIFIED = "unclassified"
-# Other objects of QuPath, which are no annotations.
+# Types of QuPath objects other than annotations.
 OTHER_OBJECTS = {"detection", "cell", "tile", "tmaCore", "root"}
 
 
 class Annotation(NamedTuple):
-    """A region and its class."""
+    """A region with its class."""
 
     label: str
     region: Any
@@ -55,8 +55,8 @@ def read_geojson(
     key_added
         Column of ``obs`` to write.
     section
-        Section that the slide is of, compared as a string; needed where `library_key` names several. Other sections
-        keep what was read of their own slides.
+        Section of the annotated slide, compared as a string; needed if there are several. Other sections keep the
+        annotations read from their own slides.
     library_key
         Column of ``obs`` with the section.
     spatial_key
@@ -69,12 +69,11 @@ def read_geojson(
     Returns
     -------
     AnnData or None
-        Writes ``obs[key_added]``, categorical: the class of the annotation in which the spot's centre lies, the edge
-        included; missing where it lies in none. An annotation without a class goes by its name, or else is
-        ``"unclassified"``. Holes are outside. Of annotations that overlap the smallest counts, as one that is drawn
-        inside another says more; of two as large, the later in the file. Multipolygons are one annotation, and
-        self-intersecting outlines are mended. Detections, cells and tiles are no annotations; points and lines, which
-        have no inside, are left out with a warning.
+        Writes ``obs[key_added]``, categorical: the class of the annotation that contains the spot's centre, edge
+        included; missing if none does. The name stands in for a missing class, or else ``"unclassified"``. Holes are
+        outside. If annotations overlap, the smallest is used, since one drawn inside another is more specific; if two
+        have the same area, the later in the file. A multipolygon is one annotation; self-intersecting outlines are
+        repaired. Detections, cells and tiles are ignored; points and lines are left out with a warning.
 
     Raises
     ------
@@ -83,19 +82,19 @@ def read_geojson(
     KeyError
         If coordinates or the column of sections are missing.
     ValueError
-        If the file is not GeoJSON or has no regions; if there are several sections and none is named, or no such
-        section; if all annotations lie apart from all spots, as where coordinates are of another resolution; or if
-        ``obs`` has a column of that name which this function did not write.
+        If the file is not GeoJSON or has no regions; if there are several sections and `section` is None, or no such
+        section; if the annotations' bounding box does not overlap that of the spots, as with coordinates of another
+        resolution; or if ``obs`` has a column of that name which this function did not write.
     """
     adata = gate.table(data, table_name, writes=not copy)
     keys = Keys(key_added)
     slots.check_free(adata, keys, [("obs", key_added)])
     rows = _rows(adata, library_key, spatial_key, None if section is None else str(section))
-    places = shapely.points(gate.coordinates(adata, spatial_key)[rows])
+    points = shapely.points(gate.coordinates(adata, spatial_key)[rows])
     annotations = _read(Path(path))
-    labels, n_overlapping = _assign(places, annotations)
+    labels, n_overlapping = _assign(points, annotations)
     if labels.isna().all():
-        _check_near(places, annotations, path)
+        _check_near(points, annotations, path)
     if copy:
         adata = gate.copied(adata)
     column = (
@@ -108,7 +107,8 @@ def read_geojson(
     column = pd.Categorical(column, categories=sorted({*column.dropna(), *(a.label for a in annotations)}))
     slots.write(adata, keys, {("obs", key_added): column})
     logger.info(
-        "%d annotations of %d classes: %d of %d spots lie in one, in %d of which they overlap and the smallest counts",
+        "%d annotations of %d classes: %d of %d spots lie in one, %d of them in overlapping ones, where the smallest "
+        "is used",
         len(annotations),
         len({a.label for a in annotations}),
         int(labels.notna().sum()),
@@ -119,22 +119,22 @@ def read_geojson(
 
 
 def _rows(adata: AnnData, library_key: str | None, spatial_key: str, section: str | None) -> Any:
-    """Spots of the slide."""
+    """Find the rows of the slide's spots."""
     names = gate.sections(adata, library_key, spatial_key)
     if names is None:
         if section is not None:
-            raise ValueError(f"section: name the column of obs with the sections in library_key, too; got {section!r}")
+            raise ValueError(f"section: {section!r} needs library_key=, the column of obs with the sections")
         return np.arange(adata.n_obs)
-    there = np.unique(names).tolist()
-    if section is None and len(there) > 1:
-        raise ValueError(f"section: the object has sections {there}; name the one that was annotated")
-    if section is not None and section not in there:
-        raise ValueError(f"section: no section {section!r}; the object has {there}")
-    return np.flatnonzero(names == (there[0] if section is None else section))
+    sections = np.unique(names).tolist()
+    if section is None and len(sections) > 1:
+        raise ValueError(f"section: the object has sections {sections}; name the one that was annotated")
+    if section is not None and section not in sections:
+        raise ValueError(f"section: no section {section!r}; the object has {sections}")
+    return np.flatnonzero(names == (sections[0] if section is None else section))
 
 
 def _read(path: Path) -> list[Annotation]:
-    """The annotations of a file, in its order."""
+    """Read the annotations of a file, in its order."""
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {str(path)!r}")
     try:
@@ -148,17 +148,17 @@ def _read(path: Path) -> list[Annotation]:
     annotations = [Annotation(_label(f), r) for f, r in zip(features, regions, strict=True) if not r.is_empty]
     if len(annotations) < len(features):
         logger.warning(
-            "%d of %d annotations are points, lines or empty, and left out",
+            "%d of %d annotations are points, lines or empty, and are left out",
             len(features) - len(annotations),
             len(features),
         )
     if not annotations:
-        raise ValueError(f"path: {str(path)!r} has no annotation with an area; draw regions, and export those")
+        raise ValueError(f"path: {str(path)!r} has no annotation with an area; draw regions and export them")
     return annotations
 
 
 def _features(content: Any) -> Iterator[Mapping[str, Any]]:
-    """All annotations of a file, also those that lie in others."""
+    """Yield all annotations of a file, including those nested in other objects."""
     if isinstance(content, list):
         for item in content:
             yield from _features(item)
@@ -170,11 +170,11 @@ def _features(content: Any) -> Iterator[Mapping[str, Any]]:
             yield content
         yield from _features(properties.get("childObjects", []))
     else:
-        raise ValueError(f"a {str(content['type'])[:40]!r} where features are expected")
+        raise ValueError(f"expected features, got {str(content['type'])[:40]!r}")
 
 
 def _region(feature: Mapping[str, Any]) -> Any:
-    """The polygons of a feature; empty where it has none."""
+    """Union of a feature's polygons; empty if it has none."""
     if feature["geometry"] is None:
         return shapely.Polygon()
     shape = shapely.make_valid(shapely.from_geojson(json.dumps(feature["geometry"])))
@@ -182,7 +182,7 @@ def _region(feature: Mapping[str, Any]) -> Any:
 
 
 def _label(feature: Mapping[str, Any]) -> str:
-    """Class of a feature, or else its name."""
+    """Class of a feature, or else its name, or else "unclassified"."""
     properties = feature.get("properties") or {}
     label = properties.get("classification")
     if isinstance(label, Mapping):
@@ -190,13 +190,13 @@ def _label(feature: Mapping[str, Any]) -> str:
     return str(label or properties.get("name") or UNCLASSIFIED)
 
 
-def _assign(places: Any, annotations: list[Annotation]) -> tuple[pd.Series, int]:
-    """Class of each place, and how many places lie in annotations of several classes."""
-    # The largest first and later ones of the same size last, so that what is written last is what counts.
+def _assign(points: Any, annotations: list[Annotation]) -> tuple[pd.Series, int]:
+    """Assign a class to each point; also count the points in annotations of several classes."""
+    # From large to small, and in the file's order if equal: the last label written stays.
     order = sorted(range(len(annotations)), key=lambda i: (-annotations[i].region.area, i))
-    tree = shapely.STRtree(places)
-    labels = np.full(len(places), None, dtype=object)
-    overlapping = np.zeros(len(places), dtype=bool)
+    tree = shapely.STRtree(points)
+    labels = np.full(len(points), None, dtype=object)
+    overlapping = np.zeros(len(points), dtype=bool)
     for i in order:
         inside = tree.query(annotations[i].region, predicate="intersects")
         others = [label not in (None, annotations[i].label) for label in labels[inside]]
@@ -205,14 +205,14 @@ def _assign(places: Any, annotations: list[Annotation]) -> tuple[pd.Series, int]
     return pd.Series(labels), int(overlapping.sum())
 
 
-def _check_near(places: Any, annotations: list[Annotation], path: Any) -> None:
-    """Refuse annotations apart from the spots altogether; warn of those that merely hold none."""
-    spots, drawn = (shapely.total_bounds(x).round().tolist() for x in (places, [a.region for a in annotations]))
+def _check_near(points: Any, annotations: list[Annotation], path: Any) -> None:
+    """Refuse annotations whose bounding box does not overlap the spots'; warn if they merely contain no spot."""
+    spots, drawn = (shapely.total_bounds(x).round().tolist() for x in (points, [a.region for a in annotations]))
     if shapely.box(*spots).intersects(shapely.box(*drawn)):
         logger.warning("no spot lies in any of the %d annotations of %s", len(annotations), path)
         return
     raise ValueError(
-        f"path: the annotations of {str(path)!r} lie apart from the spots: x {drawn[0]:g} to {drawn[2]:g}, y "
-        f"{drawn[1]:g} to {drawn[3]:g}, and spots x {spots[0]:g} to {spots[2]:g}, y {spots[1]:g} to {spots[3]:g}; give "
+        f"path: the annotations of {str(path)!r} do not overlap the spots: annotations x {drawn[0]:g} to {drawn[2]:g}, "
+        f"y {drawn[1]:g} to {drawn[3]:g}; spots x {spots[0]:g} to {spots[2]:g}, y {spots[1]:g} to {spots[3]:g}; give "
         "the section that was annotated, and coordinates in pixels of the full-resolution slide"
     )

@@ -1,4 +1,4 @@
-"""Predictions as GeoJSON for QuPath: a detection of every spot, with measurements."""
+"""Write predictions as GeoJSON for QuPath: a detection for every spot, with measurements."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from histovar.anndata_io.prediction import genes_of_panel, predicted_genes, pred
 
 Shape = Literal["circle", "square"]
 
-# Vertices of a circle, a multiple of 4; significant digits of measurements; decimals of pixels.
+# Vertices of a circle, a multiple of 4; significant digits of measurements; decimal places of pixels.
 VERTICES, DIGITS, DECIMALS = 32, 5, 2
-# Makes the same id of the same spot of the same section, in every file.
+# With this namespace, the same spot of the same section has the same id in every file.
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "histovar")
 
 
@@ -53,46 +53,46 @@ def write_geojson(
     diameter: Positive | None = None,
     table_name: Key | None = None,
 ) -> None:
-    """Write a section's prediction as GeoJSON, to be opened on its slide in QuPath (File, Import objects from file).
+    """Write a section's prediction as GeoJSON, to be imported in QuPath (File, Import objects from file).
 
     Parameters
     ----------
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
     path
-        File to write, such as ``"S4.geojson"`` (or ``.json``); its directory exists. A file that is there is replaced.
+        File to write, such as ``"S4.geojson"`` (or ``.json``); its directory exists. An existing file is replaced.
     genes
-        Genes of the panel; all of them by default, which makes some 100 bytes a spot and gene.
+        Genes of the panel; all by default, about 100 bytes for each spot and gene.
     section
-        Section to write, compared as a string; needed where there are several, as QuPath shows one slide at a time.
+        Section to write, compared as a string; needed if there are several, since QuPath shows one slide at a time.
     key
         Prefix of the slots.
     library_key
         Column of ``obs`` with the section; that of the prediction by default.
     confidence_level
-        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+        Share of the measured values that intervals should contain, between 0 and 1 (both excluded).
     shape
         ``"circle"`` for spots and cells, ``"square"`` for tiles.
     diameter
-        Of the circles, or side of the squares, in pixels of the full-resolution slide. By default that of the image's
-        scale factors in ``uns["spatial"]``, or else 0.55 of the median distance between nearest spots.
+        Diameter of the circles, or side of the squares, in pixels of the full-resolution slide. By default
+        ``spot_diameter_fullres`` in ``uns["spatial"]``, or else 0.55 times the median distance between nearest spots.
     table_name
         Table of a SpatialData.
 
     Notes
     -----
-    Every spot is a feature with a polygon around its place in ``obsm``, in pixels of the full-resolution slide as
-    QuPath has them (x to the right, y down). Its properties are QuPath's: ``"objectType": "detection"``, its ``"name"``
-    in ``obs_names`` and ``"measurements"``: of each gene ``"ERBB2 mean"``, ``"ERBB2 lower"`` and ``"ERBB2 upper"``, to
-    5 digits and in the units of the prediction, which ``"units"`` beside the features names. Coordinates are not
-    longitudes and latitudes, as RFC 7946 has them; QuPath uses the format all the same.
+    Every spot is a feature with a polygon around its coordinates, in pixels of the full-resolution slide as in QuPath
+    (x to the right, y down). Its properties are QuPath's: ``"objectType": "detection"``, ``"name"`` from ``obs_names``
+    and ``"measurements"``: for each gene ``"ERBB2 mean"``, ``"ERBB2 lower"`` and ``"ERBB2 upper"``, to 5 digits and in
+    the units of the prediction, which are stored as ``"units"`` beside the features. Coordinates are not longitudes
+    and latitudes as RFC 7946 requires; QuPath ignores this, too.
 
     Raises
     ------
     KeyError
         If there is no prediction, a gene is not in the panel, or there are no coordinates.
     ValueError
-        If there are several sections and none is named, or no such section; if a value is not finite.
+        If there are several sections and `section` is None, or no such section; if a value is not finite.
     OSError
         If the file cannot be written.
     """
@@ -102,27 +102,27 @@ def write_geojson(
     chosen = genes_of_panel(panel, genes)
     slide = read_slide(adata, keys, predicted_sections(adata, keys, library_key), library_key, section)
     mean, std = read_prediction(adata, keys, panel)
-    own = np.isin(np.arange(adata.n_obs), slide.rows)
-    lower, upper = read_interval(adata, keys, mean, std, confidence_level, own)
+    in_section = np.isin(np.arange(adata.n_obs), slide.rows)
+    lower, upper = read_interval(adata, keys, mean, std, confidence_level, in_section)
     columns = np.array([panel.index(gene) for gene in chosen])
-    values = np.stack([m[:, columns] for m in (mean[own], lower, upper)], axis=2)
+    values = np.stack([m[:, columns] for m in (mean[in_section], lower, upper)], axis=2)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).any((1, 2)).sum())
         raise ValueError(
-            f"key: the prediction {key!r} (with {keys.std}, {keys.quantiles}, {keys.rates}, {keys.spots}, where it has "
-            f"them) is not finite in {bad} spots, which GeoJSON does not allow; predict again"
+            f"key: the prediction {key!r} (or {keys.std}, {keys.quantiles}, {keys.rates} or {keys.spots}) has NaN or "
+            f"infinite values in {bad} spots, which GeoJSON does not allow; predict again"
         )
     names = [f"{gene} {what}" for gene in chosen for what in ("mean", "lower", "upper")]
     outlines = _outlines(slide.coordinates, slide.diameter if diameter is None else diameter, shape)
     spots = adata.obs_names[slide.rows].astype(str)
-    about = {
+    metadata = {
         "generator": f"histovar {__version__}",
         "units": str(adata.uns[keys.uns]["units"]),
         "confidence_level": confidence_level,
     }
     with atomic_file(Path(path)) as file, file.open("w", encoding="utf-8") as stream:
         stream.write('{"type": "FeatureCollection", ')
-        stream.writelines(f"{json.dumps(name)}: {json.dumps(value)}, " for name, value in about.items())
+        stream.writelines(f"{json.dumps(name)}: {json.dumps(value)}, " for name, value in metadata.items())
         stream.write('"features": [\n')
         features = _features(spots, slide.label, outlines, names, values.reshape(len(values), -1))
         for i, feature in enumerate(features):
@@ -131,7 +131,7 @@ def write_geojson(
 
 
 def _outlines(coordinates: NDArray[np.float64], diameter: float, shape: Shape) -> NDArray[Any]:
-    """Polygons around the centres, (n_spots,), counterclockwise as RFC 7946 has them."""
+    """Make polygons around the centres, (n_spots,), counterclockwise as RFC 7946 requires."""
     if shape == "square":
         corners = np.hstack([coordinates - diameter / 2, coordinates + diameter / 2]).T
         return shapely.box(*corners, ccw=True)
@@ -142,7 +142,7 @@ def _outlines(coordinates: NDArray[np.float64], diameter: float, shape: Shape) -
 def _features(
     spots: Any, section: str | None, outlines: NDArray[Any], names: list[str], values: NDArray[Any]
 ) -> Iterator[dict[str, Any]]:
-    """A feature a spot, with QuPath's properties."""
+    """Yield one feature per spot, with QuPath's properties."""
     for spot, outline, row in zip(spots, outlines, values, strict=True):
         ring = shapely.get_coordinates(outline).round(DECIMALS).tolist()
         measurements = {name: float(f"{value:.{DIGITS}g}") for name, value in zip(names, row.tolist(), strict=True)}

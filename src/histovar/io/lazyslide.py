@@ -1,4 +1,4 @@
-"""A saved model as one that LazySlide runs on the features of a slide's tiles."""
+"""Run a histovar model in LazySlide on the features of a slide's tiles."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SECTION = "slide"
 class LazySlideModel:
     """A trained model for ``lazyslide.tl.feature_prediction``.
 
-    LazySlide gives it the features and coordinates of all tiles of a slide at once, so that neighbourhoods, and what is
-    standardised within the section, are as in :func:`histovar.tl.predict`, whose defaults predict. It does not say what
-    made the features: give a table of those that the model was trained on (with :func:`histovar.pp.embed`, use
-    :func:`histovar.pp.tile` and :func:`histovar.tl.predict`, which compare it). Of a model of several embeddings, the
-    table has them side by side, in the order of training.
+    LazySlide passes the features and coordinates of all tiles of a slide at once, so that neighbourhoods and
+    standardisation within the section are as in :func:`histovar.tl.predict`, which predicts with its defaults.
+    LazySlide does not say how the features were made: choose a table with the encoder and field of training (for
+    embeddings of :func:`histovar.pp.embed`, use :func:`histovar.pp.tile` and :func:`histovar.tl.predict`, which check
+    this). For a model of several embeddings, the table has them concatenated in the order of training.
 
     Parameters
     ----------
     model
         A model with both stages trained, without covariates.
     mpp
-        Microns per pixel of the slide, ``wsi.properties.mpp``, by which neighbourhoods reach as far as in training;
-        needed where the model knows how far apart its training spots lay.
+        Microns per pixel of the slide, ``wsi.properties.mpp``, so that neighbourhoods span the same distance as in
+        training; needed if the model knows the spacing of its training spots.
 
     Raises
     ------
@@ -52,7 +52,7 @@ class LazySlideModel:
     """
 
     name = "histovar"
-    # What LazySlide asks of a model that looks beyond a tile.
+    # LazySlide's flags for a model that needs the coordinates and all tiles of a slide.
     needs_coords = True
     whole_slide = True
 
@@ -66,12 +66,13 @@ class LazySlideModel:
             )
         if mpp is None and registry.get("spacing_um") is not None:
             raise ValueError(
-                "mpp: the model knows how far apart its training spots lay, in microns; give mpp=wsi.properties.mpp"
+                "mpp: needed, since the model adapts neighbourhoods to the spacing in microns; give "
+                "mpp=wsi.properties.mpp"
             )
         self.model, self.mpp, self.device = model, mpp, "auto"
         if embedded_by(registry):
             logger.warning(
-                "LazySlide does not say what made a table of features; give one made as for training: %s",
+                "LazySlide does not say how features were made; choose a table made as in training: %s",
                 embedded_by(registry),
             )
 
@@ -81,15 +82,15 @@ class LazySlideModel:
         Parameters
         ----------
         features
-            (n_tiles, width): the embeddings of all tiles.
+            (n_tiles, width) embeddings of all tiles.
         coords
-            (n_tiles, 2): where the tiles are, in pixels of the finest resolution.
+            (n_tiles, 2) positions of the tiles, in pixels at full resolution.
 
         Returns
         -------
         dict
-            Of each gene the mean, under its name, and the standard deviation, under its name and ``"_std"``, (n_tiles,)
-            each, in the units of training.
+            For each gene the mean, under its name, and the standard deviation, under its name with ``"_std"``,
+            (n_tiles,) each, in the units of training.
 
         Raises
         ------
@@ -97,39 +98,46 @@ class LazySlideModel:
             If there are no coordinates, the width is not that of training, or :func:`histovar.tl.predict` refuses them.
         """
         if coords is None:
-            raise ValueError("coords: the model needs where the tiles are; call it by lazyslide.tl.feature_prediction")
+            raise ValueError(
+                "coords: the model needs the tiles' positions; lazyslide.tl.feature_prediction passes them"
+            )
         registry, values = self.model.registry, np.asarray(features, dtype=np.float32)
         widths = registry["embedding_dims"]
         if values.ndim != 2 or values.shape[1] != sum(widths):
             raise ValueError(
-                f"features: have shape {values.shape}, expected (n_tiles, {sum(widths)}), which is "
+                f"features: shape {values.shape}, expected (n_tiles, {sum(widths)}), the embeddings "
                 + " and ".join(f"{rep} ({w})" for rep, w in zip(registry["use_rep"], widths, strict=True))
             )
         adata = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(values)).astype(str)))
         if registry["library_key"] is not None:
             adata.obs[registry["library_key"]] = SECTION
-        for rep, part in zip(registry["use_rep"], np.split(values, np.cumsum(widths)[:-1], axis=1), strict=True):
-            adata.obsm[rep] = part
+        embeddings = np.split(values, np.cumsum(widths)[:-1], axis=1)
+        for rep, embedding in zip(registry["use_rep"], embeddings, strict=True):
+            adata.obsm[rep] = embedding
         adata.obsm[registry["spatial_key"]] = np.asarray(coords, dtype=np.float64)
         if self.mpp is not None:
             adata.uns["spatial"] = {SECTION: {"scalefactors": {"microns_per_pixel": self.mpp}}}
-        # Not as LazySlide computes: tensors made in inference mode could not be trained on any more.
+        # LazySlide calls this in inference mode, whose tensors could no longer be trained on.
         with torch.inference_mode(False), torch.no_grad():
             predict(adata, self.model, tokens=False, device=self.device)
         predicted = prediction(adata)
-        named = {"": predicted.X, "_std": predicted.layers["std"]}
-        return {f"{gene}{of}": x[:, i] for i, gene in enumerate(predicted.var_names) for of, x in named.items()}
+        by_suffix = {"": predicted.X, "_std": predicted.layers["std"]}
+        return {
+            f"{gene}{suffix}": values[:, i]
+            for i, gene in enumerate(predicted.var_names)
+            for suffix, values in by_suffix.items()
+        }
 
     def to(self, device: Any) -> Self:
-        """Predict on a device from now on.
+        """Set the device to predict on.
 
-        Apple's MPS, which LazySlide picks by itself, has given NaN: there the CPU predicts.
+        Apple's MPS, which LazySlide chooses by itself, has given NaN: the CPU is used instead.
         """
         self.device = "cpu" if str(device).startswith("mps") else str(device)
         return self
 
     def get_transform(self) -> None:
-        """None: it takes features, not images."""
+        """Return no image transform, since the model takes features."""
 
     def try_compile(self, **compile_kws: Any) -> None:
-        """Nothing is compiled."""
+        """Do nothing: the model is not compiled."""

@@ -1,4 +1,4 @@
-"""Scores of predicted against measured expression; :func:`describe` says what each is."""
+"""Scores that compare predicted with measured expression; :func:`describe` lists them with formulas and sources."""
 
 from .accuracy import (
     is_constant,

@@ -1,4 +1,4 @@
-"""Arrays that metrics take, as annotations of their arguments: axes of one name are as long in all of them."""
+"""Annotations of the arrays that metrics take; axes of the same name must have the same length."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _levels(values: NDArray[Any]) -> NDArray[Any]:
 
 Spots = Annotated[NDArray[Any], Shape(("spots",))]
 Matrix = Annotated[NDArray[Any], Shape(("spots", "genes"))]
-# Of the same genes, in spots that need not be those of other arguments.
+# The same genes; spots may differ from those of other arguments.
 OtherSpots = Annotated[NDArray[Any], Shape(("other spots", "genes"))]
-# Of each spot and gene one value, or several draws.
+# One value for each spot and gene, or several draws.
 Values = Annotated[NDArray[Any], Shape(("spots", "genes", "samples"), optional=True)]
 Draws = Annotated[NDArray[Any], Shape(("spots", "genes", "samples"))]
 Quantiles = Annotated[NDArray[Any], Shape(("spots", "genes", "levels"))]

@@ -13,11 +13,11 @@ from histovar._arguments import KeyList, check_arguments
 
 from ._arrays import Matrix, OtherSpots, Spots
 
-# A column whose standard deviation is below this share of its mean magnitude is constant up to rounding.
+# A column whose standard deviation is at most this share of its largest magnitude is constant up to rounding.
 CONSTANT = 1e-6
-# Numbers of best genes whose mean correlation is given.
+# Numbers of best genes over which the correlation is averaged.
 BEST = (10, 50, 200)
-# Means that a summary has where the table has the column.
+# Means in a summary that need a column not in every table.
 OPTIONAL = {"R2": "r2", "PCC-partial": "partial_pearson"}
 
 
@@ -41,7 +41,7 @@ def pearson(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
 
 @check_arguments
 def is_constant(values: Matrix) -> NDArray[np.bool_]:
-    """Whether each column of (n_spots, n_genes) is the same for all spots, up to rounding; not if it has NaN."""
+    """Mask of the columns of (n_spots, n_genes) that are constant up to rounding; False for columns with NaN."""
     x = np.asarray(values, dtype=np.float64)
     if not len(x):
         return np.ones(x.shape[1:], dtype=bool)
@@ -62,7 +62,7 @@ def spearman(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
 
 @check_arguments
 def partial_pearson(predicted: Matrix, measured: Matrix, total_counts: Spots) -> NDArray[np.float64]:
-    """Pearson correlation of every gene with sequencing depth taken out of both sides.
+    """Partial Pearson correlation of every gene, given sequencing depth.
 
     A spot's total count alone correlates with most log-normalised genes. Here its logarithm, linear and squared, is
     regressed out of prediction and measurement before they are correlated.
@@ -77,8 +77,8 @@ def partial_pearson(predicted: Matrix, measured: Matrix, total_counts: Spots) ->
     Returns
     -------
     ndarray
-        (n_genes,); NaN where it is undefined: depth explains the whole measurement, there are fewer than 5 spots, or
-        :func:`pearson` is undefined. 0 where depth explains the whole prediction, or the prediction is constant.
+        (n_genes,); NaN where it is undefined: depth explains the measurement completely, there are fewer than 5 spots,
+        or :func:`pearson` is undefined. 0 where depth explains the prediction completely, or it is constant.
     """
     depth = np.log1p(np.asarray(total_counts, dtype=np.float64))
     if len(depth) <= 4 or not np.isfinite(depth).all():
@@ -87,7 +87,7 @@ def partial_pearson(predicted: Matrix, measured: Matrix, total_counts: Spots) ->
 
 
 def _correlate(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
-    """Correlation of the columns, whatever that is of constant ones."""
+    """Pearson correlation of the columns; values for constant columns are meaningless."""
     p, m = (np.asarray(x, dtype=np.float64) for x in (predicted, measured))
     if len(p) < 2:
         return np.full(p.shape[1], np.nan)
@@ -99,29 +99,29 @@ def _correlate(predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.fl
 
 
 def _by_convention(scores: NDArray[np.float64], predicted: NDArray[Any], measured: NDArray[Any]) -> NDArray[np.float64]:
-    """Correlations with NaN where they are undefined, and 0 where only the prediction is constant."""
+    """Set correlations to NaN where they are undefined, and to 0 where only the prediction is constant."""
     finite = np.isfinite(predicted).all(0) & np.isfinite(measured).all(0)
     undefined = ~finite | is_constant(measured)
     return np.where(undefined, np.nan, np.where(is_constant(predicted), 0.0, scores))
 
 
 def without_depth(values: NDArray[Any], depth: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Residuals of a regression on depth: 0 where it explains everything up to rounding, NaN for genes with NaN."""
+    """Residuals of a regression on depth: 0 for genes that depth explains up to rounding, NaN for genes with NaN."""
     design = np.stack([np.ones_like(depth), depth, depth**2], 1)
     x = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(x).all(0)
     x = np.where(finite, x, 0.0)  # one NaN would make all genes NaN
-    rest = x - design @ np.linalg.lstsq(design, x, rcond=None)[0]
-    explained = rest.std(0) <= CONSTANT * np.abs(x).max(0)
-    return np.where(finite, np.where(explained, 0.0, rest), np.nan)
+    residuals = x - design @ np.linalg.lstsq(design, x, rcond=None)[0]
+    explained = residuals.std(0) <= CONSTANT * np.abs(x).max(0)
+    return np.where(finite, np.where(explained, 0.0, residuals), np.nan)
 
 
 @check_arguments
 def r2(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
-    """Coefficient of determination of every gene: the share of its variance over the spots that is predicted.
+    """Coefficient of determination (R2) of every gene: the share of its variance over the spots that is predicted.
 
     ``1 - sum((predicted - measured)**2) / sum((measured - mean(measured))**2)`` (Wright 1921). Unlike a correlation it
-    sees level and scale: it is 0 for the gene's mean, and negative for what is farther away.
+    depends on level and scale: predicting the gene's mean gives 0, and a worse prediction a negative value.
 
     Parameters
     ----------
@@ -143,16 +143,16 @@ def r2(predicted: Matrix, measured: Matrix) -> NDArray[np.float64]:
 
 @check_arguments
 def relative_variance_distance(predicted: Matrix, measured: OtherSpots) -> float:
-    """Relative variance distance (RVD): how far the genes' variances over the spots are from the measured ones.
+    """Relative variance distance (RVD) of predicted and measured variances of the genes over the spots.
 
     The mean over genes of ``((var(predicted) - var(measured)) / var(measured))**2``, the RVD of Zhu et al. 2025 (Stem).
     Genes measured as constant are left out; NaN if no gene is left. 0 is perfect; a constant prediction scores 1, and
-    so, nearly, does any conditional mean of noisy genes.
+    the conditional mean of noisy genes scores nearly 1.
 
     Parameters
     ----------
     predicted, measured
-        (n_spots, n_genes), of the same genes; spots may be others.
+        (n_spots, n_genes), of the same genes; spots may differ.
     """
     varies = ~is_constant(measured)
     if not varies.any():
@@ -177,23 +177,23 @@ def per_gene(
     genes: KeyList,
     total_counts: Spots | None = None,
 ) -> pd.DataFrame:
-    """Score every gene, by every metric that is defined for a gene, as a table.
+    """Score every gene by all metrics that are defined for a gene, as a table.
 
     Parameters
     ----------
     predicted, measured
         (n_spots, n_genes) in the same units.
     genes
-        Their names.
+        Names of the genes.
     total_counts
-        (n_spots,), where known.
+        (n_spots,) total count of each spot; None where unknown.
 
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``r2``, ``mse``, ``mae`` and ``constant``, whether the prediction is
-        constant and the correlation therefore 0; with `total_counts` also ``partial_pearson``. Correlations are NaN
-        where they are undefined (:func:`pearson`), and so is ``r2``.
+        Indexed by gene: ``pearson``, ``spearman``, ``r2``, ``mse``, ``mae`` and ``constant``, True where the prediction
+        is constant and the correlation therefore 0; with `total_counts` also ``partial_pearson``. Correlations and
+        ``r2`` are NaN where they are undefined (:func:`pearson`).
     """
     if len(genes) != predicted.shape[1]:
         raise ValueError(f"genes: expected {predicted.shape[1]} names, as in predicted, got {len(genes)}")
@@ -219,16 +219,16 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
     Parameters
     ----------
     scores
-        What :func:`per_gene` returned.
+        The table that :func:`per_gene` returns.
 
     Returns
     -------
     dict
-        ``PCC-10``, ``PCC-50`` and ``PCC-200``, mean Pearson of the best 10, 50, 200 genes (of all that are defined,
-        where those are fewer): left out if the panel has fewer genes. Means over the genes for which they are defined:
-        ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``R2`` and ``PCC-partial`` where there are ``r2`` and
-        ``partial_pearson``. Numbers of genes: ``n_genes``; ``n_constant``, whose prediction is constant, which count
-        as 0; ``n_undefined``, whose Pearson correlation is undefined, which are left out.
+        ``PCC-10``, ``PCC-50`` and ``PCC-200``: mean Pearson correlation of the best 10, 50 and 200 genes (of all genes
+        with a defined correlation, if these are fewer); left out if the panel has fewer genes. Means over the genes for
+        which a score is defined: ``PCC-all``, ``Spearman``, ``MSE``, ``MAE``, and ``R2`` and ``PCC-partial`` if the
+        table has ``r2`` and ``partial_pearson``. Numbers of genes: ``n_genes`` in all; ``n_constant`` with a constant
+        prediction, whose correlation counts as 0; ``n_undefined`` with an undefined correlation, which are left out.
 
     Raises
     ------
@@ -237,7 +237,7 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
     """
     missing = [name for name in ("pearson", "spearman", "mse", "mae", "constant") if name not in scores]
     if missing:
-        raise KeyError(f"scores: no columns {missing}; expected what histovar.metrics.per_gene returns")
+        raise KeyError(f"scores: no columns {missing}; expected the table that histovar.metrics.per_gene returns")
     ranked = scores["pearson"].dropna().sort_values(ascending=False)
     result = {f"PCC-{n}": float(ranked.head(n).mean()) for n in BEST if n <= len(scores)}
     result |= {
@@ -245,7 +245,7 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
         "Spearman": float(scores["spearman"].mean()),
         "MSE": float(scores["mse"].mean()),
         "MAE": float(scores["mae"].mean()),
-        **{name: float(scores[of].mean()) for name, of in OPTIONAL.items() if of in scores},
+        **{name: float(scores[column].mean()) for name, column in OPTIONAL.items() if column in scores},
         "n_genes": len(scores),
         "n_constant": int(scores["constant"].sum()),
         "n_undefined": len(scores) - len(ranked),

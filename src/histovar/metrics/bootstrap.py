@@ -10,7 +10,7 @@ from pydantic import Field
 
 from histovar._arguments import Count, ListOf, Rate, Seed, check_arguments
 
-# More change nothing that one could see.
+# More resamples would not visibly change an interval.
 MOST_RESAMPLES = 100_000
 
 
@@ -25,20 +25,20 @@ def bootstrap_interval(
 ) -> pd.DataFrame:
     """Confidence intervals of means over sections, by a bootstrap of whole clusters (percentile method).
 
-    Sections of one individual are alike, and so are spots of one section: taken as independent, they would make means
-    look many times surer than they are. So individuals are drawn, with replacement and with all of their sections
-    (Davison & Hinkley 1997, section 3.8). Of few clusters intervals are too narrow.
+    Sections of one individual are alike, and so are spots of one section: treated as independent, they would make
+    intervals many times too narrow. So individuals are drawn, with replacement and with all their sections (Davison &
+    Hinkley 1997, section 3.8). With few clusters, intervals are still too narrow.
 
     Parameters
     ----------
     scores
-        A row a section, a column a score.
+        One row per section, one column per score.
     clusters
         The individual of each section, or the section itself.
     confidence_level
-        How often an interval should hold the mean over all that the clusters were drawn from.
+        Share of intervals that should contain the mean over the population of clusters.
     n_resamples
-        How often to draw.
+        Number of bootstrap samples.
     random_state
         Seed.
 

@@ -1,4 +1,4 @@
-"""Noise ceiling: the best that any predictor could score against noisy counts."""
+"""Noise ceiling: the highest correlation that any prediction can reach against noisy counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from histovar._keys import TARGET_SUM
 
 from .accuracy import is_constant, pearson
 
-# More change nothing that one could see.
+# More splits would not visibly change the ceiling.
 MOST_SPLITS = 10_000
 
 
@@ -41,28 +41,28 @@ def noise_ceiling(
     log_counts: bool = False,
     random_state: Seed = 0,
 ) -> NDArray[np.float64]:
-    r"""Noise ceiling of every gene: the Pearson correlation that no prediction can exceed, as counts are noisy.
+    r"""Noise ceiling of every gene: the Pearson correlation that no prediction can exceed, since counts are noisy.
 
-    Every count is split in two binomial halves, which measure the same spot twice, independently given what is
-    true of it (for Poisson counts exactly). Both halves are normalised as the expression is, and correlated: the
-    reliability :math:`r` of a measurement of half the depth. Spearman-Brown's formula gives that of the whole, and its
-    square root bounds the correlation of the measurement with anything that is not the measurement itself:
+    Every count is split into two binomial halves, which are two measurements of the same spot, independent given its
+    true expression (exactly so for Poisson counts). Both halves are normalised like the expression and correlated,
+    which gives the reliability :math:`r` of a measurement of half the depth. The Spearman-Brown formula turns it into
+    the reliability of the full depth, whose square root bounds the correlation of the measurement with any prediction:
 
     .. math:: \mathrm{ceiling} = \sqrt{\frac{2 r}{1 + r}}
 
-    Depth that varies from spot to spot is part of what both halves share, and a spot of low depth is noisier than the
-    formula's one reliability for all says; so it is an estimate.
+    It is an estimate: both halves share the spot's depth, and the formula assumes the same reliability for all spots,
+    although spots of low depth are noisier.
 
     Parameters
     ----------
     counts
         (n_spots, n_measured) raw counts of one section, dense or sparse, all genes.
     genes
-        Columns of interest; all by default.
+        Columns of the genes to score; all by default.
     n_splits
-        Splits to average :math:`r` over.
+        Number of splits over which :math:`r` is averaged.
     log_counts
-        Score log1p of the counts themselves in place of log1p of counts per 10,000.
+        Use log1p of counts instead of log1p of counts per 10,000.
     random_state
         Seed.
 
@@ -87,7 +87,7 @@ def noise_ceiling(
     for _ in range(n_splits):
         first = whole.copy()
         first.data = rng.binomial(whole.data, 0.5)
-        # A rare gene's counts may all fall into one half; the other, constant, tells nothing of it: 0.
+        # A rare gene's counts may all fall into one half; the other half is then constant: 0.
         total += np.nan_to_num(pearson(normalised(first), normalised(whole - first)))
     reliability = np.clip(total / n_splits, 0, None)
     ceiling: NDArray[np.float64] = np.sqrt(2 * reliability / (1 + reliability))

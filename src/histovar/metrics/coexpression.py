@@ -1,4 +1,4 @@
-"""Gene-gene correlations, predicted against measured."""
+"""Compare predicted and measured gene-gene correlations (co-expression)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gene_correlation(values: Values) -> NDArray[np.float64]:
     Parameters
     ----------
     values
-        (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws: then the mean over the draws of each one's matrix.
+        (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws, whose correlation matrices are averaged.
 
     Returns
     -------
@@ -42,14 +42,14 @@ def gene_correlation(values: Values) -> NDArray[np.float64]:
 
 @check_arguments
 def gene_correlation_error(predicted: Values, measured: OtherSpots) -> float:
-    """Root mean square difference, over pairs of genes, of predicted and measured correlation.
+    """Root mean square difference between predicted and measured gene-gene correlations.
 
     Parameters
     ----------
     predicted
         (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws.
     measured
-        (n_spots, n_genes), of the same genes; spots may be others.
+        (n_spots, n_genes), of the same genes; spots may differ.
 
     Returns
     -------
@@ -69,8 +69,8 @@ def gene_correlation_error(predicted: Values, measured: OtherSpots) -> float:
 def gene_structure_correlation(predicted: Values, measured: Matrix) -> float:
     """Pearson correlation, over pairs of genes, of predicted and measured gene-gene correlation (Mantel 1967).
 
-    Whether the same genes go together, more or less strongly: a conditional mean, without the noise of counts, has
-    larger correlations than were measured, which :func:`gene_correlation_error` holds against it and this does not.
+    It tells if the same genes are co-expressed, regardless of strength. Expected expression lacks counting noise, so
+    its correlations are larger than measured ones, which :func:`gene_correlation_error` penalises and this does not.
 
     Parameters
     ----------
@@ -82,9 +82,9 @@ def gene_structure_correlation(predicted: Values, measured: Matrix) -> float:
     Returns
     -------
     float
-        Over all pairs of genes whose measurement varies; NaN if there are fewer than 3 such genes, or all pairs are
-        measured to correlate alike. Genes predicted as constant count as uncorrelated with all others; genes with NaN
-        are left out.
+        Over all pairs of genes whose measurement varies; NaN if there are fewer than 3 such genes, or all measured
+        correlations are equal. Genes predicted as constant count as uncorrelated with all others; genes with NaN are
+        left out.
     """
     cube, truth = np.asarray(predicted), np.asarray(measured)
     finite = np.isfinite(cube).all(0)

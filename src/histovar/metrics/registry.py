@@ -1,7 +1,7 @@
-"""Every score that :func:`histovar.tl.evaluate` writes, registered once: meaning, formula, source, unit, best value.
+"""Registry of the scores of :func:`histovar.tl.evaluate`: meaning, formula, source, unit, best value.
 
-The columns of its tables and their order, the page "Scores" of the documentation, the direction that plots name, and
-the columns of the benchmarks' tables are made from here.
+The columns of its tables and their order, the page "Scores" of the documentation, the directions named in plots, and
+the columns of the benchmarks' tables are generated from it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pandas as pd
 from histovar._arguments import check_arguments
 
 DRAWS, GIVEN_DEPTH = " of draws", " given depth"
-# What is scored otherwise than the expected expression and its distribution.
+# Predictions that are scored besides expected expression and its distribution, by the suffix of their columns.
 VARIANTS = {
     DRAWS: "the mean over joint draws, where there are any",
-    GIVEN_DEPTH: "the prediction once every spot's total count is known",
+    GIVEN_DEPTH: "the prediction given every spot's total count",
 }
 
 
@@ -29,19 +29,19 @@ class Metric:
     name
         Column of ``uns[key]["evaluation"]``.
     meaning
-        What it is, in a sentence.
+        Description in one sentence.
     formula
-        In LaTeX. Of spot :math:`i` and gene :math:`g`: :math:`\hat y` predicted, :math:`y` measured.
+        In LaTeX, with predicted :math:`\hat y_{ig}` and measured :math:`y_{ig}` of spot :math:`i` and gene :math:`g`.
     source
-        Who defined it.
+        Publication that defined it.
     unit
-        Of its values; ``"expression"`` is the unit of what is predicted.
+        Unit of its values; ``"expression"`` stands for the units of the prediction.
     best
-        Value of a perfect prediction, None of a mere number.
+        Value of a perfect prediction; None for counts of genes.
     gene_score
-        Name of the score of each gene whose mean it is (column of what ``tl.evaluate`` returns), where there is one.
+        Column of the table that ``tl.evaluate`` returns whose mean it is, if there is one.
     variants
-        Of :data:`VARIANTS`, those that are scored, too, in columns whose names end so.
+        Suffixes in :data:`VARIANTS` that are scored, too, in columns with these suffixes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Metric:
 
     @property
     def direction(self) -> str:
-        """Which values are better; none is above a best value of 1, or below one of 0."""
+        """Say which values are better. A best value of 1 cannot be exceeded, and 0 is the smallest value."""
         if self.best is None:
             return ""
         return {1.0: "higher is better", 0.0: "lower is better"}.get(self.best, f"nearer to {self.best:g} is better")
@@ -83,7 +83,7 @@ def _coverage(percent: int, gene_score: str = "") -> Metric:
 def _width(percent: int) -> Metric:
     return Metric(
         f"width {percent}",
-        f"width of the central {percent} % interval; of two that cover as promised, the narrower is better",
+        f"width of the central {percent} % interval; of two intervals with the right coverage, the narrower is better",
         rf"\frac1n \sum_i (q_{{{(100 + percent) / 2:g}\%}} - q_{{{(100 - percent) / 2:g}\%}})",
         "Gneiting et al. 2007",
         "expression",
@@ -107,7 +107,7 @@ METRICS = (
     ),
     Metric(
         "PCC-partial",
-        "Pearson correlation with sequencing depth taken out of both sides",
+        "partial Pearson correlation given sequencing depth, which is regressed out of prediction and measurement",
         r"\operatorname{corr}_i(\hat y_{ig}, y_{ig} \mid \log(1 + N_i), \log^2(1 + N_i))",
         "Fisher 1924",
         "none",
@@ -126,8 +126,8 @@ METRICS = (
     ),
     Metric(
         "R2",
-        "coefficient of determination: share of the measured variance that the prediction explains; below 0 where the "
-        "gene's mean would have been nearer",
+        "coefficient of determination: share of the measured variance that the prediction explains; negative if it is "
+        "worse than the gene's mean",
         r"1 - \sum_i (\hat y_{ig} - y_{ig})^2 / \sum_i (y_{ig} - \bar y_g)^2",
         "Wright 1921",
         "none",
@@ -166,7 +166,8 @@ METRICS = (
     ),
     Metric(
         "n_undefined",
-        "number of genes whose correlation is undefined, mostly as their measurement does not vary; left out of means",
+        "number of genes whose correlation is undefined, mostly because they are measured as constant; left out of "
+        "means",
         "",
         "",
         "genes",
@@ -174,7 +175,7 @@ METRICS = (
     ),
     Metric(
         "RVD",
-        "relative variance distance: how far variances over the spots are from those measured",
+        "relative variance distance: relative squared difference of predicted and measured variances over the spots",
         r"\frac1G \sum_g ((\operatorname{var} \hat y_g - \operatorname{var} y_g) / \operatorname{var} y_g)^2",
         "Zhu et al. 2025 (Stem)",
         "none",
@@ -192,8 +193,7 @@ METRICS = (
     ),
     Metric(
         "gene-structure correlation",
-        "correlation of the predicted and the measured matrix of gene-gene correlations: whether the same genes go "
-        "together",
+        "correlation of predicted with measured gene-gene correlations: whether the same genes are co-expressed",
         r"\operatorname{corr}_{g<h}(\hat r_{gh}, r_{gh})",
         "Mantel 1967",
         "none",
@@ -202,7 +202,7 @@ METRICS = (
     ),
     Metric(
         "Moran correlation",
-        "correlation over the genes of Moran's I of prediction and measurement: whether the same genes form patterns",
+        "correlation over the genes of predicted and measured Moran's I: whether the same genes form patterns",
         r"\operatorname{corr}_g(I(\hat y_g), I(y_g)),\ "
         r"I(x) = \frac{n}{\sum_{ij} w_{ij}} \frac{\sum_{ij} w_{ij} z_i z_j}{\sum_i z_i^2},\ z = x - \bar x",
         "Moran 1950",
@@ -212,7 +212,7 @@ METRICS = (
     ),
     Metric(
         "Moran error",
-        "mean absolute difference of Moran's I of prediction and measurement: whether patterns are as smooth",
+        "mean absolute difference of predicted and measured Moran's I: whether patterns are equally smooth",
         r"\frac1G \sum_g \lvert I(\hat y_g) - I(y_g) \rvert",
         "Moran 1950",
         "none",
@@ -221,7 +221,7 @@ METRICS = (
     ),
     Metric(
         "CRPS",
-        "continuous ranked probability score of the predicted distribution: the absolute error, of a distribution",
+        "continuous ranked probability score of the predicted distribution: generalises the absolute error",
         r"\frac1n \sum_i \int (F_{ig}(x) - [\,x \ge y_{ig}\,])^2\, dx",
         "Gneiting & Raftery 2007",
         "expression",
@@ -246,7 +246,7 @@ METRICS = (
     _width(95),
     Metric(
         "PIT deviation",
-        "mean distance of the levels at which measured values lie (probability integral transform) from uniform",
+        "mean distance from uniform of the probability integral transform: levels at which measured values lie",
         r"\operatorname{mean}_i \lvert u_{(i)g} - (i - \tfrac12) / n \rvert,\ u_{ig} = F_{ig}(y_{ig})",
         "Dawid 1984; randomised as Czado et al. 2009",
         "none",
@@ -272,12 +272,12 @@ def describe() -> pd.DataFrame:
     -------
     DataFrame
         Indexed by the column of ``uns[key]["evaluation"]``, in its order: ``meaning``, ``formula`` (LaTeX), ``source``,
-        ``unit``, ``best`` (NaN of mere numbers), ``direction`` (``"higher is better"``, ``"lower is better"``,
-        ``"nearer to 0.9 is better"``) and ``gene_score``, the column of the scores of genes, if any.
+        ``unit``, ``best`` (NaN for counts of genes), ``direction`` (``"higher is better"``, ``"lower is better"``,
+        ``"nearer to 0.9 is better"``) and ``gene_score``, the column of the table of genes, if any.
     """
     suffixed = [
-        replace(metric, name=metric.name + suffix, meaning=f"{metric.meaning}; {what}", gene_score="")
-        for suffix, what in VARIANTS.items()
+        replace(metric, name=metric.name + suffix, meaning=f"{metric.meaning}; {variant}", gene_score="")
+        for suffix, variant in VARIANTS.items()
         for metric in METRICS
         if suffix in metric.variants
     ]

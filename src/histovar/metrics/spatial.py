@@ -15,7 +15,7 @@ from .accuracy import is_constant, pearson
 
 
 def _graph(value: Any) -> sparse.csr_matrix:
-    expected = "a graph of the spots, a sparse matrix of shape (spots, spots) of numbers that are not negative"
+    expected = "a graph of the spots: a sparse matrix of shape (spots, spots) with non-negative weights"
     if not sparse.issparse(value):
         refuse_type(expected)
     if value.shape[0] != value.shape[1] or not (value.data >= 0).all():
@@ -29,21 +29,21 @@ Graph = Annotated[Any, Converted(_graph)]
 
 @check_arguments
 def morans_i(values: Values, neighbors: Graph) -> NDArray[np.float64]:
-    r"""Moran's I of every gene: the correlation of a spot's value with those of its neighbours (Moran 1950).
+    r"""Moran's I of every gene: spatial autocorrelation of its expression (Moran 1950).
 
     .. math:: I = \frac{n}{\sum_{ij} w_{ij}} \frac{\sum_{ij} w_{ij} z_i z_j}{\sum_i z_i^2}, \quad z = x - \bar x
 
     Parameters
     ----------
     values
-        (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws: then the mean over the draws of each one's.
+        (n_spots, n_genes), or (n_spots, n_genes, n_samples) draws, over which it is averaged.
     neighbors
         (n_spots, n_spots) sparse weights :math:`w`, such as ``obsp["spatial_connectivities"]`` of squidpy.
 
     Returns
     -------
     ndarray
-        (n_genes,); 0 for constant genes, for which it is undefined, NaN for genes with NaN and where nobody has
+        (n_genes,); 0 for constant genes, for which it is undefined; NaN for genes with NaN, or if no spot has
         neighbours.
     """
     cube = np.asarray(values, dtype=np.float64)
@@ -58,8 +58,8 @@ def morans_i(values: Values, neighbors: Graph) -> NDArray[np.float64]:
     constant = is_constant(cube)
     with np.errstate(invalid="ignore"):  # infinite values: NaN
         centred = cube - cube.mean(0)
-        together = (centred * (neighbors @ centred)).sum(0) * len(cube) / total
-        return np.where(constant, 0.0, together / np.where(constant, 1.0, (centred**2).sum(0)))
+        covariance = (centred * (neighbors @ centred)).sum(0) * len(cube) / total
+        return np.where(constant, 0.0, covariance / np.where(constant, 1.0, (centred**2).sum(0)))
 
 
 @check_arguments

@@ -1,7 +1,7 @@
 """Scores of predicted distributions: CRPS, coverage, PIT.
 
-A predictive distribution is given as quantiles at known levels, (n_spots, n_genes, n_levels). Draws are quantiles once
-sorted (:func:`sample_quantiles`), and a mean with a standard deviation is a normal distribution
+A predictive distribution is given as quantiles at known levels, (n_spots, n_genes, n_levels). Sorted draws are
+quantiles (:func:`sample_quantiles`), and a mean with a standard deviation gives those of a normal distribution
 (:func:`normal_quantiles`).
 """
 
@@ -46,8 +46,8 @@ def crps_samples(samples: Draws, measured: Matrix) -> NDArray[np.float64]:
 def crps_quantiles(quantiles: Quantiles, levels: Levels, measured: Matrix) -> NDArray[np.float64]:
     """CRPS of a distribution given by quantiles: twice the pinball loss, integrated over the levels.
 
-    Integration is by the trapezoidal rule between the levels given, the outermost of which stand for what lies
-    beyond; with few levels it is rough.
+    The integral is taken by the trapezoidal rule between the levels; the outermost levels stand for the tails beyond
+    them. With few levels it is a rough approximation.
 
     Parameters
     ----------
@@ -89,12 +89,12 @@ def normal_quantiles(mean: Matrix, std: Matrix, levels: Levels) -> NDArray[np.fl
 
 @check_arguments
 def interval(quantiles: Quantiles, levels: Levels, share: Share) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Ends of the central interval that should hold `share` of the values, each (n_spots, n_genes).
+    """Ends of the central interval that should contain `share` of the values, each (n_spots, n_genes).
 
     Raises
     ------
     ValueError
-        If `levels` do not reach as far out.
+        If `levels` do not reach that far out.
     """
     tau = np.asarray(levels, dtype=np.float64)
     ends = ((1 - share) / 2, (1 + share) / 2)
@@ -105,7 +105,7 @@ def interval(quantiles: Quantiles, levels: Levels, share: Share) -> tuple[NDArra
 
 
 def _at(quantiles: NDArray[Any], tau: NDArray[np.float64], level: float) -> NDArray[Any]:
-    """The quantile at one level, linear between those given."""
+    """Quantile at a level, interpolated linearly between those given."""
     right = min(max(int(np.searchsorted(tau, level)), 1), len(tau) - 1)
     share = np.clip((level - tau[right - 1]) / (tau[right] - tau[right - 1]), 0, 1)
     value: NDArray[Any] = quantiles[..., right - 1] * (1 - share) + quantiles[..., right] * share
@@ -126,14 +126,14 @@ def top_coverage(
 ) -> NDArray[np.float64]:
     """Coverage of an interval among the spots with a gene's highest predictions.
 
-    Marginal coverage may be right where this one fails.
+    Marginal coverage may be right although this one is not.
 
     Parameters
     ----------
     low, high, measured
         As in :func:`coverage`, (n_spots, n_genes).
     predicted
-        (n_spots, n_genes), by which spots are chosen: those at or above its quantile of 1 - `top`.
+        (n_spots, n_genes) predictions; spots at or above their (1 - `top`) quantile are chosen.
     top
         Share of the spots.
 
@@ -154,8 +154,8 @@ def top_coverage(
 def pit(quantiles: Quantiles, levels: Levels, measured: Matrix, random_state: Seed = 0) -> NDArray[np.float64]:
     """Probability integral transform: the level at which the measured value lies; uniform if calibrated.
 
-    Where several quantiles equal the measured value, as they do at zero, a level is drawn between theirs (Czado et
-    al. 2009), and one between the outermost level and 0 or 1 where it lies beyond all of them.
+    If several quantiles equal the measured value, as they do at zero, a level is drawn at random between theirs (Czado
+    et al. 2009); if the value lies beyond all quantiles, between the outermost level and 0 or 1.
 
     Parameters
     ----------
@@ -184,6 +184,6 @@ def pit(quantiles: Quantiles, levels: Levels, measured: Matrix, random_state: Se
 
 @check_arguments
 def sample_quantiles(samples: Draws) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Sorted draws, and the levels (i + 1/2) / n that they stand for."""
+    """Turn draws into quantiles: sorted draws, and their levels (i + 1/2) / n."""
     n = np.shape(samples)[2]
     return np.sort(samples, axis=2), (np.arange(n) + 0.5) / n

@@ -1,4 +1,4 @@
-"""Plots: maps, training, codebook, scores, calibration, co-expression, trust in genes; and an HTML report."""
+"""Plots: maps, training, codebook, scores, calibration, co-expression, expected accuracy; and an HTML report."""
 
 from .calibration import calibration
 from .codebook import codebook

@@ -1,4 +1,4 @@
-"""Arguments, axes, frames, saving and showing of figures, shared by all plots."""
+"""Axes, frames, saving and showing of figures, and their arguments, shared by all plots."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def _axes_list(value: Any) -> list[Axes]:
 
 def _colormap(value: str | matplotlib.colors.Colormap) -> str | matplotlib.colors.Colormap:
     if isinstance(value, str) and value not in mpl.colormaps:
-        refuse_value("the name of a colour map of matplotlib")
+        refuse_value("the name of a matplotlib colour map")
     return value
 
 
 def _figure_file(value: str | Path) -> str | Path:
     path = Path(value)
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        refuse_value(f"a file that ends in one of {', '.join(f'.{name}' for name in known)}")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        refuse_value(f"a file that ends in one of {', '.join(f'.{name}' for name in formats)}")
     if path.is_dir() or not path.parent.is_dir():
         refuse_value("a file in a directory that exists")
     return value
@@ -48,27 +48,27 @@ FigureFile = Annotated[PathLike, AfterValidator(_figure_file)]
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that holds an axes."""
+    """Get the figure of an axes."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
     return figure
 
 
 def new_axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
-    """The given axes, or those of a new figure."""
+    """Return the given axes, or those of a new figure."""
     if ax is not None:
         return ax
-    _, made = plt.subplots(figsize=figsize, layout="constrained")
-    return made
+    _, new = plt.subplots(figsize=figsize, layout="constrained")
+    return new
 
 
 def axes_grid(ax: list[Axes] | None, n_rows: int, n_columns: int, figsize: tuple[float, float]) -> NDArray[Any]:
-    """The given axes, or those of a new figure, (n_rows, n_columns).
+    """Return the given axes, or those of a new figure, (n_rows, n_columns).
 
     Raises
     ------
     ValueError
-        If other than so many are given.
+        If another number of axes is given.
     """
     if ax is None:
         return plt.subplots(n_rows, n_columns, figsize=figsize, squeeze=False, layout="constrained")[1]
@@ -78,28 +78,28 @@ def axes_grid(ax: list[Axes] | None, n_rows: int, n_columns: int, figsize: tuple
 
 
 def open_frame(*axes: Axes) -> None:
-    """Take the upper and the right line of the frame off."""
+    """Hide the top and right spines."""
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
 
 
 def frame_ranking(ax: Axes, scores: pd.Series, *, n_genes: int, n_labels: int, ylabel: str, subtitle: str = "") -> None:
-    """Label a plot of genes by rank, and name the best of them at its right.
+    """Label a plot of ranked genes, and list the best genes to its right.
 
     Parameters
     ----------
     ax
-        Axes with a value at 1, 2, ... for every gene whose score is defined.
+        Axes with a value at 1, 2, ... for every gene with a defined score.
     scores
-        These, the best first, by gene.
+        These scores by gene, the best first.
     n_genes
         Number of all genes.
     n_labels
-        How many genes to name.
+        Number of genes to list.
     ylabel
-        What the score is.
+        Name of the score.
     subtitle
-        What follows the number of genes in the title.
+        Text after the number of genes in the title.
     """
     named = "\n".join(f"{value:.2f}  {gene}" for gene, value in scores.head(n_labels).items())
     ax.annotate(
@@ -123,7 +123,7 @@ def frame_ranking(ax: Axes, scores: pd.Series, *, n_genes: int, n_labels: int, y
 
 
 def finish(figure: Figure, show: bool, save: str | Path | None) -> None:
-    """Save and show as asked."""
+    """Save and show a figure, as requested."""
     if save is not None:
         figure.savefig(save, dpi=150, bbox_inches="tight")
     if show:

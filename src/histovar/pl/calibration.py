@@ -32,16 +32,17 @@ def calibration(
 ) -> NDArray[Any]:
     """Plot the coverage of central intervals against their nominal level, and the PIT histogram.
 
-    Left: share of measured values inside intervals of 5 to 95 %, over all spots, mean and the middle 80 % of the genes;
-    on the diagonal is right, above it too wide, below it too narrow. Right: at which level of its predicted
-    distribution each measured value lies; level is right, a hump too wide, a bowl too narrow, a slope biased.
+    Left: share of measured values inside intervals of 5 to 95 %, as mean and middle 80 % of the genes; intervals are
+    right on the diagonal, too wide above it, too narrow below. Right: histogram of the levels of the predicted
+    distributions at which measured values lie (PIT); distributions are right if it is flat, too wide if it has a hump,
+    too narrow if it is U-shaped, biased if it slopes.
 
     Parameters
     ----------
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to, with measured expression. The
-        distribution is that of counts (negative binomial) where the model learnt from them, else taken from draws where
-        there are any, else from quantiles, else as normal.
+        distribution is negative binomial if the model learnt from counts, otherwise that of draws, else of quantiles,
+        whichever were predicted, else normal.
     key
         Prefix of the slots.
     layer
@@ -65,22 +66,20 @@ def calibration(
     KeyError
         If there is no prediction or no measured expression.
     ValueError
-        If `ax` are not two.
+        If `ax` are not two axes.
     """
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key)
-    scored = read_comparison(adata, keys, layer)
-    distribution = read_distribution(adata, keys, scored.mean, scored.std, read_composed(adata, keys))
-    shares, covered, quantiles = coverage_by_share(distribution, np.ones(adata.n_obs, bool), scored.measured)
-    place = metrics.pit(quantiles, distribution.levels, scored.measured)
+    comparison = read_comparison(adata, keys, layer)
+    distribution = read_distribution(adata, keys, comparison.mean, comparison.std, read_composed(adata, keys))
+    shares, covered, quantiles = coverage_by_share(distribution, np.ones(adata.n_obs, bool), comparison.measured)
+    pit = metrics.pit(quantiles, distribution.levels, comparison.measured)
     axes = axes_grid(ax, 1, 2, (9, 4))[0]
     left, right = axes
     _coverage(left, shares, covered)
-    right.hist(place.ravel(), bins=20, range=(0, 1), density=True, alpha=0.6)
+    right.hist(pit.ravel(), bins=20, range=(0, 1), density=True, alpha=0.6)
     right.axhline(1, color="0.4", linestyle="--", linewidth=1)
-    right.set(
-        xlabel="level of the measured value (PIT)", ylabel="density", title=f"{place.shape[1]} genes", xlim=(0, 1)
-    )
+    right.set(xlabel="level of the measured value (PIT)", ylabel="density", title=f"{pit.shape[1]} genes", xlim=(0, 1))
     calibrated = "calibrated" if slots.record(adata, keys).get("calibrated", False) else "not calibrated"
     left.set_title(f"intervals from {distribution.kind}, {calibrated}")
     open_frame(*axes)
@@ -93,5 +92,5 @@ def _coverage(ax: Axes, shares: NDArray[Any], covered: NDArray[Any]) -> None:
     ax.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
     ax.fill_between(shares, low, high, alpha=0.25, label="middle 80 % of genes")
     ax.plot(shares, covered.mean(1), "o-", markersize=3, label="mean over genes")
-    ax.set(xlabel="share an interval promises", ylabel="share of spots inside", xlim=(0, 1), ylim=(0, 1))
+    ax.set(xlabel="nominal level of the interval", ylabel="share of spots inside", xlim=(0, 1), ylim=(0, 1))
     ax.legend(frameon=False, loc="upper left")

@@ -16,9 +16,9 @@ from ._figure import FigureFile, figure_of, finish, new_axes, open_frame
 def codebook(
     model: TwoStageVARST, *, ax: Axes | None = None, show: bool = False, save: FigureFile | None = None
 ) -> Axes:
-    """Plot codebook usage: how often each scale uses each code, ranked, on logarithmic axes.
+    """Plot codebook usage: the share of each code, ranked, in each scale's tokens, on logarithmic axes.
 
-    A collapsed codebook shows as a line that ends after a few codes.
+    If the codebook has collapsed, lines end after a few codes.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def codebook(
     """
     counts = model.stage1.code_counts.cpu().double()
     if not counts.any():
-        raise ValueError("model: stage 1 has not been trained, its codes were never counted")
+        raise ValueError("model: stage 1 has not been trained; train it first")
     ax = new_axes(ax, (6, 4))
     for n_groups, row in zip(model.config.scales, counts, strict=True):
         used = row[row > 0].sort(descending=True).values

@@ -1,4 +1,4 @@
-"""Plot gene-gene correlations, measured and predicted."""
+"""Plot measured and predicted gene-gene correlations."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def gene_correlation(
 ) -> NDArray[Any]:
     """Plot gene-gene correlations over the spots: measured, of the expected expression and of joint draws.
 
-    Expected expression leaves out what histology does not tell, so its genes correlate too much; draws put it back.
-    Genes are ordered by clustering the measured correlation (average linkage).
+    Expected expression lacks the variation that histology does not explain, so its genes correlate too much; draws
+    include it. Genes are ordered by clustering the measured correlation (average linkage).
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def gene_correlation(
     layer
         Layer with measured expression; that of training by default.
     ax
-        Axes to draw on, one a panel.
+        Axes to draw on, one for each panel.
     show
         Call ``plt.show()``.
     save
@@ -64,15 +64,15 @@ def gene_correlation(
     KeyError
         If there is no prediction or no measured expression.
     ValueError
-        If there are fewer than 2 genes, or `ax` are not as many as there are panels.
+        If there are fewer than 2 genes, or the number of `ax` is not that of panels.
     """
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key)
-    scored = read_comparison(adata, keys, layer)
-    if len(scored.genes) < 2:
-        raise ValueError(f"key: the prediction has {len(scored.genes)} gene; correlations need 2")
-    panels = {"measured": scored.measured, "expected": scored.mean}
-    draws = read_draws(adata, keys, len(scored.genes))
+    comparison = read_comparison(adata, keys, layer)
+    if len(comparison.genes) < 2:
+        raise ValueError(f"key: the prediction has {len(comparison.genes)} gene; correlations need 2")
+    panels = {"measured": comparison.measured, "expected": comparison.mean}
+    draws = read_draws(adata, keys, len(comparison.genes))
     if draws is not None:
         panels["draws"] = draws
     matrices = {name: metrics.gene_correlation(values) for name, values in panels.items()}
@@ -81,10 +81,10 @@ def gene_correlation(
     axes = axes_grid(ax, 1, len(panels), (3.6 * len(panels) + 0.8, 3.8))[0]
     for panel, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = panel.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        error = metrics.gene_correlation_error(panels[name], scored.measured)
-        shown = "undefined" if np.isnan(error) else f"{error:.2f}"
-        panel.set(xticks=[], yticks=[], title=name if name == "measured" else f"{name}, error {shown}")
-    axes[0].set_ylabel(f"{len(scored.genes)} genes")
+        error = metrics.gene_correlation_error(panels[name], comparison.measured)
+        error_text = "undefined" if np.isnan(error) else f"{error:.2f}"
+        panel.set(xticks=[], yticks=[], title=name if name == "measured" else f"{name}, error {error_text}")
+    axes[0].set_ylabel(f"{len(comparison.genes)} genes")
     figure_of(axes[0]).colorbar(image, ax=list(axes), label="Pearson correlation", shrink=0.8)
     finish(figure_of(axes[0]), show, save)
     return axes

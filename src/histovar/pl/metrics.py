@@ -41,7 +41,7 @@ def metrics(
     gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> Axes:
-    """Plot a score of every gene, ranked; the best genes are named.
+    """Plot a score of every gene, ranked, and list the best genes.
 
     Genes for which the score is undefined are left out and counted in the title.
 
@@ -52,10 +52,10 @@ def metrics(
     key
         Prefix of the slots.
     score
-        Which of those that :func:`histovar.tl.evaluate` gives of every gene. Genes are ranked by how near they come to
-        the best value that it can have (:func:`histovar.metrics.describe`).
+        Name of a score of genes, a column of the table that :func:`histovar.tl.evaluate` returns. Genes are ranked by
+        their distance from its best value (:func:`histovar.metrics.describe`).
     n_labels
-        How many of the best genes to name.
+        Number of best genes to list.
     ax
         Axes to draw on.
     show
@@ -88,7 +88,7 @@ def metrics(
     errors = keys.score("mse")
     if errors not in adata.var or not pd.api.types.is_numeric_dtype(adata.var[column]):
         raise ValueError(
-            f"key: var has no {errors!r}, or no numbers in {column!r}; call histovar.tl.evaluate(adata, key={key!r})"
+            f"key: var has no {errors!r}, or {column!r} is not numeric; call histovar.tl.evaluate(adata, key={key!r})"
         )
     scores = adata.var[column].dropna()
     scores = scores.loc[(scores - metric.best).abs().sort_values(kind="stable").index]
@@ -100,7 +100,7 @@ def metrics(
     if len(scores):
         mean = float(scores.mean())
         ax.axhline(mean, color="0.4", linestyle="--", linewidth=1)
-        # At the left, below the line: inside the curve, away from the names.
+        # At the left below the line: inside the curve, and away from the list of genes.
         ax.annotate(f" mean {mean:.3f}", (1, mean), ha="left", va="top", color="0.3")
     frame_ranking(
         ax,

@@ -43,13 +43,13 @@ def report(
     gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> None:
-    """Write a report: one HTML file with maps, scores and cautions, for any browser, also without a network.
+    """Write an interactive HTML report of a prediction: one file for any browser, which needs no network.
 
-    On the left a chooser of section, gene and quantity (predicted mean, standard deviation, ends of the interval, and
-    what was measured, where it was) and the opacity of the spots; in the middle the map over the H&E, to zoom and to
-    point at; on the right the table of genes, calibration (where expression was measured), scores (where
-    :func:`histovar.tl.evaluate` left some) and what the model was trained on. Above, what to be careful about: sections
-    unlike those of training, trained on, shallow or of few spots, intervals that are not calibrated.
+    On the left, choose section, gene, quantity (predicted mean, standard deviation, ends of the interval and, if
+    available, the measurement) and opacity of the spots. In the middle is the map over the H&E, to zoom and hover; on
+    the right the table of genes, calibration (if expression was measured), scores (if :func:`histovar.tl.evaluate` was
+    called) and what the model was trained on. Warnings on top name sections that are unlike those of training, were
+    trained on, are shallow or have few spots, and intervals that are not calibrated.
 
     Parameters
     ----------
@@ -57,12 +57,12 @@ def report(
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to. Images are taken from
         ``uns["spatial"]``, as in :func:`spatial`.
     path
-        File to write, which ends in ``.html``, in a directory that exists. A file that is there is replaced.
+        File to write, ending in ``.html``, in a directory that exists. An existing file is replaced.
     model
-        The model that predicted, for what it was trained on and which of its genes can be trusted.
+        The model that made the prediction, to report its training data and the expected accuracy of its genes.
     genes
-        Genes of the panel, by name, or by symbol where `gene_symbols` is given; all of them by default. Genes times
-        spots are 8 million at most.
+        Genes of the panel, by name, or by symbol if `gene_symbols` is given; all by default. Genes times spots may be 8
+        million at most.
     title
         Heading of the page.
     key
@@ -70,11 +70,11 @@ def report(
     library_key
         Column of ``obs`` with the section; that of the prediction by default.
     layer
-        Layer with measured expression; the layer trained on by default, if it is there.
+        Layer with measured expression; by default the layer trained on, if it exists.
     confidence_level
-        Share of what is measured that the intervals are to hold, more than 0 and less than 1.
+        Share of the measured values that intervals should contain, between 0 and 1 (both excluded).
     gene_symbols
-        Column of ``var`` with the genes' symbols, where names are identifiers such as Ensembl's: the page then has
+        Column of ``var`` with the genes' symbols, if names are identifiers such as Ensembl's: the page then shows
         symbols.
     table_name
         Table of a SpatialData.
@@ -89,12 +89,12 @@ def report(
     ImportError
         If Bokeh is not installed: ``pip install 'histovar[report]'``.
     KeyError
-        If there is no prediction, a gene is not in the panel, there are no coordinates, or no `layer` or column
-        `gene_symbols`.
+        If there is no prediction, a gene is not in the panel, or coordinates, `layer` or column `gene_symbols` are
+        missing.
     ValueError
-        If `model` is another than that which predicted, there are too many genes for a page, draws or quantiles do not
-        reach as far out as `confidence_level`, a symbol is that of several genes of the panel, or `layer` is in other
-        units.
+        If `model` is not the one that made the prediction, there are too many genes for a page, draws or quantiles do
+        not reach as far out as `confidence_level`, several genes of the panel have the same symbol, or `layer` is in
+        other units.
     OSError
         If the file cannot be written.
     """

@@ -28,13 +28,13 @@ from ._figure import AxesList, Colormap, FigureFile, axes_grid, figure_of, finis
 
 logger = logging.getLogger(__name__)
 
-# Colours end at this percentile, and begin at its complement, so that a single spot does not decide them.
+# Colour scales span this percentile and its complement, so that a single spot does not decide them.
 TOP_PERCENTILE = 99
-# Largest `size`: spots that cover any section.
+# Largest `size`: such spots cover any section.
 MOST_SIZE = 1000
-# Inches.
+# In inches.
 MAP_WIDTH = 3.6
-# Name of the only section in the object that squidpy draws.
+# Name of the section in the object that is passed to squidpy.
 LIBRARY_ID = "section"
 
 
@@ -57,33 +57,33 @@ def spatial(
     gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> NDArray[Any]:
-    """Map measured and predicted expression and its standard deviation over the H&E, one row for each gene.
+    """Plot maps of measured and predicted expression and its standard deviation over the H&E, one row for each gene.
 
-    Measured and predicted expression share one colour scale. Where a gene was not measured, its row has no measured
-    panel; where nothing was, the column is left out.
+    Measured and predicted expression share one colour scale. The measured column is left out unless all `genes` were
+    measured.
 
     Parameters
     ----------
     data
         AnnData or SpatialData that :func:`histovar.tl.predict` has written to.
     genes
-        Genes of the panel, by name, or by symbol where `gene_symbols` is given.
+        Genes of the panel, by name, or by symbol if `gene_symbols` is given.
     key
         Prefix of the slots.
     section
-        Section to draw, compared as a string; needed where there are several.
+        Section to plot, compared as a string; needed if there are several.
     library_key
         Column of ``obs`` with the section; that of the prediction by default. Images are looked up in
-        ``uns["spatial"]`` under the section's name; the only image serves an object of one section whatever its name,
-        unless that is the name of another section. Where there is no image that can be used, a warning says why and
-        spots are drawn without one.
+        ``uns["spatial"]`` under the section's name; if the object has one section and one image, its name does not
+        matter unless it is that of another section. Without a usable image, a warning says why and spots are plotted
+        without one.
     layer
         Layer with measured expression; the layer trained on by default.
     cmap, std_cmap
         Colour maps of expression and of its standard deviation.
     size
-        Spot size, relative to the spot's diameter, which is that of the image's scale factors, or else 0.55 of the
-        median distance between nearest spots.
+        Spot size relative to the spot's diameter: ``spot_diameter_fullres`` in ``uns["spatial"]``, or else 0.55 times
+        the median distance between nearest spots.
     img_alpha
         Opacity of the image.
     ax
@@ -93,8 +93,8 @@ def spatial(
     save
         File to write.
     gene_symbols
-        Column of ``var`` with the genes' symbols, where names are identifiers such as Ensembl's: `genes` are then
-        symbols, and titles, too.
+        Column of ``var`` with gene symbols, if names are identifiers such as Ensembl ids: `genes` are then symbols,
+        which are also used in titles.
     table_name
         Table of a SpatialData.
 
@@ -106,40 +106,45 @@ def spatial(
     Raises
     ------
     KeyError
-        If there is no prediction, a gene is not in the panel, or there are no coordinates or no column `gene_symbols`.
+        If there is no prediction, a gene is not in the panel, or coordinates or the column `gene_symbols` are missing.
     ValueError
-        If there are several sections and none is named, coordinates are not finite, or a symbol is that of several
-        genes of the panel.
+        If there are several sections and `section` is None, coordinates are not finite, or several genes of the panel
+        have the same symbol.
     """
     adata = gate.table(data, table_name, writes=False)
     keys = Keys(key)
     panel = predicted_genes(adata, keys)
     labels = list(genes)  # a single gene has become a list
-    wanted = find_genes(adata, panel, labels, gene_symbols)
-    names = predicted_sections(adata, keys, library_key)
-    slide = read_slide(adata, keys, names, library_key, section)
-    columns = np.array([panel.index(g) for g in wanted])
+    names_of_genes = find_genes(adata, panel, labels, gene_symbols)
+    sections = predicted_sections(adata, keys, library_key)
+    slide = read_slide(adata, keys, sections, library_key, section)
+    columns = np.array([panel.index(g) for g in names_of_genes])
     mean, std = (values[np.ix_(slide.rows, columns)] for values in read_prediction(adata, keys, panel))
-    measured, reason = read_measured_if_there(adata, keys, wanted, layer, names)
+    measured, reason = read_measured_if_there(adata, keys, names_of_genes, layer, sections)
     if reason:
-        logger.warning("measured expression is not drawn: %s", reason)
+        logger.warning("measured expression is not plotted: %s", reason)
     measured = None if measured is None or np.isnan(measured).any() else measured[slide.rows]
     canvas = _canvas(slide)
 
     titles = (
         ["measured", "predicted", "standard deviation"] if measured is not None else ["predicted", "standard deviation"]
     )
-    left, right, top, bottom = _extent(canvas, size)
-    map_height = MAP_WIDTH * min(max((bottom - top) / (right - left), 0.4), 2.5)
-    axes = axes_grid(ax, len(wanted), len(titles), ((MAP_WIDTH + 0.8) * len(titles), (map_height + 0.5) * len(wanted)))
+    x_min, x_max, y_min, y_max = _extent(canvas, size)
+    map_height = MAP_WIDTH * min(max((y_max - y_min) / (x_max - x_min), 0.4), 2.5)
+    axes = axes_grid(
+        ax,
+        len(names_of_genes),
+        len(titles),
+        ((MAP_WIDTH + 0.8) * len(titles), (map_height + 0.5) * len(names_of_genes)),
+    )
     for i, gene in enumerate(labels):
-        shown: list[NDArray[Any]] = [mean[:, i]] if measured is None else [measured[:, i], mean[:, i]]
-        low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in shown))
-        high = float(max(np.percentile(values, TOP_PERCENTILE) for values in shown))
+        maps: list[NDArray[Any]] = [mean[:, i]] if measured is None else [measured[:, i], mean[:, i]]
+        low = float(min(np.percentile(values, 100 - TOP_PERCENTILE) for values in maps))
+        high = float(max(np.percentile(values, TOP_PERCENTILE) for values in maps))
         norm = Normalize(low, max(high, low + 1e-6))
         ends = np.percentile(std[:, i], [100 - TOP_PERCENTILE, TOP_PERCENTILE])
         spread = Normalize(ends[0], max(ends[1], ends[0] + 1e-6))
-        for j, values in enumerate([*shown, std[:, i]]):
+        for j, values in enumerate([*maps, std[:, i]]):
             title = f"{gene}\n{titles[j]}"
             if titles[j] == "predicted" and measured is not None:
                 correlation = float(pearson(mean[:, [i]], measured[:, [i]])[0])
@@ -153,7 +158,7 @@ def spatial(
 
 
 def _canvas(slide: Slide) -> AnnData:
-    """A light object for squidpy, which changes what it is given: coordinates, spot diameter and at most one image."""
+    """Make a small object for squidpy, which modifies its input: coordinates, spot diameter and at most one image."""
     canvas = AnnData(obs=pd.DataFrame(index=pd.RangeIndex(len(slide.rows)).astype(str)))
     canvas.obsm["spatial"] = slide.coordinates
     image = slide.image
@@ -190,15 +195,15 @@ def _draw(
     left, right, top, bottom = _extent(canvas, size)
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     ax.set_title(title, fontsize=11)
-    # In axes of its own within those of the map, whose height it keeps.
+    # In inset axes, so that the colour bar is as high as the map.
     figure_of(ax).colorbar(ax.collections[-1], cax=ax.inset_axes((1.02, 0, 0.03, 1)))
 
 
 def _extent(canvas: AnnData, size: float) -> tuple[float, float, float, float]:
-    """Left, right, top and bottom of what is shown: the spots and a margin, not the whole slide."""
+    """Left, right, top and bottom of the plotted region: the spots and a margin, not the whole slide."""
     factors = canvas.uns["spatial"][LIBRARY_ID]["scalefactors"]
-    place = np.asarray(canvas.obsm["spatial"]) * factors["tissue_hires_scalef"]
-    low, high = place.min(0), place.max(0)
+    xy = np.asarray(canvas.obsm["spatial"]) * factors["tissue_hires_scalef"]
+    low, high = xy.min(0), xy.max(0)
     spot = size * factors["spot_diameter_fullres"] * factors["tissue_hires_scalef"]
     margin = max(0.06 * float((high - low).max()), spot, 1e-9)
     return low[0] - margin, high[0] + margin, low[1] - margin, high[1] + margin

@@ -48,7 +48,7 @@ def training(
     Raises
     ------
     ValueError
-        If the model has no history, or `ax` are not as many as are needed.
+        If the model has no training history, or the number of `ax` is not that of panels.
     """
     stages = [s for s in PANELS if s in model.history and len(model.history[s])]
     if not stages:
@@ -64,8 +64,8 @@ def training(
 
 
 def _lines(axis: Axes, history: Any, name: str) -> None:
-    for part, label in (("train", "training"), ("val", "inner held-out")):
-        column = f"{part}_{name}"
+    for split, label in (("train", "training"), ("val", "inner held-out")):
+        column = f"{split}_{name}"
         if column in history:
             axis.plot(history.index, history[column], label=label, marker=".", markersize=4)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,4 @@
-"""Plot how far each gene of a model can be trusted."""
+"""Plot the expected accuracy of each gene of a model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def trust(
     gene_symbols: Key | None = None,
     table_name: Key | None = None,
 ) -> Axes:
-    """Plot the expected accuracy of every gene, ranked, with its interval and noise ceiling; the best genes are named.
+    """Plot the expected accuracy of every gene, ranked, with interval and noise ceiling, and list the best genes.
 
-    Genes that are predicted at a false discovery rate of 10 % are told from others by colour.
+    Colours distinguish genes that are predicted at a false discovery rate of 10 % from the others.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def trust(
     data
         AnnData or SpatialData with the genes' symbols, where `gene_symbols` is given: a model has the names alone.
     n_labels
-        How many of the best genes to name.
+        Number of best genes to list.
     ax
         Axes to draw on.
     show
@@ -80,10 +80,10 @@ def trust(
     mean, low, high = (table[name].to_numpy() for name in ("expected_pearson", "lower", "upper"))
     if table["ceiling"].notna().any():
         ax.plot(rank, table["ceiling"], linestyle="none", marker="_", markersize=4, color="0.45", label="noise ceiling")
-    for chosen, color, sign in ((predicted, "C0", "<"), (~predicted, "C1", "≥")):
-        label = f"q {sign} {FALSE_DISCOVERY_RATE:g}: {int(chosen.sum())} genes"
-        ax.vlines(rank[chosen], low[chosen], high[chosen], color=color, alpha=0.3, linewidth=1.2)
-        ax.plot(rank[chosen], mean[chosen], linestyle="none", marker="o", markersize=2.5, color=color, label=label)
+    for mask, color, sign in ((predicted, "C0", "<"), (~predicted, "C1", "≥")):
+        label = f"q {sign} {FALSE_DISCOVERY_RATE:g}: {int(mask.sum())} genes"
+        ax.vlines(rank[mask], low[mask], high[mask], color=color, alpha=0.3, linewidth=1.2)
+        ax.plot(rank[mask], mean[mask], linestyle="none", marker="o", markersize=2.5, color=color, label=label)
     ax.axhline(0, color="0.7", linewidth=0.8)
     expected_on, _, caveat = table.attrs["expected on"].partition("; ")
     frame_ranking(

@@ -1,4 +1,4 @@
-"""Choose the gene panel."""
+"""Choose the gene panel: the genes to model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gene_panel(
     table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Choose the genes to model, on the training sections.
+    """Choose the genes to model (the gene panel) from the training sections.
 
     Parameters
     ----------
@@ -48,10 +48,10 @@ def gene_panel(
     n_genes
         Number of genes.
     flavor
-        ``"variance"``: the largest variance of log-normalised expression over all spots. The others are those of
-        :func:`scanpy.pp.highly_variable_genes`.
+        ``"variance"``: genes with the largest variance of log-normalised expression over all spots. The others are
+        flavors of :func:`scanpy.pp.highly_variable_genes`.
     min_fraction
-        Only genes detected in more than this fraction of the spots.
+        Genes must be detected in more than this fraction of the spots.
     library_key
         Column of ``obs`` with the section; scanpy's flavors rank genes within sections.
     key_added
@@ -81,29 +81,29 @@ def gene_panel(
     if not expression.is_stored(adata):
         lognorm = expression.lognorm(adata)
     detected, variance = _statistics(expression.lognorm_blocks(adata) if lognorm is None else [lognorm])
-    often = detected > min_fraction
-    if often.sum() < n_genes:
+    is_detected = detected > min_fraction
+    if is_detected.sum() < n_genes:
         raise ValueError(
-            f"n_genes: {n_genes} genes asked for, but only {int(often.sum())} are detected in more than "
-            f"{min_fraction:.0%} of the spots; ask for fewer genes or lower min_fraction"
+            f"n_genes: {n_genes} genes requested, but only {int(is_detected.sum())} are detected in more than "
+            f"{min_fraction:.0%} of the spots; request fewer genes or lower min_fraction"
         )
     if flavor == "variance":
         chosen = np.zeros(adata.n_vars, dtype=bool)
-        chosen[np.argsort(-np.where(often, variance, -np.inf), kind="stable")[:n_genes]] = True
+        chosen[np.argsort(-np.where(is_detected, variance, -np.inf), kind="stable")[:n_genes]] = True
     else:
         matrix: Any = lognorm
         if flavor == "seurat_v3":
             matrix = sparse.vstack([sparse.csr_matrix(block) for block in expression.count_blocks(adata)])
         elif lognorm is None:
             matrix = expression.lognorm(adata)
-        chosen = _highly_variable(adata, matrix, often, n_genes, flavor, library_key)
+        chosen = _highly_variable(adata, matrix, is_detected, n_genes, flavor, library_key)
     if copy:
         adata = gate.copied(adata)
     with slots.writing(adata):
         expression.add_lognorm(adata, lognorm)
         if keys.scales in adata.varm and not np.array_equal(genes_in_scales(adata, keys), chosen):
             slots.drop(adata, keys, [("varm", keys.scales)], ["scales", "scales_by"])
-            logger.info("varm[%r] is of another panel: dropped", keys.scales)
+            logger.info("varm[%r] belongs to another panel and is deleted", keys.scales)
         parameters = {"n_genes": n_genes, "flavor": flavor, "min_fraction": min_fraction}
         slots.write(adata, keys, {("var", keys.panel): chosen}, {"panel": parameters})
     logger.info("gene panel: %d of %d genes by %s, in var[%r]", n_genes, adata.n_vars, flavor, keys.panel)
@@ -111,7 +111,7 @@ def gene_panel(
 
 
 def detected_often(adata: AnnData, min_fraction: float) -> int:
-    """Number of genes detected in more than a fraction of the spots."""
+    """Count the genes detected in more than a fraction of the spots."""
     return int((_statistics(expression.lognorm_blocks(adata))[0] > min_fraction).sum())
 
 
@@ -136,11 +136,11 @@ def _highly_variable(
     flavor: str,
     library_key: str | None,
 ) -> NDArray[np.bool_]:
-    """Choice of scanpy among the genes detected often."""
-    light = AnnData(sparse.csr_matrix(matrix), obs=adata.obs[[library_key] if library_key else []].copy())
-    light = light[:, detected].copy()
+    """Choose highly variable genes by scanpy among the detected ones."""
+    candidates = AnnData(sparse.csr_matrix(matrix), obs=adata.obs[[library_key] if library_key else []].copy())
+    candidates = candidates[:, detected].copy()
     with keep_threads():
-        sc.pp.highly_variable_genes(light, n_top_genes=n_genes, flavor=flavor, batch_key=library_key)
+        sc.pp.highly_variable_genes(candidates, n_top_genes=n_genes, flavor=flavor, batch_key=library_key)
     chosen = detected.copy()
-    chosen[detected] = light.var["highly_variable"].to_numpy()
+    chosen[detected] = candidates.var["highly_variable"].to_numpy()
     return chosen

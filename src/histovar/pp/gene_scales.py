@@ -1,4 +1,4 @@
-"""Group genes at nested scales."""
+"""Group genes into nested scales."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def gene_scales(
     table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Group the panel's genes at nested scales, by co-expression or by gene sets.
+    """Group the panel's genes into nested scales, by co-expression or by gene sets.
 
     Parameters
     ----------
     data
         AnnData or SpatialData of the training sections, with a gene panel (see :func:`gene_panel`).
     scales
-        Number of groups at each scale, increasing; the genes themselves are added as the last. Scales of as many
-        groups as there are genes, or more, are left out.
+        Number of groups at each scale, increasing; single genes are added as the last scale. Scales with at least as
+        many groups as there are genes are left out.
     gene_sets
-        Names and genes of sets, such as pathways, that make up one of the scales. A gene in several sets belongs to
-        the first; genes in none form a set of their own. The scale nearest in number is
-        replaced; coarser scales are unions of the sets, finer ones split them.
+        Names and genes of sets, such as pathways, which form one of the scales. A gene in several sets belongs to the
+        first; genes in none form one more set. The scale with the nearest number of groups is replaced; coarser scales
+        are unions of the sets, finer ones split them.
     layer
-        Layer with expression; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent. Of more than
-        10,000 spots as many at random are looked at.
+        Layer with expression; by default ``layers["lognorm"]``, computed from the counts in ``X`` if absent. At most
+        10,000 spots, drawn at random, are used.
     key_added
         Prefix of the slots.
     random_state
@@ -61,7 +61,7 @@ def gene_scales(
     -------
     AnnData or None
         Writes ``varm[f"{key_added}_scales"]`` (n_vars, n_scales), the group of each panel gene at each scale and -1
-        for other genes, and ``uns[key_added]["scales"]``, their numbers of groups.
+        for other genes, and ``uns[key_added]["scales"]``, the number of groups at each scale.
 
     Raises
     ------
@@ -74,55 +74,56 @@ def gene_scales(
     keys = Keys(key_added)
     slots.check_free(adata, keys, [("varm", keys.scales)])
     columns = np.flatnonzero(gate.panel(adata, keys))
-    numbers = [n for n in scales if n < len(columns)] + [len(columns)]
-    given = None
+    n_groups = [n for n in scales if n < len(columns)] + [len(columns)]
+    set_groups = None
     if gene_sets is not None:
-        given = _set_of_each(gene_sets, adata.var_names[columns].tolist())
-        n_sets = int(given.max()) + 1
-        nearest = min(range(len(numbers) - 1), key=lambda i: abs(numbers[i] - n_sets)) if len(numbers) > 1 else 0
-        coarser = [n for n in numbers[:nearest] if n < n_sets]
-        numbers = [*coarser, n_sets, *(n for n in numbers[nearest + 1 :] if n > n_sets)]
+        set_groups = _assign_sets(gene_sets, adata.var_names[columns].tolist())
+        n_sets = int(set_groups.max()) + 1
+        nearest = min(range(len(n_groups) - 1), key=lambda i: abs(n_groups[i] - n_sets)) if len(n_groups) > 1 else 0
+        coarser = [n for n in n_groups[:nearest] if n < n_sets]
+        n_groups = [*coarser, n_sets, *(n for n in n_groups[nearest + 1 :] if n > n_sets)]
     rows = sampled_spots(adata.n_obs, random_state)
     values = expression(adata, LOGNORM if layer is None else layer, columns, rows).values
-    groups = group_genes(values, numbers, groups=given, random_state=random_state)
-    table = np.full((adata.n_vars, len(numbers)), -1, dtype=np.int32)
+    groups = group_genes(values, n_groups, groups=set_groups, random_state=random_state)
+    table = np.full((adata.n_vars, len(n_groups)), -1, dtype=np.int32)
     table[columns] = groups.T
-    entries = {"scales": np.array(numbers), "scales_by": "co-expression" if gene_sets is None else "gene sets"}
+    entries = {"scales": np.array(n_groups), "scales_by": "co-expression" if gene_sets is None else "gene sets"}
     if copy:
         adata = gate.copied(adata)
     with slots.writing(adata):
         if layer is None:
             add_lognorm(adata)
         slots.write(adata, keys, {("varm", keys.scales): table}, entries)
-    logger.info("gene scales: %s groups, in varm[%r]", numbers, keys.scales)
+    logger.info("gene scales: %s groups, in varm[%r]", n_groups, keys.scales)
     return adata if copy else None
 
 
 def genes_in_scales(adata: AnnData, keys: Keys) -> NDArray[np.bool_]:
-    """Genes that ``varm`` has groups of at every scale, which are those of the panel that they were made for.
+    """Mask of the genes with a group at every scale: those of the panel for which the scales were made.
 
     Raises
     ------
     ValueError
-        If it does not hold numbers.
+        If the slot is not numeric.
     """
     groups = np.asarray(adata.varm[keys.scales])
     if groups.dtype.kind not in "fiu":
         raise ValueError(
-            f"adata: varm[{keys.scales!r}] has data type {groups.dtype}, expected numbers of groups; call "
+            f"adata: varm[{keys.scales!r}] has data type {groups.dtype}, expected group numbers; call "
             "histovar.pp.gene_scales(adata) again"
         )
     return np.asarray((groups >= 0).all(1))
 
 
-def _set_of_each(gene_sets: Mapping[str, Sequence[str]], genes: list[str]) -> NDArray[np.int64]:
-    """Number of the set of every gene; genes in none come last."""
+def _assign_sets(gene_sets: Mapping[str, Sequence[str]], genes: list[str]) -> NDArray[np.int64]:
+    """Assign each gene the number of its set, (n_genes,); genes in no set get the last number."""
     position = {gene: i for i, gene in enumerate(genes)}
     labels = np.full(len(genes), len(gene_sets), dtype=np.int64)
     for number, members in reversed(list(enumerate(gene_sets.values()))):
         labels[[position[g] for g in members if g in position]] = number
     if (labels == len(gene_sets)).all():
         raise ValueError(
-            f"gene_sets: none of their genes is in the panel, which has {genes[:3]}, ...; check the naming"
+            f"gene_sets: none of their genes is in the panel ({genes[:3]}, ...); names must match (symbols or "
+            "identifiers, upper or lower case)"
         )
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)

@@ -1,4 +1,4 @@
-"""Compute niche features: means over neighbours, and the outline of the section."""
+"""Compute niche features: mean embeddings of neighbours, and nearness to the section's outline."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ def niche(
 ) -> AnnData | None:
     """Average the embeddings of each spot's nearest neighbours, in nested neighbourhoods within its section.
 
-    Training and prediction do this by themselves; call it to use the features elsewhere, or to fix
-    them before spots are filtered out.
+    Training and prediction compute this by themselves; call it to use the features elsewhere, or to compute them before
+    spots are filtered out.
 
     Parameters
     ----------
     data
-        AnnData or SpatialData. Where embeddings are dask (or zarr) arrays, so are the features, of the same chunks.
+        AnnData or SpatialData. If embeddings are dask (or zarr) arrays, the features are dask arrays in the same
+        chunks.
     use_rep
         Key of ``obsm``, or several, with embeddings.
     n_neighbors
-        Neighbourhood sizes, increasing; the spot itself is not counted. A section needs more spots than the smallest;
-        one is at most a quarter of its section.
+        Neighbourhood sizes, increasing, not counting the spot itself. A section needs more spots than the smallest
+        size; larger sizes are cut to a quarter of the section.
     library_key
         Column of ``obs`` with the section; neighbours are sought within it.
     spatial_key
@@ -57,12 +58,11 @@ def niche(
     Returns
     -------
     AnnData or None
-        Writes ``obsm[f"{key_added}_niche"]``, for each embedding and then each neighbourhood the mean embedding, side
-        by side; then, for each neighbourhood, two numbers that tell how near the section's outline the spot lies: the
-        log of the neighbours' mean distance over the section's median, and how far their centroid lies from the spot
-        in units of that mean distance. Also ``obsm[f"{key_added}_niche_source"]``, a fingerprint of each spot's
-        embeddings, coordinates and section, by which it is known when the features are no longer true, and
-        ``uns[key_added]["niche"]``, the parameters.
+        Writes ``obsm[f"{key_added}_niche"]``: for each embedding the mean over each neighbourhood, then for each
+        neighbourhood two features of how near the section's outline the spot lies: the log of the neighbours' mean
+        distance over the section's median, and the distance of their centroid from the spot, over that mean distance.
+        Also writes ``obsm[f"{key_added}_niche_source"]``, a fingerprint of each spot's embeddings, coordinates and
+        section, by which outdated features are recognised, and the parameters to ``uns[key_added]["niche"]``.
 
     Raises
     ------
@@ -70,28 +70,28 @@ def niche(
         If a key is missing.
     ValueError
         If a section has too few spots, embeddings are not finite, several sections have images and `library_key` is not
-        given, or a slot holds what histovar did not write.
+        given, or a slot holds data that histovar did not write.
     """
     adata = gate.table(data, table_name, writes=not copy)
     keys = Keys(key_added)
     slots.check_free(adata, keys, [("obsm", keys.niche), ("obsm", keys.niche_source)])
     reps, sizes = list(use_rep), list(n_neighbors)  # a single key has become a list
-    found: dict[slots.Slot, Any] = {}
+    contents: dict[slots.Slot, Any] = {}
     if lazy.is_lazy(adata, reps):
         features, source = lazy.niche(adata, reps, sizes, spatial_key, library_key)
-        found |= {("obsm", keys.niche): features, ("obsm", keys.niche_source): source}
+        contents |= {("obsm", keys.niche): features, ("obsm", keys.niche_source): source}
     else:
         embeddings = [gate.embedding(adata, key) for key in reps]
-        place = gate.coordinates(adata, spatial_key)
+        coordinates = gate.coordinates(adata, spatial_key)
         names = gate.sections(adata, library_key, spatial_key)
-        means, outline = histology.niche(embeddings, place, names, sizes)
-        found["obsm", keys.niche] = np.concatenate([*means, outline], axis=1)
-        found["obsm", keys.niche_source] = histology.source_fingerprint(adata, reps, spatial_key, library_key)
+        means, outline = histology.niche(embeddings, coordinates, names, sizes)
+        contents["obsm", keys.niche] = np.concatenate([*means, outline], axis=1)
+        contents["obsm", keys.niche_source] = histology.source_fingerprint(adata, reps, spatial_key, library_key)
     if copy:
         adata = gate.copied(adata)
     parameters = histology.niche_parameters(reps, sizes, spatial_key, library_key)
     with slots.writing(adata):
-        slots.drop(adata, keys, found)
-        slots.write(adata, keys, found, {"niche": {**parameters, "n_obs": adata.n_obs}})
+        slots.drop(adata, keys, contents)
+        slots.write(adata, keys, contents, {"niche": {**parameters, "n_obs": adata.n_obs}})
     logger.info("niche: means over %s neighbours of %s, in obsm[%r]", sizes, reps, keys.niche)
     return adata if copy else None

@@ -1,4 +1,4 @@
-"""Tile the tissue of a slide."""
+"""Tile the tissue of a whole-slide image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from histovar.slides.files import PICTURES, SlideImage
 
 logger = logging.getLogger(__name__)
 
-# Spots of Visium lie 100 um apart.
+# As between the spots of Visium.
 SPACING_UM = 100.0
-# Tissue is sought in the coarsest resolution with so many pixels a side, or the finest.
+# Tissue is sought in the coarsest resolution with at least this many pixels on a side, or else in the finest.
 PIXELS_FOR_TISSUE = 1000
-# Tiles of fewer pixels a side hold no histology.
+# Tiles with fewer pixels on a side show no histology.
 LEAST_PIXELS = 8
 
 
@@ -37,7 +37,7 @@ def _slide(value: Any) -> Any:
 
 
 def _path(path: PathLike) -> None:
-    """Annotation of a path alone."""
+    """Carry the annotation by which a path is checked."""
 
 
 SlideLike = Annotated[Any, Converted(_slide)]
@@ -54,37 +54,36 @@ def tile(
     thumbnail_px: Count = 2000,
     tile_key: Key = "tiles",
 ) -> AnnData:
-    """Tile the tissue of a slide: an AnnData with a grid of tiles, to be embedded and predicted as spots are.
+    """Lay a grid of tiles over the tissue of a slide: an AnnData whose tiles are embedded and predicted like spots.
 
-    LazySlide finds the tissue and tiles it. What LazySlide has tiled is taken as it is: pass the WSIData, whose
-    tiles may have features. LazySlide's coordinates are those of corners; here they are those of centres.
+    LazySlide finds the tissue and tiles it. To use existing tiles, pass the WSIData that LazySlide has tiled; its
+    features are read, too. Coordinates are the centres of tiles, not the corners as in LazySlide.
 
     Parameters
     ----------
     slide
         Path of a slide; or a ``wsidata.WSIData`` that LazySlide has tiled.
     spacing_um
-        Microns from tile to tile, 100 by default, rounded to whole pixels of the slide. Tiles of a WSIData stay as they
-        are.
+        Distance from tile to tile in microns, 100 by default, rounded to whole pixels of the slide. Not for a WSIData.
     mpp
-        Microns per pixel of the slide's finest resolution, where the file does not say, or says it wrong.
+        Microns per pixel of the slide at full resolution, if its file does not say or is wrong.
     section
         Name of the section; the file's by default.
     min_tissue
-        Share of a tile that is tissue, from which it is kept; of a WSIData all are kept.
+        Smallest share of tissue for a tile to be kept; all tiles of a WSIData are kept.
     thumbnail_px
-        Pixels of the longer side of the image that is kept for maps.
+        Length of the longer side of the image for maps, in pixels.
     tile_key
-        Which tiles of a WSIData.
+        Name of the tiles in a WSIData.
 
     Returns
     -------
     AnnData
-        A row a tile and no genes: ``obs["section"]``, ``obs["tissue"]`` (which piece, numbered from 0) and
-        ``obs["tile_id"]`` (which of the slide's tiles), ``obsm["spatial"]``, centres in pixels of the finest
-        resolution, ``uns["spatial"][section]`` with the image and scale factors, among them ``microns_per_pixel``, and
-        the file in ``metadata["source_image_path"]``, where :func:`embed` finds it. Features of a WSIData, such as
-        those of the table ``uni_tiles``, are in ``obsm["X_uni"]``.
+        One row per tile, no genes: ``obs["section"]``, ``obs["tissue"]`` (number of the tissue piece, from 0) and
+        ``obs["tile_id"]`` (number of the tile in the slide), ``obsm["spatial"]``, centres in pixels at full resolution,
+        and ``uns["spatial"][section]`` with the image, scale factors, among them ``microns_per_pixel``, and the file in
+        ``metadata["source_image_path"]``, where :func:`embed` finds it. Features of a WSIData, such as those in the
+        table ``uni_tiles``, are in ``obsm["X_uni"]``.
 
     Raises
     ------
@@ -95,8 +94,8 @@ def tile(
     KeyError
         If a WSIData has no such tiles.
     ValueError
-        If the file cannot be read as a slide, its microns per pixel are not known, no tissue is found in it, or
-        `spacing_um` is less than 8 pixels or given for tiles that there are.
+        If the file cannot be read as a slide, its microns per pixel are unknown, no tissue is found, or `spacing_um` is
+        less than 8 pixels or given for a WSIData.
     """
     is_path = isinstance(slide, Path)
     wsi = _open(slide) if is_path else slide
@@ -106,14 +105,14 @@ def tile(
     with closing(image) if is_path else nullcontext():
         scale = image.mpp if mpp is None else mpp
         if scale is None:
-            raise ValueError(f"mpp: microns per pixel of {str(wsi.reader.file)!r} are not known; {HOW_TO_GIVE_MPP}")
+            raise ValueError(f"mpp: microns per pixel of {str(wsi.reader.file)!r} are unknown; {HOW_TO_GIVE_MPP}")
         if is_path:
             side = round((SPACING_UM if spacing_um is None else spacing_um) / scale)
             if not LEAST_PIXELS <= side <= min(image.width, image.height):
                 raise ValueError(
-                    f"spacing_um: {side * scale:.3g} um are {side} pixels of a slide of {image.width} x "
-                    f"{image.height}, of {scale:.3g} um each; at least {LEAST_PIXELS} are needed, and at most the "
-                    "slide's; mend it, or mpp"
+                    f"spacing_um: {side * scale:.3g} um are {side} pixels of {scale:.3g} um, expected at least "
+                    f"{LEAST_PIXELS} pixels and no more than the slide's {image.width} x {image.height}; correct "
+                    "spacing_um or mpp"
                 )
             _tile(wsi, image, side, min_tissue, tile_key)
         name = Path(wsi.reader.file).stem if section is None else section
@@ -146,7 +145,7 @@ def _open(path: Path) -> Any:
     except Exception as error:  # noqa: BLE001 (readers raise errors of many classes)
         mend = ""
         if path.suffix.lower() in PICTURES:
-            mend = "; make a slide of a picture with: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+            mend = "; convert the picture to a slide: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"slide: {str(path)!r} cannot be read as a slide ({reason}){mend}") from None
 
@@ -158,29 +157,31 @@ def _check_tiles(wsi: Any, tile_key: str, spacing_um: float | None) -> None:
             "lazyslide.pp.tile_tissues, or pass the path of the slide"
         )
     if spacing_um is not None:
-        raise ValueError("spacing_um: the WSIData is tiled already, and its tiles stay as they are; leave it out")
+        raise ValueError("spacing_um: not for a WSIData, whose tiles are used as they are; leave it out")
 
 
 def _tile(wsi: Any, image: SlideImage, side: int, min_tissue: float, tile_key: str) -> None:
-    """Find tissue, and lay tiles of so many pixels over it."""
+    """Find tissue, and lay tiles of `side` pixels over it."""
     lazyslide = import_extra("lazyslide", "wsi", "tiling of slides")
     fine = [i for i, size in enumerate(image.sizes) if min(size) >= PIXELS_FOR_TISSUE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Not by brightness (LazySlide's default), which takes a stained background, such as her2st's, for tissue.
+        # Not by brightness (LazySlide's default), which mistakes a stained background, such as her2st's, for tissue.
         lazyslide.pp.find_tissues(wsi, level=max(fine, default=0), method="entropy")
-        found = "tissues" in wsi.shapes and len(wsi.shapes["tissues"]) > 0
-        if found:
+        has_tissue = "tissues" in wsi.shapes and len(wsi.shapes["tissues"]) > 0
+        if has_tissue:
             lazyslide.pp.tile_tissues(
                 wsi, side, edge=True, background_fraction=1 - min_tissue, ops_level=None, key_added=tile_key
             )
     if tile_key not in wsi.shapes:
-        what = "the tissue is smaller than a tile, or fills less of each than min_tissue" if found else "no tissue"
-        raise ValueError(f"slide: no tiles of {str(wsi.reader.file)!r}: {what}")
+        reason = (
+            "the tissue is smaller than a tile, or fills less of each than min_tissue" if has_tissue else "no tissue"
+        )
+        raise ValueError(f"slide: no tiles in {str(wsi.reader.file)!r}: {reason}")
 
 
 def _table(wsi: Any, image: SlideImage, name: str, tile_key: str) -> AnnData:
-    """Tiles whose centres lie on the slide, with the features that there are."""
+    """Make an AnnData of the tiles whose centres lie on the slide, with their features."""
     tiles = wsi.shapes[tile_key]
     bounds = tiles.bounds
     centers = np.stack([(bounds["minx"] + bounds["maxx"]) / 2, (bounds["miny"] + bounds["maxy"]) / 2], 1)
@@ -200,15 +201,15 @@ def _table(wsi: Any, image: SlideImage, name: str, tile_key: str) -> AnnData:
 
 
 def _features(wsi: Any, tile_key: str) -> dict[str, NDArray[np.float32]]:
-    """Features that LazySlide has computed of these tiles, in their order."""
+    """Read the features that LazySlide has computed for the tiles, in their order."""
     from spatialdata.models import TableModel
 
     suffix = f"_{tile_key}"
     keys = []
     for key, table in wsi.tables.items():
-        about = table.uns.get(TableModel.ATTRS_KEY, {})
-        # Those of tiles "big_tiles", which may end alike, are of another region.
-        if key.endswith(suffix) and tile_key in np.atleast_1d(about.get("region", tile_key)).tolist():
+        attributes = table.uns.get(TableModel.ATTRS_KEY, {})
+        # A table of other tiles, such as "big_tiles", may end with the same suffix, but annotates another region.
+        if key.endswith(suffix) and tile_key in np.atleast_1d(attributes.get("region", tile_key)).tolist():
             keys.append(key)
     tables = {key.removesuffix(suffix): wsi.fetch.features_anndata(key, tile_key, tile_graph=False) for key in keys}
     return {name: np.asarray(table.X, np.float32) for name, table in tables.items()}

@@ -1,4 +1,4 @@
-"""A prediction as one HTML file: what it says, and the page that shows it."""
+"""HTML report of a prediction: collect its content, and write the page."""
 
 from .content import Content, collect
 from .page import write_page

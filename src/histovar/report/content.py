@@ -1,4 +1,4 @@
-"""All that a report shows, read from the object and the model; nothing is drawn here."""
+"""Collect the content of a report from the object and the model, without drawing it."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from histovar.model.summary import summarize
 
 from .cautions import cautions
 
-# Quantities of each spot and gene, in the order in which they are offered.
+# Quantities of each spot and gene, in the order of the menu.
 MEAN, STD, LOWER, UPPER, MEASURED = "mean", "std", "lower", "upper", "measured"
-# Genes times spots of one page: some 20 bytes each, which browsers still open in a few seconds.
+# Most genes times spots of one page, some 20 bytes each: browsers open that in a few seconds.
 MOST_VALUES = 8_000_000
-# Spots drawn at random by which calibration is told, to one or two hundredths for a single gene.
+# Number of random spots on which coverage is measured: exact to one or two hundredths for a single gene.
 SPOTS_OF_COVERAGE = 1000
-# Around the spots, as a share of how far they reach.
+# Margin around the spots, as a share of their extent.
 MARGIN = 0.04
 
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the page.
+    """One section in a report.
 
     Parameters
     ----------
     label
-        Its name.
+        Name of the section.
     spots
-        (n_spots,) names.
+        (n_spots,) names of the spots.
     coordinates
         (n_spots, 2), in pixels of the full-resolution slide.
     diameter
-        Of a spot, in the same pixels.
+        Diameter of a spot, in the same pixels.
     values
-        (n_genes, n_spots) of every quantity.
+        (n_genes, n_spots) values of every quantity.
     image
-        (height, width, 3) uint8, cropped to the spots; None where there is none.
+        (height, width, 3) uint8, cropped to the spots; None if there is none.
     corners
         Left, top, right and bottom of the image, in the same pixels.
     """
@@ -77,20 +77,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often intervals hold what was measured.
+    """Coverage of central intervals at several nominal levels.
 
     Parameters
     ----------
     kind
-        What the distribution is taken from.
+        Kind of the predicted distribution.
     calibrated
-        Whether the model was calibrated.
+        True if the model was calibrated.
     n_spots
-        Spots that were looked at.
+        Number of spots on which coverage was measured.
     shares
-        (n_shares,) promised.
+        (n_shares,) nominal levels.
     covered
-        (n_shares, n_genes) found.
+        (n_shares, n_genes) share of the spots inside the interval.
     """
 
     kind: str
@@ -102,31 +102,31 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Content:
-    """A report.
+    """Content of a report.
 
     Parameters
     ----------
     title
         Heading.
     units
-        Of the prediction.
+        Units of the prediction.
     confidence_level
-        Of the intervals.
+        Nominal level of the intervals.
     genes
-        Names or symbols, (n_genes,).
+        (n_genes,) names or symbols.
     sections
-        At least one.
+        One or more sections.
     table
-        A row a gene: mean, standard deviation, Pearson correlation where measured, and what the model expects of it;
-        the best first, as far as known.
+        One row per gene: mean, standard deviation, Pearson correlation if measured, and expected accuracy if the model
+        has it; the best first, if known.
     coverage
-        None where nothing was measured.
+        Coverage of intervals; None if nothing was measured.
     scores
-        What :func:`histovar.tl.evaluate` left, a row a section; None where it did not.
+        Table that :func:`histovar.tl.evaluate` wrote, one row per section; None if it was not called.
     facts
-        What was predicted, and by what.
+        Description of the prediction and the model, by name.
     cautions
-        What to be careful about.
+        Warnings, in sentences.
     """
 
     title: str
@@ -154,23 +154,23 @@ def collect(
     confidence_level: float,
     gene_symbols: str | None,
 ) -> Content:
-    """Read what a report shows.
+    """Collect the content of a report.
 
     Parameters
     ----------
     adata
-        With a prediction.
+        Object with a prediction.
     keys
-        Its slots.
+        Slots of the prediction.
     model
-        That predicted; None if it is not at hand.
+        The model that made the prediction; None if it is not available.
     trust
-        How well genes are predicted by cross-validation within training, a row a gene: columns ``"expected_pearson"``,
-        ``"lower"``, ``"upper"``, ``"share_of_ceiling"`` and ``"q_value"``, each where it is known; or None.
+        Expected accuracy of genes, one row per gene, from :func:`histovar.get.genes`: columns ``"expected_pearson"``,
+        ``"lower"``, ``"upper"``, ``"share_of_ceiling"`` and ``"q_value"``; or None.
     genes
-        Of the panel; all by default.
+        Genes of the panel; all by default.
     title, library_key, layer, confidence_level, gene_symbols
-        As of :func:`histovar.pl.report`.
+        As in :func:`histovar.pl.report`.
 
     Raises
     ------
@@ -184,8 +184,8 @@ def collect(
         _check_predicted_by(model, panel, slots.record(adata, keys))
     if len(chosen) * adata.n_obs > MOST_VALUES:
         raise ValueError(
-            f"genes: {len(chosen):,} genes of {adata.n_obs:,} spots are too many for a page that browsers open; name "
-            f"{MOST_VALUES // adata.n_obs:,} genes at most, or take fewer sections"
+            f"genes: {len(chosen):,} genes in {adata.n_obs:,} spots are too many for a browser; name at most "
+            f"{MOST_VALUES // adata.n_obs:,} genes, or take fewer sections"
         )
     names = predicted_sections(adata, keys, library_key)
     slides = read_slides(adata, keys, names, library_key)
@@ -196,15 +196,15 @@ def collect(
     quantities = {MEAN: mean, STD: std, LOWER: lower, UPPER: upper}
     if measured is not None:
         quantities[MEASURED] = measured
-    shown = {name: np.asarray(values, np.float32)[:, columns].T for name, values in quantities.items()}
+    values_by_quantity = {name: np.asarray(values, np.float32)[:, columns].T for name, values in quantities.items()}
     stored = slots.record(adata, keys)
     return Content(
         title=title,
         units=str(stored["units"]),
         confidence_level=confidence_level,
         genes=[labels[gene] for gene in chosen],
-        sections=[_section(adata, slide, shown) for slide in slides],
-        table=_table(chosen, shown, slides, trust).rename(labels),
+        sections=[_section(adata, slide, values_by_quantity) for slide in slides],
+        table=_table(chosen, values_by_quantity, slides, trust).rename(labels),
         coverage=None if measured is None else _coverage(adata, keys, mean, std, measured),
         scores=stored.get("evaluation"),
         facts=_facts(adata, stored, slides, len(panel))
@@ -214,22 +214,22 @@ def collect(
 
 
 def _check_predicted_by(model: TwoStageVARST, panel: Sequence[str], stored: Mapping[str, Any]) -> None:
-    """Refuse a model of other genes, or that learnt from other sections, than that which predicted."""
+    """Refuse a model with other genes or other training sections than the one that made the prediction."""
     registry = model.registry
     if registry["genes"] != list(panel):
-        found = f"it has {len(registry['genes'])} genes, and these {len(panel)} were predicted by another"
-    elif "trained_on" in stored and set(registry.get("sections_stage2", [])) != _named(stored, "trained_on"):
-        found = f"it learnt from sections {registry.get('sections_stage2')}, and the one that predicted did not"
+        difference = f"it has {len(registry['genes'])} genes, other than the {len(panel)} that were predicted"
+    elif "trained_on" in stored and set(registry.get("sections_stage2", [])) != _names_in(stored, "trained_on"):
+        difference = f"it was trained on sections {registry.get('sections_stage2')}, unlike the prediction's model"
     else:
         return
-    raise ValueError(f"model: {found}; give the one that predicted, or leave it out")
+    raise ValueError(f"model: {difference}; give the model that made the prediction, or leave model out")
 
 
-def _named(stored: Mapping[str, Any], entry: str) -> set[str]:
+def _names_in(stored: Mapping[str, Any], entry: str) -> set[str]:
     return set(map(str, np.asarray(stored[entry]).ravel()))
 
 
-def _section(adata: AnnData, slide: Slide, shown: Mapping[str, NDArray[np.float32]]) -> Section:
+def _section(adata: AnnData, slide: Slide, values_by_quantity: Mapping[str, NDArray[np.float32]]) -> Section:
     low, high = slide.coordinates.min(0), slide.coordinates.max(0)
     margin = MARGIN * float((high - low).max()) + slide.diameter
     image, corners = None, (*(low - margin), *(high + margin))
@@ -241,57 +241,57 @@ def _section(adata: AnnData, slide: Slide, shown: Mapping[str, NDArray[np.float3
         spots=adata.obs_names[slide.rows].astype(str).tolist(),
         coordinates=slide.coordinates,
         diameter=slide.diameter,
-        values={name: values[:, slide.rows] for name, values in shown.items()},
+        values={name: values[:, slide.rows] for name, values in values_by_quantity.items()},
         image=image,
         corners=tuple(map(float, corners)),  # type: ignore[arg-type]
     )
 
 
 def _table(
-    genes: list[str], shown: Mapping[str, NDArray[np.float32]], slides: list[Slide], trust: pd.DataFrame | None
+    genes: list[str], values: Mapping[str, NDArray[np.float32]], slides: list[Slide], trust: pd.DataFrame | None
 ) -> pd.DataFrame:
-    """What is known of each gene."""
-    table = pd.DataFrame({"mean": shown[MEAN].mean(1), "std": shown[STD].mean(1)}, index=pd.Index(genes, name="gene"))
-    if MEASURED in shown:
-        of_sections = [
-            metrics.pearson(shown[MEAN][:, slide.rows].T, shown[MEASURED][:, slide.rows].T) for slide in slides
+    """Make the table of genes: mean, standard deviation, correlation, expected accuracy."""
+    table = pd.DataFrame({"mean": values[MEAN].mean(1), "std": values[STD].mean(1)}, index=pd.Index(genes, name="gene"))
+    if MEASURED in values:
+        by_section = [
+            metrics.pearson(values[MEAN][:, slide.rows].T, values[MEASURED][:, slide.rows].T) for slide in slides
         ]
-        table["pearson"] = pd.DataFrame(of_sections).mean().to_numpy()
+        table["pearson"] = pd.DataFrame(by_section).mean().to_numpy()
     if trust is not None:
         table = table.join(trust)
-    best = next((name for name in ("expected_pearson", "pearson") if name in table), None)
-    return table if best is None else table.sort_values(best, ascending=False, kind="stable")
+    sort_by = next((name for name in ("expected_pearson", "pearson") if name in table), None)
+    return table if sort_by is None else table.sort_values(sort_by, ascending=False, kind="stable")
 
 
 def _coverage(
     adata: AnnData, keys: Keys, mean: NDArray[Any], std: NDArray[Any], measured: NDArray[np.float32]
 ) -> Coverage:
-    """Coverage over some of the spots, as a distribution takes a hundred times the room and the time of a mean."""
-    known = ~np.isnan(measured).any(0)
+    """Measure coverage on a sample of the spots, since a distribution takes 100 times the memory and time of a mean."""
+    is_measured = ~np.isnan(measured).any(0)
     spots = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:SPOTS_OF_COVERAGE])
-    some = adata[spots]
-    distribution = read_distribution(some, keys, mean[spots], std[spots], read_composed(some, keys))
+    sample = adata[spots]
+    distribution = read_distribution(sample, keys, mean[spots], std[spots], read_composed(sample, keys))
     shares, covered, _ = coverage_by_share(distribution, np.ones(len(spots), bool), measured[spots])
     return Coverage(
         distribution.kind,
         bool(slots.record(adata, keys).get("calibrated", False)),
         len(spots),
         shares,
-        covered[:, known],
+        covered[:, is_measured],
     )
 
 
 def _facts(adata: AnnData, stored: Mapping[str, Any], slides: list[Slide], n_genes: int) -> dict[str, str]:
-    """What was predicted, as ``uns`` has it."""
+    """Describe the prediction from its entry of ``uns``."""
     params = stored["params"]
     depth = float(params.get("depth", 0))
-    of_depth = f"{depth:,.0f} counts in every spot" if depth else "predicted from histology"
+    depth_text = f"{depth:,.0f} counts in every spot" if depth else "predicted from histology"
     if params.get("depth_key"):
-        of_depth = f"obs[{params['depth_key']!r}]"
+        depth_text = f"obs[{params['depth_key']!r}]"
     facts = {
         "Predicted": f"{n_genes:,} genes in {adata.n_obs:,} spots of {len(slides)} section{'s' * (len(slides) > 1)}",
         "Units": str(stored["units"]),
-        "Depth": of_depth if "depth" in params else "",
+        "Depth": depth_text if "depth" in params else "",
         "Embeddings": ", ".join(map(str, np.asarray(params["use_rep"]).ravel())),
         "Trained on sections": ", ".join(map(str, np.asarray(stored.get("trained_on", [])).ravel())),
         "Trained on individuals": ", ".join(map(str, np.asarray(stored.get("trained_on_groups", [])).ravel())),

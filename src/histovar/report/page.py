@@ -1,4 +1,4 @@
-"""A report as one HTML file, drawn by Bokeh, whose scripts are in the file: it needs no network."""
+"""Write a report as one HTML file with Bokeh; its scripts are in the file, so that it needs no network."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ from histovar._version import __version__
 
 from .content import LOWER, MEAN, MEASURED, STD, UPPER, Content, Coverage, Section
 
-# Steps between the smallest and the largest value of a gene: hover values are exact to a thousandth of its range.
+# Number of steps between a gene's smallest and largest value: hover values are exact to a thousandth of its range.
 STEPS = 1000
-# Stands for values that are not there.
+# Code of missing values.
 MISSING = np.iinfo(np.uint16).max
-# Colours end at these percentiles, so that a single spot does not decide them.
+# Colour scales span these percentiles, so that a single spot does not decide them.
 PERCENTILES = (1, 99)
 # Longest side of an image in pixels, and its JPEG quality.
 LONGEST_SIDE, JPEG_QUALITY = 1600, 85
-# Pixels of the page.
+# Sizes on the page, in pixels.
 MAP_SIZE, MAP_CARD_WIDTH, DETAILS_WIDTH, NUMBER_WIDTH, SCROLLBAR_WIDTH = 600, 770, 514, 52, 18
 OPACITY = 0.7
 GENERATOR = "histovar report"
@@ -89,7 +89,7 @@ th, td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; border-
 th { font-weight: 600; color: #52606d; } td.number, th.number { text-align: right; }
 """
 
-# Show the gene, quantity and section that are chosen.
+# JavaScript: show the selected gene, quantity and section.
 SHOW = """
 const s = section.options.indexOf(section.value)
 const g = gene.options.indexOf(gene.value)
@@ -110,24 +110,25 @@ if (images[s] != null) image.data = images[s].data
 for (const glyph of picture) glyph.visible = images[s] != null
 circle.radius = {value: radii[s]}
 """
-# The part of the slide that a section's spots take.
+# JavaScript: set the axes to the region of the selected section.
 FRAME = """
 const [left, right, bottom, top] = frames[section.options.indexOf(section.value)]
 map.x_range.setv({start: left, end: right, reset_start: left, reset_end: right})
 map.y_range.setv({start: bottom, end: top, reset_start: bottom, reset_end: top})
 """
+# JavaScript: select the gene of a clicked row of the table.
 CHOOSE = "if (cb_obj.indices.length > 0) gene.value = table.data.gene[cb_obj.indices[0]]"
 
 
 def write_page(content: Content, path: Path) -> None:
-    """Write the report.
+    """Write a report as an HTML file.
 
     Parameters
     ----------
     content
-        What it shows.
+        Content of the report.
     path
-        File to write; one that is there is replaced.
+        File to write; an existing file is replaced.
 
     Raises
     ------
@@ -145,7 +146,7 @@ def write_page(content: Content, path: Path) -> None:
 
 
 def _page(content: Content) -> tuple[UIElement, CustomJS]:
-    """The page, and what shows its first gene."""
+    """Make the page, and the script that shows its first gene."""
     table = ColumnDataSource(content.table.reset_index())
     tissue, show = _map(content, table)
     details = [TabPanel(title="Genes", child=_genes(content, table))]
@@ -172,30 +173,30 @@ def _items(sentences: Iterable[str]) -> str:
 
 
 def _heading(content: Content) -> str:
-    what = (
-        f"Expression predicted from H&amp;E: {len(content.genes):,} genes, in {escape(content.units)}. Intervals are "
-        f"to hold {100 * content.confidence_level:g} % of what would be measured."
+    summary = (
+        f"Expression predicted from H&amp;E: {len(content.genes):,} genes, in {escape(content.units)}. Intervals "
+        f"should contain {100 * content.confidence_level:g} % of measured values."
     )
-    return f'<h1>{escape(content.title)}</h1><p class="quiet">{what}</p>'
+    return f'<h1>{escape(content.title)}</h1><p class="quiet">{summary}</p>'
 
 
 def _facts(facts: Mapping[str, str]) -> str:
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in facts.items())
-    return f"<h2>What was predicted, and by what</h2><table>{rows}</table>"
+    return f"<h2>Prediction and model</h2><table>{rows}</table>"
 
 
 def _scores(scores: pd.DataFrame) -> str:
-    """A table with a row a score, as there are more scores than sections."""
+    """Make the table of scores, one row per score, since there are more scores than sections."""
     head = "".join(f'<th class="number">{escape(str(name))}</th>' for name in scores.index)
-    shown = [name for name in scores if scores[name].notna().any()]
-    cells = ["".join(f'<td class="number">{value:.4g}</td>' for value in scores[name]) for name in shown]
-    body = "".join(f"<tr><th>{escape(str(name))}</th>{c}</tr>" for name, c in zip(shown, cells, strict=True))
-    note = '<p class="quiet">By histovar.tl.evaluate; its documentation has their formulas.</p>'
-    return f"<h2>Scores against what was measured</h2>{note}<table><tr><th></th>{head}</tr>{body}</table>"
+    names = [name for name in scores if scores[name].notna().any()]
+    cells = ["".join(f'<td class="number">{value:.4g}</td>' for value in scores[name]) for name in names]
+    body = "".join(f"<tr><th>{escape(str(name))}</th>{c}</tr>" for name, c in zip(names, cells, strict=True))
+    note = '<p class="quiet">By histovar.tl.evaluate; formulas are in the documentation of histovar.</p>'
+    return f"<h2>Scores against measured expression</h2>{note}<table><tr><th></th>{head}</tr>{body}</table>"
 
 
 def _map(content: Content, table: ColumnDataSource) -> tuple[UIElement, CustomJS]:
-    """The map below the widgets that choose its content; a row of the table of genes chooses, too."""
+    """Make the map below the widgets that select its content; clicking a row of the table of genes selects, too."""
     first = content.sections[0]
     quantities = list(first.values)
     labels = _labels(content, quantities)
@@ -228,7 +229,7 @@ def _map(content: Content, table: ColumnDataSource) -> tuple[UIElement, CustomJS
     tissue.outline_line_color = None
     tissue.title.text_font_size = "15px"
     picture = tissue.image_url(url="url", x="x", y="y", w="w", h="h", anchor="top_left", source=image)
-    # The ends are those of the gene that is shown; numbers that are there from the start get room beside the bar.
+    # The script sets the range to that of the gene. An initial range reserves room for numbers beside the colour bar.
     mapper = LinearColorMapper(palette=Viridis256, low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
     circles = tissue.circle(
         "x",
@@ -272,7 +273,7 @@ def _map(content: Content, table: ColumnDataSource) -> tuple[UIElement, CustomJS
 
 
 def _labels(content: Content, quantities: list[str]) -> dict[str, str]:
-    """Quantities as the page calls them."""
+    """Names of the quantities on the page."""
     tail = 50 * (1 - content.confidence_level)
     names = {
         MEAN: "predicted mean",
@@ -288,49 +289,49 @@ def _legend(quantities: list[str]) -> str:
     shared = "Mean and measured share one colour scale. " if MEASURED in quantities else ""
     return (
         '<p class="quiet">Scroll to zoom, drag to move, point at a spot for its values; click a row of the table of '
-        f"genes to see that gene. {shared}Colours of a gene are the same in all sections, and end at the "
-        f"{PERCENTILES[0]}st and {PERCENTILES[1]}th percentile.</p>"
+        f"genes to see that gene. {shared}The colour scale of a gene is the same in all sections, from the "
+        f"{PERCENTILES[0]}st to the {PERCENTILES[1]}th percentile.</p>"
     )
 
 
 def _quantized(
     sections: list[Section], quantities: list[str]
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]], list[list[NDArray[np.uint16]]]]:
-    """Values as whole steps from the smallest of each gene: of each quantity that and the step, and the codes.
+    """Quantise values to whole steps from each gene's smallest value.
 
     Returns
     -------
     lows, steps
-        Of each quantity, (n_genes,).
+        Smallest value and step, for each quantity (n_genes,).
     codes
-        Of each section, of each quantity, (n_genes * n_spots,), gene by gene.
+        Number of steps, for each section and quantity (n_genes * n_spots,), gene by gene.
     """
     lows, steps = [], []
     codes: list[list[NDArray[np.uint16]]] = [[] for _ in sections]
     for name in quantities:
         values = np.hstack([s.values[name] for s in sections])
-        known = ~np.isnan(values)
-        low = values.min(1, where=known, initial=np.inf)
+        defined = ~np.isnan(values)
+        low = values.min(1, where=defined, initial=np.inf)
         low = np.where(np.isfinite(low), low, 0)
-        high = np.maximum(values.max(1, where=known, initial=-np.inf), low)
+        high = np.maximum(values.max(1, where=defined, initial=-np.inf), low)
         step = np.where(high > low, (high - low) / STEPS, 1)
         lows.append(low.astype(np.float32))
         steps.append(step.astype(np.float32))
-        for of_section, s in zip(codes, sections, strict=True):
+        for section_codes, s in zip(codes, sections, strict=True):
             code = np.round((s.values[name] - low[:, None]) / step[:, None])
-            of_section.append(np.where(np.isnan(code), MISSING, code).astype(np.uint16).ravel())
+            section_codes.append(np.where(np.isnan(code), MISSING, code).astype(np.uint16).ravel())
     return lows, steps, codes
 
 
 def _colours(sections: list[Section], quantities: list[str]) -> list[list[NDArray[np.float64]]]:
-    """Ends of the colour scale of each quantity, of each gene; mean and measured share theirs."""
+    """Ends of the colour scale of each quantity and gene; mean and measured share one scale."""
     ends = {}
     for name in quantities:
         values = np.hstack([s.values[name] for s in sections])
-        known = np.asarray(np.isfinite(values).all(1))
-        ends[name] = np.percentile(np.where(known[:, None], values, 0), PERCENTILES, axis=1)
-        if not known.all():  # genes that were not measured
-            ends[name] = np.where(known, ends[name], ends[MEAN])
+        defined = np.asarray(np.isfinite(values).all(1))
+        ends[name] = np.percentile(np.where(defined[:, None], values, 0), PERCENTILES, axis=1)
+        if not defined.all():  # genes that were not measured
+            ends[name] = np.where(defined, ends[name], ends[MEAN])
     if MEASURED in ends:
         low = np.minimum(ends[MEAN][0], ends[MEASURED][0])
         ends[MEAN] = ends[MEASURED] = np.stack([low, np.maximum(ends[MEAN][1], ends[MEASURED][1])])
@@ -338,7 +339,7 @@ def _colours(sections: list[Section], quantities: list[str]) -> list[list[NDArra
 
 
 def _frame(section: Section) -> tuple[float, float, float, float]:
-    """A square that holds the image or the spots: left, right, bottom, top; y runs down."""
+    """Square around the image or the spots: left, right, bottom, top; y runs down."""
     left, top, right, bottom = section.corners
     half = max(right - left, bottom - top) / 2
     x, y = (left + right) / 2, (top + bottom) / 2
@@ -346,7 +347,7 @@ def _frame(section: Section) -> tuple[float, float, float, float]:
 
 
 def _image(section: Section) -> ColumnDataSource | None:
-    """The H&E as JPEG in the page."""
+    """Encode the H&E image as JPEG for the page."""
     if section.image is None:
         return None
     picture = Image.fromarray(np.ascontiguousarray(section.image))
@@ -359,7 +360,7 @@ def _image(section: Section) -> ColumnDataSource | None:
 
 
 def _genes(content: Content, table: ColumnDataSource) -> UIElement:
-    """The table of genes, by how well they can be predicted where that is known."""
+    """Make the table of genes, the best predicted first if known."""
     titles = {
         "mean": "mean",
         "std": "sd",
@@ -370,17 +371,17 @@ def _genes(content: Content, table: ColumnDataSource) -> UIElement:
         "share_of_ceiling": "share",
         "q_value": "q",
     }
-    text = {
+    explanations = {
         "mean": "mean and sd: average predicted mean and standard deviation over all spots",
         "pearson": "r here: Pearson correlation of prediction and measurement within sections, averaged",
-        "expected_pearson": "exp. r: expected correlation, found on training sections left out, with its interval",
-        "share_of_ceiling": "share: of the largest correlation that the noise of counting allows",
+        "expected_pearson": "exp. r: expected correlation on an unseen section, with its interval",
+        "share_of_ceiling": "share: expected correlation over the largest that counting noise allows",
         "q_value": "q: false discovery rate of calling the gene predictable",
     }
-    there = [name for name in titles if name in content.table]
-    rest = DETAILS_WIDTH - SCROLLBAR_WIDTH - NUMBER_WIDTH * len(there)
-    columns = [TableColumn(field="gene", title="gene", formatter=StringFormatter(font_style="bold"), width=rest)]
-    for name in there:
+    available = [name for name in titles if name in content.table]
+    name_width = DETAILS_WIDTH - SCROLLBAR_WIDTH - NUMBER_WIDTH * len(available)
+    columns = [TableColumn(field="gene", title="gene", formatter=StringFormatter(font_style="bold"), width=name_width)]
+    for name in available:
         formatter = NumberFormatter(
             format="0.0000" if name == "q_value" else "0.00", nan_format="-", text_align="right"
         )
@@ -396,12 +397,12 @@ def _genes(content: Content, table: ColumnDataSource) -> UIElement:
         autosize_mode="none",
         name="genes",
     )
-    notes = _items(text[name] for name in there if name in text)
+    notes = _items(explanations[name] for name in available if name in explanations)
     return column(grid, _text(f'<ul class="quiet">{notes}</ul>'), width=DETAILS_WIDTH)
 
 
 def _calibration(coverage: Coverage) -> UIElement:
-    """Coverage against what intervals promise, as :func:`histovar.pl.calibration` draws it."""
+    """Plot coverage against nominal level, like :func:`histovar.pl.calibration`."""
     shares, covered = coverage.shares, coverage.covered
     low, high = np.quantile(covered, [0.1, 0.9], axis=1)
     chart = figure(
@@ -409,23 +410,23 @@ def _calibration(coverage: Coverage) -> UIElement:
         height=DETAILS_WIDTH - 60,
         x_range=Range1d(0, 1),
         y_range=Range1d(0, 1),
-        x_axis_label="share an interval promises to hold",
-        y_axis_label="share of spots that it holds",
+        x_axis_label="nominal level of the interval",
+        y_axis_label="share of spots inside",
         toolbar_location=None,
         title=f"{coverage.kind}, {'calibrated' if coverage.calibrated else 'not calibrated'}",
     )
     chart.line([0, 1], [0, 1], color="#7b8794", line_dash="dashed")
     chart.varea(shares, low, high, color="#2b6cb0", alpha=0.2, legend_label="middle 80 % of genes")
     chart.line(shares, covered.mean(1), color="#2b6cb0", width=2, legend_label="mean over genes")
-    source = ColumnDataSource({"promised": shares, "found": covered.mean(1)})
-    points = chart.scatter("promised", "found", source=source, color="#2b6cb0", size=6)
-    tips = [("promised", "@promised{0.00}"), ("found", "@found{0.000}")]
+    source = ColumnDataSource({"nominal": shares, "inside": covered.mean(1)})
+    points = chart.scatter("nominal", "inside", source=source, color="#2b6cb0", size=6)
+    tips = [("nominal", "@nominal{0.00}"), ("inside", "@inside{0.000}")]
     chart.add_tools(HoverTool(renderers=[points], tooltips=tips))
     chart.legend.location = "top_left"
     chart.legend.border_line_color = None
     chart.outline_line_color = None
     text = (
-        '<p class="quiet">On the dashed line intervals hold what they promise; above it they are too wide, below it '
-        f"too narrow. Over {coverage.n_spots:,} spots of all sections.</p>"
+        '<p class="quiet">Intervals are right on the dashed line, too wide above it, too narrow below it. Measured on '
+        f"{coverage.n_spots:,} spots of all sections.</p>"
     )
     return column(chart, _text(text), width=DETAILS_WIDTH)

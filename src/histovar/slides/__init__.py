@@ -1,4 +1,4 @@
-"""Images of tissue, from slide scanners, image files, SpatialData or memory, read patch by patch."""
+"""Open slides and images of tissue (slide formats, image files, arrays) and read patches from them."""
 
 from .files import open_image
 from .image import ArrayImage, TissueImage

@@ -1,4 +1,4 @@
-"""Slides and image files."""
+"""Open whole-slide images and image files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .image import ArrayImage, TissueImage
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TIFFS = (".tif", ".tiff", ".btf")
-# Pictures are decoded as a whole. Of so many pixels that takes 1.6 GB, and a progressive JPEG some more.
+# Pictures are decoded in full. This many pixels take 1.6 GB, as a progressive JPEG somewhat more.
 MOST_PIXELS = 400_000_000
-# Microns per pixel that a tissue section may be scanned at; beyond, a resolution is that of a printer or a screen.
+# Range of microns per pixel of scanned tissue; values outside it are resolutions of a printer or a screen.
 PLAUSIBLE_MPP = (0.05, 20.0)
 UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}
 
 
 class SlideImage(TissueImage):
-    """A slide, read by wsidata (OpenSlide and others).
+    """A whole-slide image, read by wsidata (OpenSlide and others).
 
     Parameters
     ----------
     reader
-        Reader of wsidata.
+        A reader of wsidata.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -40,8 +40,8 @@ class SlideImage(TissueImage):
         self._downsamples = [float(d) for d in properties.level_downsample]
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
-        """See :meth:`TissueImage.read`."""
-        # The corner in pixels of the finest resolution, rounded up so that it is in the pixel that was asked for.
+        """Read a window; see :meth:`TissueImage.read`."""
+        # The corner at full resolution, rounded up so that it lies within the requested pixel.
         x, y = (int(np.ceil(value * self._downsamples[level])) for value in (left, top))
         return np.asarray(self.reader.get_region(x, y, width, height, level=level))[..., :3]
 
@@ -51,7 +51,7 @@ class SlideImage(TissueImage):
 
 
 class Picture(TissueImage):
-    """A JPEG, PNG or other picture, decoded by Pillow as a whole when it is first read.
+    """A JPEG, PNG or other picture, decoded in full by Pillow when it is first read.
 
     Parameters
     ----------
@@ -62,22 +62,22 @@ class Picture(TissueImage):
     def __init__(self, path: Path) -> None:
         from PIL import Image
 
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # that of photographs; ours follows
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit is for photographs; ours follows
         try:
             picture = Image.open(path)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(
-                f"its {picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}, to be read at once; "
-                "convert it to a pyramid: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+                f"its {picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}, too many to decode at "
+                "once; convert it to a pyramid: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
             )
         self.picture: Image.Image = picture
         self.path, self.decoded, self.lock = path, False, Lock()
         self.sizes = (picture.size,)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
-        """See :meth:`TissueImage.read`."""
+        """Read a window; see :meth:`TissueImage.read`."""
         with self.lock:
             if not self.decoded:
                 self._decode()
@@ -86,7 +86,7 @@ class Picture(TissueImage):
     def _decode(self) -> None:
         try:
             self.picture.load()
-            if self.picture.mode != "RGB":  # or convert would copy it
+            if self.picture.mode != "RGB":  # convert would copy an RGB picture
                 self.picture = self.picture.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"image: {str(self.path)!r} is damaged ({error})") from None
@@ -98,7 +98,7 @@ class Picture(TissueImage):
 
 
 def plausible_mpp(value: Any) -> float | None:
-    """Microns per pixel, unless they cannot be those of a scan of tissue."""
+    """Microns per pixel; None if they cannot be those of a scan of tissue."""
     low, high = PLAUSIBLE_MPP
     return float(value) if value is not None and low <= float(value) <= high else None
 
@@ -106,22 +106,22 @@ def plausible_mpp(value: Any) -> float | None:
 def open_image(path: Path, argument: str = "image") -> TissueImage:
     """Open a slide or an image file.
 
-    Slides are opened by wsidata, with every format that its readers know; JPEG, PNG and the like by Pillow; TIFF files
-    that no reader of slides knows, such as one without tiles, by tifffile.
+    Slides are opened by wsidata, in all formats that its readers support; JPEG, PNG and the like by Pillow; TIFF files
+    that no slide reader supports, such as those without tiles, by tifffile.
 
     Parameters
     ----------
     path
         The file.
     argument
-        Name of the argument, for messages.
+        Name of the caller's argument, for messages.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not an image, or damaged.
+        If it is not an image, or is damaged.
     ModuleNotFoundError
         If it is a slide and wsidata is not installed.
     """
@@ -161,7 +161,7 @@ def _tiff(path: Path) -> TissueImage:
 
 
 class TiffImage(ArrayImage):
-    """A TIFF file of any layout, of which tifffile decodes the strips or tiles that a window needs.
+    """A TIFF file of any layout; tifffile decodes only the strips or tiles that a window needs.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ class TiffImage(ArrayImage):
 
 
 def _mpp_of_ome(file: Any) -> float | None:
-    """Microns per pixel by OME's metadata."""
+    """Microns per pixel from OME metadata."""
     if not file.is_ome:
         return None
     pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*", file.ome_metadata)
@@ -196,7 +196,7 @@ def _mpp_of_ome(file: Any) -> float | None:
 
 
 def _mpp_of_tags(page: Any) -> float | None:
-    """Microns per pixel by the tags of a TIFF file."""
+    """Microns per pixel from the resolution tags of a TIFF file."""
     try:
         numerator, denominator = page.tags["XResolution"].value
         return plausible_mpp(UM_PER_UNIT[int(page.tags["ResolutionUnit"].value)] * denominator / numerator)

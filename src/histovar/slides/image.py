@@ -1,4 +1,4 @@
-"""What is asked of an image of tissue, whatever it is stored as."""
+"""Interface of tissue images, however they are stored, and images in arrays."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Pixels that are read at once for a thumbnail.
+# Largest number of pixels read at once for a thumbnail.
 MOST_PIXELS_AT_ONCE = 2**26
 
 
 class TissueImage(ABC):
-    """An RGB image in one or more resolutions, of which windows are read.
+    """An RGB image in one or more resolutions, read window by window.
 
     Attributes
     ----------
     sizes : tuple
-        (width, height) of each resolution in its own pixels, the finest first.
+        (width, height) of each resolution in its own pixels, full resolution first.
     mpp : float or None
-        Microns per pixel of the finest; None if not known.
+        Microns per pixel at full resolution; None if unknown.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -29,12 +29,12 @@ class TissueImage(ABC):
 
     @abstractmethod
     def read(self, level: int, left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read a window that lies within the image; safe to be called from several threads.
+        """Read a window within the image; can be called from several threads.
 
         Parameters
         ----------
         level
-            Which resolution.
+            Number of the resolution, 0 for full resolution.
         left, top, width, height
             The window, in pixels of that resolution.
 
@@ -49,25 +49,25 @@ class TissueImage(ABC):
 
     @property
     def width(self) -> int:
-        """Pixels of the finest resolution."""
+        """Width in pixels at full resolution."""
         return self.sizes[0][0]
 
     @property
     def height(self) -> int:
-        """Pixels of the finest resolution."""
+        """Height in pixels at full resolution."""
         return self.sizes[0][1]
 
     def downsample(self, level: int) -> float:
-        """How many pixels of the finest resolution a pixel of another is wide."""
+        """Width of a pixel of a resolution, in pixels at full resolution."""
         return self.width / self.sizes[level][0]
 
     def thumbnail(self, longest: int) -> NDArray[np.uint8]:
-        """The whole image, scaled down.
+        """Read the whole image, scaled down.
 
         Parameters
         ----------
         longest
-            Pixels of its longer side, unless the image is smaller.
+            Length of the longer side in pixels; smaller images are not enlarged.
 
         Returns
         -------
@@ -80,7 +80,7 @@ class TissueImage(ABC):
         size = max(1, round(self.width * scale)), max(1, round(self.height * scale))
         level = next((i for i in reversed(range(len(self.sizes))) if self.sizes[i][0] >= size[0]), 0)
         width, height = self.sizes[level]
-        # In bands, so that a slide of one resolution is never in memory as a whole.
+        # Read in bands, so that a slide with a single resolution is never in memory in full.
         rows = max(1, MOST_PIXELS_AT_ONCE // width)
         bands = []
         for top in range(0, height, rows):
@@ -93,21 +93,21 @@ class TissueImage(ABC):
 
 
 class ArrayImage(TissueImage):
-    """An image of arrays, one a resolution: in memory, or of dask or zarr, which are read window by window.
+    """An image in arrays, one for each resolution: in memory, or dask or zarr arrays, read window by window.
 
     Parameters
     ----------
     levels
-        (height, width, channels) or (channels, height, width) each, 8 bits; of four channels the first three are taken.
+        (height, width, channels) or (channels, height, width) each, 8 bits; a fourth channel is ignored.
     mpp
-        Microns per pixel of the finest.
+        Microns per pixel at full resolution.
     channels_first
-        Whether the first axis is that of the channels.
+        If the first axis is that of the channels.
 
     Raises
     ------
     ValueError
-        If an array is none of these.
+        If an array has another shape or data type.
     """
 
     def __init__(self, levels: Sequence[Any], mpp: float | None = None, *, channels_first: bool = False) -> None:
@@ -115,14 +115,14 @@ class ArrayImage(TissueImage):
             n_channels = level.shape[0 if channels_first else -1] if len(level.shape) == 3 else 0
             if n_channels not in (3, 4) or level.dtype != np.uint8:
                 raise ValueError(
-                    f"an array of shape {tuple(level.shape)} and data type {level.dtype}, expected RGB of 8 bits"
+                    f"an array of shape {tuple(level.shape)} and data type {level.dtype}, expected 8-bit RGB"
                 )
         self.levels, self.mpp, self.channels_first = list(levels), mpp, channels_first
         height = 1 if channels_first else 0
         self.sizes = tuple((int(level.shape[height + 1]), int(level.shape[height])) for level in levels)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> NDArray[np.uint8]:
-        """See :meth:`TissueImage.read`."""
+        """Read a window; see :meth:`TissueImage.read`."""
         rows, columns = slice(top, top + height), slice(left, left + width)
         if self.channels_first:
             return np.moveaxis(np.asarray(self.levels[level][:3, rows, columns]), 0, 2)

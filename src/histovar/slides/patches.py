@@ -1,4 +1,4 @@
-"""Square patches of an image around points, resized to the pixels that an encoder takes."""
+"""Cut square patches around points from an image, resized to an encoder's input size."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from PIL import Image
 
 from .image import TissueImage
 
-# A resolution serves if its pixels are at most this much wider than those of the patch.
+# A resolution is fine enough if its pixels are at most this factor wider than those of the patch.
 LEVEL_TOLERANCE = 1.01
-# What lies beyond the image: glass.
+# Colour beyond the image's edge: white, like glass.
 BACKGROUND = 255
 N_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Patches:
-    """Patches of one field around points.
+    """Square patches of an image around points.
 
     Parameters
     ----------
     image
         The image.
     centers
-        (n, 2), x and y in pixels of its finest resolution.
+        (n, 2), x and y in pixels at full resolution.
     field_px
-        Side of the patch in these pixels.
+        Side of the field in pixels at full resolution.
     out_px
-        Side of the patch in its own pixels.
+        Side of the patches after resizing, in pixels.
     """
 
     image: TissueImage
@@ -42,21 +42,21 @@ class Patches:
 
     @property
     def level(self) -> int:
-        """The coarsest resolution that has the pixels of the patch, or the finest."""
+        """Number of the coarsest resolution that is fine enough for the patches, or else of the finest."""
         widest = LEVEL_TOLERANCE * self.field_px / self.out_px
         fitting = [i for i in range(len(self.image.sizes)) if self.image.downsample(i) <= widest]
         return max(fitting, key=self.image.downsample, default=0)
 
     @property
     def beyond_edge(self) -> NDArray[np.bool_]:
-        """Of each point, whether its patch reaches beyond the image."""
+        """Mask of the points whose patches reach beyond the image."""
         low, high = self.centers - self.field_px / 2, self.centers + self.field_px / 2
         return np.asarray((low < 0).any(1) | (high > (self.image.width, self.image.height)).any(1))
 
     def read(self, i: int) -> NDArray[np.uint8]:
-        """The patch of a point, (out_px, out_px, 3); what lies beyond the image is white.
+        """Read the patch around a point, (out_px, out_px, 3), white beyond the image's edge.
 
-        Its corner is that of a pixel, so that a field of as many pixels as the encoder takes is not interpolated.
+        It begins at a whole pixel, so that a field of exactly `out_px` pixels is not interpolated.
         """
         level = self.level
         scale = self.image.downsample(level)
@@ -79,7 +79,7 @@ class Patches:
         )
 
     def batches(self, rows_of_batches: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
-        """Patches batch by batch, (batch, out_px, out_px, 3), the next being read while one is worked on."""
+        """Yield patches batch by batch, (batch, out_px, out_px, 3), reading the next batch in the background."""
         with ThreadPoolExecutor(N_THREADS) as pool:
 
             def submit(rows: NDArray[np.int64]) -> list[Future[NDArray[np.uint8]]]:

@@ -1,4 +1,4 @@
-"""The panel, chosen for whoever skipped that step."""
+"""Choose the default gene panel for users who skipped that step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from histovar.pp.gene_panel import detected_often, gene_panel
 
 logger = logging.getLogger(__name__)
 
-# What is done for a user who has not chosen genes.
+# Number of genes, and smallest fraction of spots in which they are detected.
 DEFAULT_PANEL = 200
 MIN_FRACTION = 0.1
 
 
 def ensure_panel(adata: AnnData, keys: Keys, n_genes: int | None = None) -> None:
-    """Call :func:`histovar.pp.gene_panel` where there is no panel yet, with a log line.
+    """Call :func:`histovar.pp.gene_panel` if there is no panel yet, with a log line.
 
     Parameters
     ----------

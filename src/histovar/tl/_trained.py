@@ -1,4 +1,4 @@
-"""Models that are trained as far as a function needs, as annotations of its arguments."""
+"""Annotations of arguments that are models with one or both stages trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _has_stage1(model: TwoStageVARST) -> TwoStageVARST:
 
 def _has_both_stages(model: TwoStageVARST) -> TwoStageVARST:
     if model.stage2 is None or "genes" not in model.registry or "use_rep" not in model.registry:
-        refuse_value("a model whose two stages are trained; it has no stage 2 yet, see histovar.tl.train_stage2")
+        refuse_value("a model with both stages trained; it has no stage 2 yet, see histovar.tl.train_stage2")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Adapt a trained model to a section of which a few spots are measured."""
+"""Adapt a trained model to a section in which a few spots are measured."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ def adapt(
     show_progress_bar: bool = False,
     table_name: Key | None = None,
 ) -> TwoStageVARST:
-    """Adapt a model to a new section, of which a few spots are measured.
+    """Adapt a model to a new section in which a few spots are measured, to predict the others.
 
-    What :func:`predict` says of the section's other spots is corrected in level (each gene's rate), depth, and by what
-    measured spots tell of those near them; intervals become as wide as errors on measured spots are, each predicted
-    from the others. All of it is shrunk to the model as it was trained, the more the fewer spots there are, and kept
-    only where it predicts measured spots better from the others (see :class:`histovar.model.Adaptation`). Units and
-    depth of :func:`predict` are there as before. Tokens, and the ranks of draws, stay those of histology.
+    Predictions for the section's other spots are then corrected in gene levels (rates), in depth, and by nearby
+    measured spots; the width of intervals is set by the errors on measured spots, each predicted from the others. All
+    corrections are shrunk towards the trained model, the more the fewer spots there are, and each is kept only if it
+    improves the prediction of measured spots from the others (see :class:`histovar.model.Adaptation`). Units and depth
+    of :func:`predict` work as before. Tokens and the ranks of draws do not change.
 
     Parameters
     ----------
     data
-        AnnData or SpatialData with the section: embeddings and coordinates of all of its spots, from which
-        neighbourhoods are taken as for :func:`predict`, and counts of those that are measured. Expression of others is
-        not read. It may hold other sections, too.
+        AnnData or SpatialData with the section: embeddings and coordinates of all its spots, from which neighbourhoods
+        are computed as by :func:`predict`, and counts of the measured ones; expression of the others is not read. It
+        may hold other sections, too.
     model
-        A model that learnt from counts, both stages trained; it stays as it is.
+        A model that learnt from counts, both stages trained; it is not changed.
     measured_key
-        Column of ``obs``, true of the measured spots: 9 or more, of one section. None where all are measured.
+        Boolean column of ``obs`` that marks the measured spots: 9 or more, in one section. None if all are measured.
     library_key
         Column of ``obs`` with the section; that of training by default.
     key_added
         Prefix of the slots, for niche features computed before.
     batch_size
-        Spots at once.
+        Spots in a batch.
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
-        Seed of the choice of 1,000 spots that tell of those near them, where more are measured.
+        Seed of the choice of 1,000 spots that correct their neighbours, if more are measured.
     show_progress_bar
         Show progress.
     table_name
@@ -85,8 +85,8 @@ def adapt(
     Returns
     -------
     TwoStageVARST
-        An adapted copy, to predict this section with; ``registry["adapted"]`` has the section and the number of spots,
-        and ``uns`` of its predictions ``adapted_to`` and ``n_adapted_spots``. It is saved and loaded as any model;
+        An adapted copy for this section; ``registry["adapted"]`` has the section and the number of spots, and ``uns``
+        of its predictions has ``adapted_to`` and ``n_adapted_spots``. It is saved and loaded like any model;
         :func:`predict` warns of spots of other sections.
 
     Raises
@@ -94,10 +94,10 @@ def adapt(
     KeyError
         If the column, embeddings, coordinates or genes of the panel are missing.
     ValueError
-        If fewer than 9 spots are measured, or spots of several sections; if the section was trained on (one without a
-        name is known by its number of spots, where training's had none either; else a warning says so); if the model
-        learnt from values, or is adapted already; if X holds no counts, or in other units than in training; if
-        embeddings were made otherwise than those of training.
+        If fewer than 9 spots are measured, or spots in several sections; if the section was trained on (if neither it
+        nor the training section has a name, it is recognised by its number of spots; otherwise there is a warning); if
+        the model learnt from values, or is adapted already; if X holds no counts, or expression is in other units than
+        in training; if embeddings were made in another way than in training.
     """
     adata = gate.table(data, table_name, genes=True, writes=False)
     registry, config = model.registry, model.config
@@ -108,7 +108,7 @@ def adapt(
         )
     if "adapted" in registry:
         raise ValueError(
-            f"model: it is adapted to section {registry['adapted']['section']!r} already; adapt the model as trained"
+            f"model: it is already adapted to section {registry['adapted']['section']!r}; adapt the model as trained"
         )
     if library_key is None and registry["library_key"] in adata.obs:
         library_key = registry["library_key"]
@@ -120,10 +120,10 @@ def adapt(
     columns = gate.gene_columns(adata, registry["genes"])
     counts = _counts(gate.copied(adata[measured]), model, columns, label)
 
-    own = np.ones(adata.n_obs, bool) if names is None else names == label
-    section = gate.copied(adata[own])
-    rows = torch.from_numpy(np.flatnonzero(measured[own]))
-    place = gate.coordinates(section, registry["spatial_key"]).astype(np.float32)
+    in_section = np.ones(adata.n_obs, bool) if names is None else names == label
+    section = gate.copied(adata[in_section])
+    rows = torch.from_numpy(np.flatnonzero(measured[in_section]))
+    coordinates = gate.coordinates(section, registry["spatial_key"]).astype(np.float32)
     inputs = histology(
         section,
         config,
@@ -135,30 +135,32 @@ def adapt(
         key=key_added,
     )
     adapted = deepcopy(model)
-    stage2, home = adapted.var_stage, adapted.device
-    one_section = torch.zeros(section.n_obs, dtype=torch.long, device=home)
-    inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), one_section)
-    near = torch.from_numpy(np.random.default_rng(random_state).permutation(len(rows)) < MOST_NEIGHBORS)
-    adaptation = stage2.add_adaptation(int(near.sum()))
+    stage2, original_device = adapted.var_stage, adapted.device
+    one_section = torch.zeros(section.n_obs, dtype=torch.long, device=original_device)
+    inputs = stage2.condition.align(inputs.map(lambda t: t.to(original_device)), one_section)
+    is_neighbor = torch.from_numpy(np.random.default_rng(random_state).permutation(len(rows)) < MOST_NEIGHBORS)
+    adaptation = stage2.add_adaptation(int(is_neighbor.sum()))
     rule = Decoding()
     predictor = Predictor(rule, rule, "rates", 0, (), False, batch_size, device, "fp32")
-    made = predictor(adapted, inputs.map(lambda t: t[rows.to(home)]), random_state, show_progress_bar=show_progress_bar)
-    rates, spots = torch.from_numpy(made.rates) / RATE_TOTAL, torch.from_numpy(made.spots)
-    nearest = cKDTree(place).query(place, k=2)[0][:, 1]
+    prediction = predictor(
+        adapted, inputs.map(lambda t: t[rows.to(original_device)]), random_state, show_progress_bar=show_progress_bar
+    )
+    rates, spots = torch.from_numpy(prediction.rates) / RATE_TOTAL, torch.from_numpy(prediction.spots)
+    nearest_distance = cKDTree(coordinates).query(coordinates, k=2)[0][:, 1]
     stage2.cpu()
     adaptation.fit(
         stage2.observation,
         torch.from_numpy(counts.panel),
         torch.from_numpy(counts.totals.astype(np.float32)),
         Composition(rates, spots[:, 0].log(), spots[:, 1], spots[:, 2]),
-        torch.from_numpy(place)[rows],
-        near=near,
+        torch.from_numpy(coordinates)[rows],
+        near=is_neighbor,
         novelty=float(spots[:, 3].max()),
-        spacing=float(np.median(nearest[nearest > 0])),
+        spacing=float(np.median(nearest_distance[nearest_distance > 0])),
     )
-    stage2.to(home)
+    stage2.to(original_device)
     adapted.registry["adapted"] = {"section": label, "n_spots": len(rows)}
-    told = adaptation.neighbors_tell
+    improved = adaptation.neighbors_tell
     logger.info(
         "adapted to %d of %d spots of %s: total counts times %.2f, rates times or by %.2f (median of genes), %s",
         len(rows),
@@ -166,18 +168,20 @@ def adapt(
         f"section {label!r}" if label else "one section",
         float(adaptation.log_depth.exp()),
         float(adaptation.log_rates.abs().median().exp()),
-        f"measured spots tell their neighbours of {' and '.join(told)}" if told else "neighbours are told nothing",
+        f"measured spots correct {' and '.join(improved)} of their neighbours"
+        if improved
+        else "no correction of neighbours",
     )
     return adapted
 
 
 def _measured(adata: AnnData, measured_key: str | None) -> NDArray[np.bool_]:
-    """Which spots are measured."""
+    """Read the mask of measured spots, (n_obs,)."""
     if measured_key is None:
         gate.check_enough_spots(adata, LEAST_MEASURED, "adapt to")
         logger.warning(
-            "measured_key: not given, so all %d spots are taken to be measured; where the section has more, give them "
-            "all and name a column: neighbourhoods are of the spots that are there",
+            "measured_key: not given, so all %d spots count as measured; if the section has more spots, give all of "
+            "them and name a column, since neighbourhoods are computed from the given spots",
             adata.n_obs,
         )
         return np.ones(adata.n_obs, bool)
@@ -185,7 +189,9 @@ def _measured(adata: AnnData, measured_key: str | None) -> NDArray[np.bool_]:
         raise KeyError(f"measured_key: no {measured_key!r} in obs, which has {list(adata.obs.columns)}")
     column = adata.obs[measured_key]
     if column.isna().any() or not set(column.unique().tolist()) <= {True, False}:
-        raise ValueError(f"measured_key: obs[{measured_key!r}] must be true or false of every spot, got {column.dtype}")
+        raise ValueError(
+            f"measured_key: obs[{measured_key!r}] must be True or False for every spot, got {column.dtype}"
+        )
     measured = column.to_numpy().astype(bool)
     if measured.sum() < LEAST_MEASURED:
         raise ValueError(
@@ -196,41 +202,41 @@ def _measured(adata: AnnData, measured_key: str | None) -> NDArray[np.bool_]:
 
 
 def _section(names: NDArray[np.str_] | None, measured: NDArray[np.bool_]) -> str:
-    """The section of the measured spots; empty where it has no name."""
+    """Find the section of the measured spots; empty if it has no name."""
     if names is None:
         return ""
     labels = np.unique(names[measured]).tolist()
     if len(labels) > 1:
         raise ValueError(
-            f"measured_key: the measured spots are of {len(labels)} sections, such as {labels[:3]}; adapt a model to "
+            f"measured_key: the measured spots are in {len(labels)} sections, such as {labels[:3]}; adapt a model to "
             "each of them"
         )
     return str(labels[0])
 
 
 def _check_not_trained_on(label: str, n_spots: int, registry: Mapping[str, Any]) -> None:
-    """Refuse a section that was trained on, known by its name, or where none has a name by its number of spots."""
+    """Refuse a section that was trained on, recognised by its name, or without names by its number of spots."""
     trained_on = registry["sections_stage2"]
     if label in trained_on:
         raise ValueError(
-            f"measured_key: section {label!r} was trained on, so that errors on it are not those of a new section; "
-            "it needs no adapting"
+            f"measured_key: section {label!r} was trained on, so errors on it are not those of a new section; it needs "
+            "no adaptation"
         )
     if label:
         return
     if not trained_on and n_spots == registry["n_spots_stage2"]:
         raise ValueError(
-            f"library_key: a section without a name, of {n_spots} spots as this one, was trained on, and needs no "
-            "adapting; if this is another, name it by a column of obs"
+            f"library_key: a section without a name and with {n_spots} spots, like this one, was trained on and needs "
+            "no adaptation; if this is another section, name it in a column of obs"
         )
     logger.warning(
-        "library_key: the section has no name, so that it is not known whether it, or a part of it, was trained on, in "
-        "which case errors on it are not those of a new section"
+        "library_key: the section has no name, so it cannot be checked whether it, or a part of it, was trained on; if "
+        "so, errors on it are not those of a new section"
     )
 
 
 def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], label: str) -> Counts:
-    """Counts and total counts of the measured spots."""
+    """Read counts and total counts of the measured spots."""
     registry = model.registry
     values = read_expression(
         adata,

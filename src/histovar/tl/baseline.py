@@ -1,4 +1,4 @@
-"""Train baselines on the split, genes and embeddings of a model."""
+"""Train baselines on the same genes and embeddings as a model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def baseline(
 ) -> Baseline:
     """Train another method (ridge, kNN, MLP, ...) to compare with, on the same genes and embeddings.
 
-    Its ``predict`` writes the slots of :func:`predict` under a key of its own.
+    Its ``predict`` writes the same slots as :func:`predict` under its own key.
 
     >>> ridge = hv.tl.baseline(adata, "ridge", use_rep="X_uni", library_key="section")
     >>> ridge.predict(query)
@@ -51,16 +51,16 @@ def baseline(
         AnnData or SpatialData of the training sections.
     method
         ``"ridge_hest"`` (HEST-Benchmark's recipe: 256 components, fixed penalty), ``"ridge"`` (penalty chosen by
-        leaving training sections, or individuals, out), ``"pls"`` (15 components), ``"kernel_ridge"``, ``"knn"``
+        leaving out training sections or individuals), ``"pls"`` (15 components), ``"kernel_ridge"``, ``"knn"``
         (retrieval in embedding space), ``"mlp"`` (mean of four heavily regularised perceptrons), ``"mfbp"`` (attention
         to a pooled context of the section), ``"var_st"`` (genes as an image, next-scale transformer).
-        ``"ridge_hest"``, ``"mfbp"`` and ``"var_st"`` see the first embedding alone, the others all of them and the
-        means of the first over 8 and 24 neighbours (``"mlp"`` those of the further ones over 8, too).
+        ``"ridge_hest"``, ``"mfbp"`` and ``"var_st"`` use only the first embedding; the others use all embeddings and
+        the means of the first over 8 and 24 neighbours (``"mlp"`` also means of the others over 8).
     use_rep, library_key, spatial_key
         As in :func:`train_stage2`.
     group_key
-        Column of ``obs`` with the individual (patient, animal) of each section. Where there are several, individuals
-        in place of sections are left out to choose the penalty of ``"ridge"`` and to measure the standard deviation.
+        Column of ``obs`` with the individual (patient, animal) of each section. If there are several, individuals
+        instead of sections are left out to choose the penalty of ``"ridge"`` and to measure the standard deviation.
     layer
         Layer to predict; log-normalised counts by default.
     standardize
@@ -69,7 +69,7 @@ def baseline(
     key_added
         Prefix of the slots with the panel.
     random_state
-        Seed of ``"mlp"``, ``"mfbp"`` and ``"var_st"``, 0 by default; the other methods draw nothing at random.
+        Seed of ``"mlp"``, ``"mfbp"`` and ``"var_st"``, 0 by default; the other methods are deterministic.
     table_name
         Table of a SpatialData.
 
@@ -83,10 +83,10 @@ def baseline(
     KeyError
         If a key or layer is missing.
     ValueError
-        If the method is not known, or the input is not as it must be; if there is a seed and nothing to draw.
+        If the method is unknown or the input is malformed; if a seed is given for a deterministic method.
     """
     if random_state is not None and not METHODS[method].is_random:
-        raise ValueError(f"random_state: {method!r} draws nothing at random; leave it out, got {random_state}")
+        raise ValueError(f"random_state: {method!r} is deterministic; leave it out, got {random_state}")
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key_added)
     reps = list(use_rep)  # a single key has become a list
@@ -109,14 +109,14 @@ def baseline(
         values, totals = expression.expression(adata, layer, gate.gene_columns(adata, genes), sections=names)
         normalization = common_normalization(totals, layer, adata.n_vars, len(genes))
         seed = 0 if random_state is None else random_state
-        where_from = (reps, library_key, spatial_key)
-        made = Baseline(method, genes, layer, normalization, *where_from, standardize, seed, group_key)
-        made.fit(adata, values)
+        slots_used = (reps, library_key, spatial_key)
+        trained = Baseline(method, genes, layer, normalization, *slots_used, standardize, seed, group_key)
+        trained.fit(adata, values)
     logger.info(
-        "%s trained on %d spots of %s: errors of spots left out have a standard deviation of %.3f",
+        "%s trained on %d spots of %s: errors on spots left out have a standard deviation of %.3f",
         method,
         adata.n_obs,
         "one section" if names is None else np.unique(names).tolist(),
-        made.std.mean(),
+        trained.std.mean(),
     )
-    return made
+    return trained

@@ -1,4 +1,4 @@
-"""Calibrate the intervals of a trained model."""
+"""Calibrate the uncertainty of a trained model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from ._trained import Trained
 
 logger = logging.getLogger(__name__)
 
-# Enough for quantiles in steps of half a per cent.
+# Most spots to calibrate on: enough for quantiles in steps of half a per cent.
 MOST_SPOTS = 4000
-# Too few for the tails of any interval.
+# Fewest spots to calibrate on: fewer say nothing about the tails of an interval.
 LEAST_SPOTS = 20
 
 
@@ -56,36 +56,36 @@ def calibrate(
     show_progress_bar: bool = False,
     table_name: Key | None = None,
 ) -> None:
-    """Calibrate a model's uncertainty on spots that its prediction has not seen.
+    """Calibrate a model's uncertainty, and measure each gene's accuracy, on spots that its prediction has not seen.
 
-    Of a model that learnt from counts, each gene's dispersion, the error of the depth and the levels of quantiles
-    (:class:`histovar.model.Observation`); else split conformal prediction with normalised residuals, gene by gene
-    (:class:`histovar.model.Calibration`). Afterwards quantiles, draws and standard deviations of :func:`predict` are
-    calibrated, and ``uns[key_added]["calibrated"]`` says so. How accurate each gene is on these spots is kept, too
-    (:func:`histovar.get.genes`). :func:`train` calls it on its training sections; call it
-    again with sections that were held out, which are the better judges: of another individual, if that is what the
-    model is for.
+    For a model that learnt from counts, this fits each gene's dispersion, the error of the depth and the levels of
+    quantiles (:class:`histovar.model.Observation`); for other models it is split conformal prediction with normalised
+    residuals, gene by gene (:class:`histovar.model.Calibration`). Afterwards quantiles, draws and standard deviations
+    of :func:`predict` are calibrated, and ``uns[key_added]["calibrated"]`` is true. The accuracy of each gene on these
+    spots is kept, too (:func:`histovar.get.genes`). :func:`train` calls this on its training sections; call it again
+    with held-out sections if you have them, which give better intervals: of another individual, if the model is to
+    predict other individuals.
 
     Parameters
     ----------
     data
-        AnnData or SpatialData with expression, embeddings and coordinates: sections held out from training, or those
-        trained on. Of the latter each spot is predicted by the members of the model that have not seen its section.
+        AnnData or SpatialData with expression, embeddings and coordinates: sections held out from training, or the
+        training sections, whose spots are each predicted by the ensemble members that have not seen their section.
     model
-        A model with both stages trained; its calibration is set in place.
+        A model with both stages trained; its calibration is replaced in place.
     library_key
         Column of ``obs`` with the section; that of training by default.
     group_key
-        Column of ``obs`` with the individual (patient, animal); that of training by default. Intervals are then made to
-        hold for another individual.
+        Column of ``obs`` with the individual (patient, animal); that of training by default. Intervals are then
+        calibrated for another individual.
     key_added
         Prefix of the slots, for niche features computed before.
     batch_size
-        Spots at once.
+        Spots in a batch.
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     random_state
-        Seed of the choice of 4,000 spots, where there are more.
+        Seed of the choice of 4,000 spots, if there are more.
     show_progress_bar
         Show progress.
     table_name
@@ -96,8 +96,8 @@ def calibrate(
     KeyError
         If embeddings, coordinates, sections, the layer or genes of the panel are missing.
     ValueError
-        If the model has no stage 2, there are fewer than 20 spots, or training sections are given and the model has no
-        prior, or part of them is missing; or if expression is in other units than that of training.
+        If the model has no stage 2; if there are fewer than 20 spots; if training sections are given and some of them
+        are missing, or the model has no prior; or if expression is in other units than in training.
     """
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key_added)
@@ -105,8 +105,8 @@ def calibrate(
     stage2 = model.var_stage
     if "adapted" in registry:
         raise ValueError(
-            f"model: it is adapted to section {registry['adapted']['section']!r}, which calibrated it; calibrate the "
-            "model as it was trained"
+            f"model: it is adapted to section {registry['adapted']['section']!r}, on which it was calibrated; "
+            "calibrate the model as it was trained"
         )
     gate.check_enough_spots(adata, LEAST_SPOTS, "calibrate on")
     columns = gate.gene_columns(adata, registry["genes"])
@@ -120,11 +120,11 @@ def calibrate(
     individuals = _individuals(adata, model, group_key, names)
     unseen = _unseen_members(adata, model, names)
     tested = [] if individuals is None else np.unique(individuals).tolist()
-    # Of a single individual that was trained on, sections are what there is to compare.
+    # With a single individual that was trained on, sections are compared instead.
     by_individual = len(tested) > 1 or (len(tested) == 1 and not unseen.any())
     numbers_of_groups = section_numbers(individuals, adata.n_obs) if by_individual else sections.numbers
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
-    home, observation = model.device, stage2.observation
+    original_device, observation = model.device, stage2.observation
 
     def aligned(section: Section) -> tuple[Histology, torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = histology(
@@ -138,7 +138,7 @@ def calibrate(
             key=key_added,
         )
         numbers = torch.from_numpy(sections.numbers[section.rows])
-        inputs = stage2.condition.align(inputs.map(lambda t: t.to(home)), numbers.to(home))
+        inputs = stage2.condition.align(inputs.map(lambda t: t.to(original_device)), numbers.to(original_device))
         rows = np.flatnonzero(np.isin(section.rows, chosen))
         measured = read_expression(
             section.adata,
@@ -152,71 +152,76 @@ def calibrate(
         if stage2.of_counts:
             counts = required_counts(section.adata, columns, measured, float(observation.target_sum), rows)
             measured, totals = counts.panel, counts.totals.astype(np.float32)
-        read, total, own = (torch.from_numpy(part) for part in (measured, totals, section.rows[rows]))
-        return inputs.map(lambda t: t[rows]), read, total, own
+        values, total, row_numbers = map(torch.from_numpy, (measured, totals, section.rows[rows]))
+        return inputs.map(lambda t: t[rows]), values, total, row_numbers
 
     inputs, measured, totals, rows_read = concat_rows(sections.map(aligned), len(chosen))
     unseen, numbers = unseen[rows_read], numbers_of_groups[rows_read]
-    whole = _are_whole(unseen, numbers)
+    groups_unseen = _are_groups_unseen(unseen, numbers)
     results: list[tuple[torch.Tensor, ...]] = []
-    with on_device(model, device) as where:
-        kinds = np.unique(unseen, axis=0)
+    with on_device(model, device) as compute_device:
+        member_sets = np.unique(unseen, axis=0)
         batches = [
             (members, rows)
-            for members in kinds
+            for members in member_sets
             for rows in torch.from_numpy(np.flatnonzero((unseen == members).all(1))).split(batch_size)
         ]
         for members, rows in progress(batches, "calibrating", show=show_progress_bar):
-            batch = inputs.map(lambda t: t[rows].to(where))  # noqa: B023
-            some, which = None, torch.from_numpy(members) if members.any() else None
+            batch = inputs.map(lambda t: t[rows].to(compute_device))  # noqa: B023
+            member_outputs, which = None, torch.from_numpy(members) if members.any() else None
             if which is not None or stage2.of_counts:
-                some = model.prior_members(batch, cross_fitted=which is not None)
-                some = some if which is None else some[which]
+                member_outputs = model.prior_members(batch, cross_fitted=which is not None)
+                member_outputs = member_outputs if which is None else member_outputs[which]
             if stage2.of_counts:
-                assert some is not None
-                results.append((measured[rows], *(t.cpu() for t in model.composition(batch, some, which))))
+                assert member_outputs is not None
+                results.append((measured[rows], *(t.cpu() for t in model.composition(batch, member_outputs, which))))
             else:
-                made = model.predict(batch, members=some, tokens=False)
-                assert made.std is not None
-                results.append((measured[rows], made.expression.cpu(), made.std.cpu()))
+                prediction = model.predict(batch, members=member_outputs, tokens=False)
+                assert prediction.std is not None
+                results.append((measured[rows], prediction.expression.cpu(), prediction.std.cpu()))
         order = torch.cat([rows for _, rows in batches])
-    truth, *predicted = (torch.cat(part) for part in zip(*results, strict=True))
+    truth, *predicted = (torch.cat(tensors) for tensors in zip(*results, strict=True))
     if stage2.of_counts:
         composition = Composition(*predicted)
         generator = torch.Generator().manual_seed(random_state)
-        known = totals[order].clamp(min=1)
-        groups = torch.from_numpy(numbers)[order].unique(return_inverse=True)[1] if whole else None
-        of_counts = deepcopy(observation).cpu()
-        of_counts.fit(truth, known, composition, groups, of_individuals=by_individual, generator=generator)
-        blind = torch.cat(
+        known_totals = totals[order].clamp(min=1)
+        groups = torch.from_numpy(numbers)[order].unique(return_inverse=True)[1] if groups_unseen else None
+        fitted_observation = deepcopy(observation).cpu()
+        fitted_observation.fit(
+            truth, known_totals, composition, groups, of_individuals=by_individual, generator=generator
+        )
+        predicted_values = torch.cat(
             [
-                of_counts.moments(composition.take(rows), "lognorm")[0]
+                fitted_observation.moments(composition.take(rows), "lognorm")[0]
                 for rows in torch.arange(len(truth)).split(batch_size)
             ]
         )
-        values, found = model.lognorm(truth, known[:, None]), PanelCounts(truth.numpy(), known.numpy())
+        values, panel_counts = (
+            model.lognorm(truth, known_totals[:, None]),
+            PanelCounts(truth.numpy(), known_totals.numpy()),
+        )
     else:
-        of_values = deepcopy(stage2.calibration).cpu()
-        of_values.fit(truth, *predicted)
-        blind, values, found = predicted[0], truth, None
+        fitted_calibration = deepcopy(stage2.calibration).cpu()
+        fitted_calibration.fit(truth, *predicted)
+        predicted_values, values, panel_counts = predicted[0], truth, None
     trust = gene_trust(
-        blind.clamp(min=0).numpy(),
+        predicted_values.clamp(min=0).numpy(),
         values.numpy(),
-        found,
+        panel_counts,
         gate.coordinates(adata, spatial_key)[rows_read][order],
         sections=sections.numbers[rows_read][order],
         groups=_labels(individuals if by_individual else names, adata.n_obs)[rows_read][order],
-        of=("individual" if by_individual else "section") if whole else "same section",
+        of=("individual" if by_individual else "section") if groups_unseen else "same section",
         cross_fitted=bool(unseen.any()),
         random_state=random_state,
     )
-    # All of it at once: what fails before leaves object and model as they were.
+    # Written only now, so that an error before leaves object and model as they were.
     if layer == LOGNORM:
         add_lognorm(adata)
     if stage2.of_counts:
-        observation.load_state_dict(of_counts.state_dict())
+        observation.load_state_dict(fitted_observation.state_dict())
     else:
-        stage2.calibration.load_state_dict(of_values.state_dict())
+        stage2.calibration.load_state_dict(fitted_calibration.state_dict())
     registry.pop("trust", None)
     if trust is not None:
         registry["trust"] = trust
@@ -227,8 +232,8 @@ def calibrate(
         len(truth),
         labels or "one section",
         f"individuals {tested}"
-        if by_individual and whole
-        else "sections of one individual, or not known of how many: not tested on another",
+        if by_individual and groups_unseen
+        else "sections of one or an unknown number of individuals: not tested on another individual",
     )
     if trust is not None:
         logger.info(in_words(gene_table(registry)))
@@ -241,48 +246,52 @@ def _labels(names: NDArray[np.str_] | None, n_obs: int) -> NDArray[np.str_]:
 def _individuals(
     adata: AnnData, model: TwoStageVARST, group_key: str | None, names: NDArray[np.str_] | None
 ) -> NDArray[np.str_] | None:
-    """Individual of each spot, by a column that is named, or by that of training where the object has it."""
+    """Read each spot's individual, from `group_key` or else the column of training if the object has it."""
     if group_key is None and model.registry.get("group_key") in adata.obs:
         group_key = model.registry["group_key"]
     return gate.groups(adata, group_key, names)
 
 
-def _are_whole(unseen: NDArray[np.bool_], groups: NDArray[np.integer]) -> bool:
-    """Whether the members that predict a spot have seen no other spot of its group."""
+def _are_groups_unseen(unseen: NDArray[np.bool_], groups: NDArray[np.integer]) -> bool:
+    """True if the members that predict a spot have seen no other spot of its group."""
     pairs = np.unique(np.column_stack([groups, unseen]), axis=0)
     return len(pairs) == len(np.unique(groups))
 
 
 def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_] | None) -> NDArray[np.bool_]:
-    """Which cross-fitted members predict each spot, having not seen it; none of a held-out spot: (n_obs, n_members)."""
+    """Mask of the ensemble members that have not seen each training spot, (n_obs, n_members); False for other spots."""
     registry, n_members = model.registry, model.config.n_members
-    known = registry["sections_stage2"]
+    training_sections = registry["sections_stage2"]
     labels = np.full(adata.n_obs, "") if names is None else names
-    trained_on = np.isin(labels, known) if known else np.full(adata.n_obs, registry["n_spots_stage2"] == adata.n_obs)
+    trained_on = (
+        np.isin(labels, training_sections)
+        if training_sections
+        else np.full(adata.n_obs, registry["n_spots_stage2"] == adata.n_obs)
+    )
     unseen = np.zeros((adata.n_obs, n_members), bool)
     if not trained_on.any():
         return unseen
     if n_members == 0:
         raise ValueError(
-            "model: it has no prior (n_members=0), so no member that has not seen the sections it was trained on; "
-            "calibrate on held-out sections"
+            "model: it has no prior (n_members=0), and so no member that has not seen the training sections; calibrate "
+            "on held-out sections"
         )
     if int(trained_on.sum()) != registry["n_spots_stage2"]:
         raise ValueError(
-            f"adata: {int(trained_on.sum())} spots are of sections the model was trained on, which had "
-            f"{registry['n_spots_stage2']}; give all of them, so that it is known which member has seen which, or "
-            "held-out sections"
+            f"adata: {int(trained_on.sum())} spots are in sections that the model was trained on, which had "
+            f"{registry['n_spots_stage2']}; give all of these, by which it is known which member has seen which, or "
+            "only held-out sections"
         )
     rows = np.flatnonzero(trained_on)
-    place = gate.coordinates(adata, registry["spatial_key"])[rows]
+    coordinates = gate.coordinates(adata, registry["spatial_key"])[rows]
     n_folds = model.var_stage.prior.n_folds if model.var_stage.prior is not None else 1
     individuals = _trained_individuals(adata, registry, names)
-    own = None if individuals is None else individuals[rows]
-    folds = cross_fit_folds(labels[rows] if known else None, place, n_members, own)
+    trained_individuals = None if individuals is None else individuals[rows]
+    folds = cross_fit_folds(labels[rows] if training_sections else None, coordinates, n_members, trained_individuals)
     if folds.max() + 1 != n_folds:
         raise ValueError(
-            "model: it is not known which of its members have seen which of these spots, as of models of earlier "
-            "versions; calibrate on held-out sections"
+            "model: it is unknown which of its members have seen which of these spots, because it is of an earlier "
+            "version; calibrate on held-out sections"
         )
     left_out = np.arange(n_members) % (folds.max() + 1)
     unseen[rows] = folds[:, None] == left_out
@@ -292,14 +301,14 @@ def _unseen_members(adata: AnnData, model: TwoStageVARST, names: NDArray[np.str_
 def _trained_individuals(
     adata: AnnData, registry: dict[str, Any], names: NDArray[np.str_] | None
 ) -> NDArray[np.str_] | None:
-    """Individual of each spot as in training.
+    """Read each spot's individual as in training; None if training had none.
 
     Raises
     ------
     KeyError
         If the column is missing.
     ValueError
-        If it names others.
+        If individuals of training are missing from it.
     """
     trained = registry.get("groups_stage2") or []
     if not trained:
@@ -309,7 +318,7 @@ def _trained_individuals(
     unknown = sorted(set(trained) - set(map(str, np.unique(individuals))))
     if unknown:
         raise ValueError(
-            f"group_key: obs[{registry['group_key']!r}] does not name individuals {unknown[:3]} of training; give all "
+            f"group_key: obs[{registry['group_key']!r}] lacks individuals {unknown[:3]} of training; give all "
             "training sections as they were, or held-out sections"
         )
     return individuals

@@ -30,7 +30,7 @@ from histovar.metrics.registry import DRAWS, GIVEN_DEPTH
 
 logger = logging.getLogger(__name__)
 
-# Sections that a warning names; of more it gives the number.
+# Warnings name this many sections, and give the number of further ones.
 SECTIONS_NAMED = 3
 
 
@@ -45,7 +45,7 @@ def evaluate(
     random_state: Seed = 0,
     table_name: Key | None = None,
 ) -> pd.DataFrame:
-    """Score a prediction against measured expression, by section, with intervals.
+    """Score a prediction against measured expression, by section, with confidence intervals.
 
     Parameters
     ----------
@@ -56,48 +56,47 @@ def evaluate(
     layer
         Layer with measured expression; the layer trained on by default.
     library_key
-        Column of ``obs`` with the section; that of :func:`predict` by default. Scores are taken within sections and
+        Column of ``obs`` with the section; that of :func:`predict` by default. Scores are computed within sections and
         averaged over them.
     group_key
-        Column of ``obs`` with the individual (patient, animal) of each section; that of training by default, where the
+        Column of ``obs`` with the individual (patient, animal) of each section; that of training by default, if the
         object has it.
     random_state
-        Seed of the bootstrap, and of the levels drawn where several are as likely (:func:`histovar.metrics.pit`).
+        Seed of the bootstrap, and of the random levels in :func:`histovar.metrics.pit`.
     table_name
         Table of a SpatialData.
 
     Returns
     -------
     DataFrame
-        Indexed by gene: ``pearson``, ``spearman``, ``r2``, ``mse``, ``mae``, ``crps``, ``coverage`` of 90 % intervals,
-        over all spots and (``coverage_top_tenth``) over the tenth with the gene's highest predictions, means over the
-        sections; and ``constant``, whether the prediction is constant in any section (its correlation then counts as
-        0). Where X holds counts also ``partial_pearson``, with depth taken out of both sides. Also written to
+        Indexed by gene, means over the sections: ``pearson``, ``spearman``, ``r2``, ``mse``, ``mae``, ``crps``,
+        ``coverage`` of 90 % intervals over all spots, and ``coverage_top_tenth`` over the tenth of the spots with the
+        gene's highest predictions; and ``constant``, True if the prediction is constant in any section (its correlation
+        there counts as 0). If X holds counts also ``partial_pearson``, given depth. They are also written to
         ``var[f"{key}_pearson"]`` and so on.
 
-        ``uns[key]["evaluation"]`` gets a DataFrame with a row for each section and their ``mean``;
-        ``uns[key]["evaluation_interval"]`` one with rows ``low`` and ``high``, between which the mean over all such
-        sections lies with a confidence of 95 %: a bootstrap of individuals, or of sections where no individuals are
-        known (:func:`histovar.metrics.bootstrap_interval`), NaN where there is but one;
-        ``uns[key]["evaluation_groups"]``, where individuals are known, means over the sections of each. Their columns
-        are described by :func:`histovar.metrics.describe`.
+        Three tables of scores are written, whose columns :func:`histovar.metrics.describe` describes:
+        ``uns[key]["evaluation"]`` has a row for each section and their ``mean``; ``uns[key]["evaluation_interval"]``
+        the rows ``low`` and ``high``, a 95 % confidence interval of that mean by a bootstrap of individuals, or of
+        sections if individuals are unknown (:func:`histovar.metrics.bootstrap_interval`), NaN if there is only one;
+        ``uns[key]["evaluation_groups"]``, if individuals are known, means over the sections of each.
 
-        Scores of the distribution are taken of the predicted counts (negative binomial) where the model learnt from
-        counts, else of the draws where there are any, else of the quantiles where they reach from 0.025 to 0.975, else
-        of normal distributions; ``uns[key]["evaluated_distribution"]`` says of which. Columns that end in ``of draws``
-        are there where there are draws. Where the model learnt from counts and X holds counts, those that end in
-        ``given depth`` are of what it predicts once every spot's total count is known: the predictive check, in which
-        only the composition is judged. Moran's I needs coordinates; neighbours are the 6 nearest spots of the section.
+        The predicted distribution is negative binomial if the model learnt from counts, else that of the draws if there
+        are any, else of the quantiles if they reach from 0.025 to 0.975, else normal;
+        ``uns[key]["evaluated_distribution"]`` names it. Columns that end in ``of draws`` exist if there are draws.
+        Columns that end in ``given depth`` exist if the model learnt from counts and X holds counts: they score the
+        prediction given every spot's total count, a predictive check that judges only the composition. Moran's I needs
+        coordinates; neighbours are the 6 nearest spots of the section.
 
-        Scores that are undefined are NaN, left out of all means, and warned of: correlations in a section of one spot
-        (``partial_pearson``: of up to 4), and of genes whose measurement does not vary in the section.
+        Undefined scores are NaN, left out of all means, and give a warning: correlations in a section of one spot
+        (``partial_pearson``: of up to 4 spots), and of genes whose measurement is constant in the section.
 
     Raises
     ------
     KeyError
         If there is no prediction, no such layer or column, or genes of the panel are missing.
     ValueError
-        If measured expression is negative or not finite, or in other units than the prediction; if a section is of
+        If measured expression is negative or not finite, or in other units than the prediction; if a section belongs to
         several individuals.
     """
     adata = gate.table(data, table_name, genes=True)
@@ -106,18 +105,18 @@ def evaluate(
     genes, layer, predicted, std, measured, names = read_comparison(adata, keys, layer, library_key)
     individuals = read_individuals(adata, keys, group_key, names)
     stored = slots.record(adata, keys)
-    sum_of_training = float(stored.get("normalization", {}).get("target_sum", 0) or TARGET_SUM)
-    counts = spot_totals(adata, gate.gene_columns(adata, genes), sum_of_training)
+    target_sum = float(stored.get("normalization", {}).get("target_sum", 0) or TARGET_SUM)
+    counts = spot_totals(adata, gate.gene_columns(adata, genes), target_sum)
     if float(stored["params"].get("depth", 0)):
         logger.warning(
-            "the prediction is of spots that are all sequenced to %s counts, what was measured is not: scores of level "
-            "and intervals say little; predict with depth=None or the spots' own",
+            "the prediction is for a depth of %s counts in every spot, unlike the measurement: scores of level and "
+            "intervals mean little; predict with depth=None or the spots' own depth",
             f"{float(stored['params']['depth']):,.0f}",
         )
     composed = read_composed(adata, keys)
     distribution = read_distribution(adata, keys, predicted, std, composed)
     samples = read_draws(adata, keys, len(genes))
-    given = given_depth(composed, counts)
+    at_depth = given_depth(composed, counts)
     neighbors = read_neighbors(adata, keys, names)
     labels = np.full(adata.n_obs, "all") if names is None else names
     tables, rows, n_spots, individual_of = {}, {}, {}, {}
@@ -127,17 +126,21 @@ def evaluate(
         graph = None if neighbors is None else neighbors[spots][:, spots]
         totals = None if counts is None else counts[spots]
         table = metrics.per_gene(mean, truth, genes, totals)
-        of_genes, of_distribution = _distribution(mean, distribution, spots, truth, random_state)
+        gene_scores, distribution_scores = _distribution(mean, distribution, spots, truth, random_state)
         uncertainty = metrics.pearson(std[spots], np.abs(mean - truth))
         rows[label] = {
             **metrics.summary(table),
             **_structure(mean, truth, graph),
-            **({} if samples is None else _named(_structure(samples[spots], truth, graph), DRAWS)),
-            **of_distribution,
+            **({} if samples is None else _add_suffix(_structure(samples[spots], truth, graph), DRAWS)),
+            **distribution_scores,
             "uncertainty PCC": float(pd.Series(uncertainty).mean()),
-            **({} if given is None else _named(_given_depth(*given, spots, truth, totals, random_state), GIVEN_DEPTH)),
+            **(
+                {}
+                if at_depth is None
+                else _add_suffix(_given_depth(*at_depth, spots, truth, totals, random_state), GIVEN_DEPTH)
+            ),
         }
-        tables[label] = table.assign(**of_genes)
+        tables[label] = table.assign(**gene_scores)
         n_spots[label] = len(truth)
         individual_of[label] = label if individuals is None else str(individuals[spots][0])
     sections = pd.DataFrame(rows).T
@@ -155,18 +158,18 @@ def evaluate(
         entries["evaluation_groups"] = sections.groupby(pd.Index(clusters, name="group")).mean()
     if stored.get("n_adapted_spots", 0) and str(stored.get("adapted_to", "")) in ("", *labels):
         logger.warning(
-            "the model is adapted to %d measured spots of this section: scores of those are not of unseen spots; leave "
-            "them out",
+            "the model is adapted to %d measured spots of this section, whose scores are not those of unseen spots; "
+            "leave them out",
             int(stored["n_adapted_spots"]),
         )
     trained_on = _warn_of_training(stored, sections.index, [] if individuals is None else clusters)
     _warn_of_undefined(tables, sections, n_spots)
     if len(set(clusters)) == 1:
-        what = "section" if individuals is None else "individual"
-        logger.info("scores have no intervals: all spots are of one %s, %r", what, clusters[0])
-    everything = pd.concat(tables)
-    scores = everything.drop(columns="constant").groupby(level=1).mean().loc[genes]
-    scores["constant"] = everything["constant"].groupby(level=1).any().loc[genes]
+        unit = "section" if individuals is None else "individual"
+        logger.info("scores have no intervals: all spots belong to one %s, %r", unit, clusters[0])
+    all_tables = pd.concat(tables)
+    scores = all_tables.drop(columns="constant").groupby(level=1).mean().loc[genes]
+    scores["constant"] = all_tables["constant"].groupby(level=1).any().loc[genes]
     columns: dict[slots.Slot, Any] = {}
     for name in map(str, scores):
         columns["var", keys.score(name)] = scores[name].reindex(adata.var_names)
@@ -192,7 +195,7 @@ def evaluate(
 
 
 def _warn_of_training(stored: Mapping[str, Any], sections: Iterable[str], individuals: Iterable[str]) -> list[str]:
-    """Warn of sections and individuals that were trained on; returns the sections of training."""
+    """Warn of sections and individuals that were trained on; return the training sections."""
     trained_on, trained_on_groups = (
         {str(name) for name in np.asarray(stored.get(entry, [])).ravel()}
         for entry in ("trained_on", "trained_on_groups")
@@ -215,25 +218,25 @@ def _given_depth(
     totals: NDArray[Any] | None,
     random_state: int,
 ) -> dict[str, float]:
-    """Scores of what is predicted of a section when its spots' total counts are known: the predictive check."""
+    """Score a section's prediction given its spots' total counts: the predictive check."""
     mean = predicted[spots]
     genes = [str(i) for i in range(mean.shape[1])]
     accuracy = metrics.summary(metrics.per_gene(mean, measured, genes, totals))
-    _, spread = _distribution(mean, distribution, spots, measured, random_state)
-    scored = {metric.name for metric in metrics.METRICS if GIVEN_DEPTH in metric.variants}
-    return {name: value for name, value in {**accuracy, **spread}.items() if name in scored}
+    _, distribution_scores = _distribution(mean, distribution, spots, measured, random_state)
+    names = {metric.name for metric in metrics.METRICS if GIVEN_DEPTH in metric.variants}
+    return {name: value for name, value in {**accuracy, **distribution_scores}.items() if name in names}
 
 
-def _named(scores: dict[str, float], suffix: str) -> dict[str, float]:
+def _add_suffix(scores: dict[str, float], suffix: str) -> dict[str, float]:
     return {f"{name}{suffix}": value for name, value in scores.items()}
 
 
 def _warn_of_undefined(tables: dict[str, pd.DataFrame], sections: pd.DataFrame, n_spots: dict[str, int]) -> None:
-    """Log one warning that says which correlations of which sections are undefined, and why."""
+    """Log one warning that lists undefined scores with their sections and reasons."""
     reasons = []
     single = [s for s in tables if n_spots[s] == 1]
     if single:
-        reasons.append(f"correlations in sections {_names(single)}, of a single spot")
+        reasons.append(f"correlations in sections {_names(single)}, which have a single spot")
     others = {s: table for s, table in tables.items() if n_spots[s] > 1}
     constant, not_finite, explained = {}, {}, {}
     for s, table in others.items():
@@ -242,18 +245,18 @@ def _warn_of_undefined(tables: dict[str, pd.DataFrame], sections: pd.DataFrame, 
         if "partial_pearson" in table and n_spots[s] > 4:
             explained[s] = int((table["partial_pearson"].isna() & ~undefined).sum())
     if any(constant.values()):
-        reasons.append(f"correlations of genes whose measurement does not vary ({_counts(constant)})")
+        reasons.append(f"correlations of genes whose measurement is constant ({_counts(constant)})")
     if any(not_finite.values()):
         reasons.append(f"scores of genes whose prediction is NaN or infinite ({_counts(not_finite)})")
     few = [s for s, table in others.items() if n_spots[s] <= 4 and "partial_pearson" in table]
     if few:
-        reasons.append(f"PCC-partial in {_names(few)}, of fewer than 5 spots")
+        reasons.append(f"PCC-partial in {_names(few)}, which have fewer than 5 spots")
     for name in ("gene-structure correlation", "Moran correlation"):
         undefined = [s for s in others if name in sections and np.isnan(sections.loc[s, name])]
         if undefined:
-            reasons.append(f"{name} in {_names(undefined)}, of too few genes that vary or too few spots")
+            reasons.append(f"{name} in {_names(undefined)}, with too few spots or too few genes that vary")
     if any(explained.values()):
-        reasons.append(f"PCC-partial of genes that depth alone explains ({_counts(explained)})")
+        reasons.append(f"PCC-partial of genes that depth explains completely ({_counts(explained)})")
     if reasons:
         logger.warning("undefined, and left out of the means: %s", "; ".join(reasons))
 
@@ -261,7 +264,7 @@ def _warn_of_undefined(tables: dict[str, pd.DataFrame], sections: pd.DataFrame, 
 def _structure(
     predicted: NDArray[Any], measured: NDArray[Any], neighbors: sparse.csr_matrix | None
 ) -> dict[str, float]:
-    """How variances, co-expression and patterns of genes compare, of one value a spot or of draws."""
+    """Scores of variances, co-expression and spatial patterns; `predicted` is one value per spot, or draws."""
     draws = np.moveaxis(predicted, 2, 0) if predicted.ndim == 3 else predicted[None]
     scores = {
         "RVD": float(np.mean([metrics.relative_variance_distance(draw, measured) for draw in draws])),
@@ -275,16 +278,16 @@ def _structure(
 
 
 def _names(names: list[str]) -> str:
-    """The first few sections, and how many more there are."""
+    """List the first few sections, and how many more there are."""
     more = f" and {len(names) - SECTIONS_NAMED} more" if len(names) > SECTIONS_NAMED else ""
     return f"{names[:SECTIONS_NAMED]}{more}"
 
 
 def _counts(counts: dict[str, int]) -> str:
-    """Numbers of genes by section, the most first."""
-    some = sorted(((n, name) for name, n in counts.items() if n), key=lambda pair: -pair[0])
-    more = f", and some in {len(some) - SECTIONS_NAMED} more" if len(some) > SECTIONS_NAMED else ""
-    return ", ".join(f"{n} in {name!r}" for n, name in some[:SECTIONS_NAMED]) + more
+    """List numbers of genes by section, the largest first."""
+    ranked = sorted(((n, name) for name, n in counts.items() if n), key=lambda pair: -pair[0])
+    more = f", and some in {len(ranked) - SECTIONS_NAMED} more" if len(ranked) > SECTIONS_NAMED else ""
+    return ", ".join(f"{n} in {name!r}" for n, name in ranked[:SECTIONS_NAMED]) + more
 
 
 def _distribution(
@@ -294,22 +297,22 @@ def _distribution(
     measured: NDArray[Any],
     random_state: int,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-    """Scores of the predicted distribution of some spots: those of each gene, and means over the genes.
+    """Score the predicted distribution of a section's spots: for each gene, and as means over the genes.
 
-    The PIT of a single spot has no distribution: its deviation is NaN.
+    The PIT deviation of a single spot is NaN.
     """
     levels = distribution.levels
     quantiles, intervals = distribution.of(spots, metrics.INTERVALS)
-    of_genes = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
-    scores = {"CRPS": of_genes["crps"]}
+    gene_scores = {"crps": metrics.crps_quantiles(quantiles, levels, measured).mean(0)}
+    scores = {"CRPS": gene_scores["crps"]}
     for share, (low, high) in zip(metrics.INTERVALS, intervals, strict=True):
         name = f"{100 * share:.0f}"
         scores[f"coverage {name}"] = metrics.coverage(low, high, measured)
         scores[f"width {name}"] = (high - low).mean(0)
         if share == 0.9:
             scores["coverage 90 top tenth"] = metrics.top_coverage(low, high, measured, predicted, 0.1)
-    of_genes |= {"coverage": scores["coverage 90"], "coverage_top_tenth": scores["coverage 90 top tenth"]}
-    place = np.sort(metrics.pit(quantiles, levels, measured, random_state), axis=0)
-    even = (np.arange(len(place)) + 0.5) / len(place)
-    deviation = float(np.abs(place - even[:, None]).mean()) if len(place) > 1 else float("nan")
-    return of_genes, {**{name: float(pd.Series(v).mean()) for name, v in scores.items()}, "PIT deviation": deviation}
+    gene_scores |= {"coverage": scores["coverage 90"], "coverage_top_tenth": scores["coverage 90 top tenth"]}
+    pit = np.sort(metrics.pit(quantiles, levels, measured, random_state), axis=0)
+    uniform = (np.arange(len(pit)) + 0.5) / len(pit)
+    deviation = float(np.abs(pit - uniform[:, None]).mean()) if len(pit) > 1 else float("nan")
+    return gene_scores, {**{name: float(pd.Series(v).mean()) for name, v in scores.items()}, "PIT deviation": deviation}

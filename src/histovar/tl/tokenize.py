@@ -1,4 +1,4 @@
-"""Tokenise measured expression."""
+"""Tokenise measured expression with a trained stage 1."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenize(
     table_name: Key | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Tokenise measured expression with a trained stage 1.
+    """Encode measured expression as gene tokens with a trained stage 1.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def tokenize(
     key_added
         Prefix of the slots.
     batch_size
-        Spots at once.
+        Spots in a batch.
     device
         ``"auto"`` (CUDA if there is any, else the CPU) or a torch device.
     table_name
@@ -64,9 +64,9 @@ def tokenize(
     Raises
     ------
     KeyError
-        If the layer, or genes of the panel, are missing.
+        If the layer or genes of the panel are missing.
     ValueError
-        If expression is negative or not finite, or in other units than that of training.
+        If expression is negative or not finite, or in other units than in training.
     """
     adata = gate.table(data, table_name, genes=True, writes=not copy)
     keys = Keys(key_added)
@@ -75,8 +75,8 @@ def tokenize(
     layer = model.registry["layer"] if layer is None else layer
     trained = Normalization.stored(model.registry.get("normalization"))
     values = torch.from_numpy(read_expression(adata, layer, columns, sections=None, trained=trained))
-    with on_device(model, device) as where:
-        tokens = torch.cat([model.tokenize(part.to(where)).cpu() for part in values.split(batch_size)])
+    with on_device(model, device) as compute_device:
+        tokens = torch.cat([model.tokenize(batch.to(compute_device)).cpu() for batch in values.split(batch_size)])
     if copy:
         adata = gate.copied(adata)
     with slots.writing(adata):

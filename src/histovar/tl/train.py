@@ -30,7 +30,7 @@ from .calibrate import LEAST_SPOTS, calibrate
 from .train_stage1 import train_stage1
 from .train_stage2 import train_stage2
 
-# Options that are of the whole training, not of one stage.
+# Options of the whole training, which one stage cannot have.
 OF_BOTH_STAGES = ("random_state", "checkpoint_dir", "resume", "resume_from")
 
 
@@ -56,24 +56,24 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> TwoStageVARST:
-    """Train a model: stage 1, then stage 2, on the same sections, and calibrate its uncertainty on them.
+    """Train both stages of a model on the same sections, and calibrate its uncertainty on them.
 
     Parameters
     ----------
     data, use_rep, layer, library_key, group_key, spatial_key, covariates, config, key_added, random_state, table_name
         As in :func:`train_stage1` and :func:`train_stage2`.
     stage1, stage2
-        Training options of one stage alone.
+        Training options of only one stage.
     checkpoint_dir
-        Directory for checkpoints, those of a stage in ``stage1`` and ``stage2``; None keeps none. One that has
-        checkpoints already is refused without `resume`.
+        Directory for checkpoints, with subdirectories ``stage1`` and ``stage2``; None keeps none. One that already has
+        checkpoints is refused without `resume`.
     resume
-        Continue what was interrupted, by the same call, to the same result: at most one epoch is lost, and stages that
-        are finished are not trained again. Where nothing was kept yet, training begins. Data, configuration and options
-        must be those of the interrupted call; ``max_epochs`` may be raised, for stage 1 as long as stage 2 has not
-        begun.
+        Continue an interrupted training, by the same call, to the same result: at most one epoch is lost, and finished
+        stages are not trained again. Without checkpoints, training starts from the beginning. Data, configuration and
+        options must be those of the interrupted call, except that ``max_epochs`` may be raised, for stage 1 only until
+        stage 2 has begun.
     **options
-        Training options of both, see :class:`histovar.training.TrainingOptions`.
+        Training options of both stages, see :class:`histovar.training.TrainingOptions`.
 
     Returns
     -------
@@ -83,11 +83,13 @@ def train(
     Raises
     ------
     KeyError, TypeError, ValueError, FloatingPointError
-        As :func:`train_stage1` and :func:`train_stage2`; what stage 2 needs is checked before stage 1 is trained.
+        As :func:`train_stage1` and :func:`train_stage2`; inputs of stage 2 are checked before stage 1 is trained.
     """
     common = {**options, "random_state": random_state, "checkpoint_dir": checkpoint_dir}
-    whole = _options_of_whole(common, resume)
-    options_of_stages = [_options_of_stage(stage, whole, common, own) for stage, own in ((1, stage1), (2, stage2))]
+    whole_options = _options_of_whole(common, resume)
+    options_of_stages = [
+        _options_of_stage(stage, whole_options, common, own) for stage, own in ((1, stage1), (2, stage2))
+    ]
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key_added)
     reps = list(use_rep)  # a single key has become a list
@@ -95,16 +97,16 @@ def train(
     gate.coordinates(adata, spatial_key)
     learn_covariates(adata, covariates)
     names = gate.sections(adata, library_key, spatial_key)
-    wanted = ModelConfig.default(2) if config is None else config
-    if wanted.n_members:
+    effective_config = ModelConfig.default(2) if config is None else config
+    if effective_config.n_members:
         gate.check_enough_spots(adata, LEAST_SPOTS, "train and calibrate on (train_stage1 and train_stage2 take fewer)")
-    if stored_niche(adata, keys, reps, wanted.n_neighbors, spatial_key, library_key) is None:
-        gate.check_neighbors(names, adata.n_obs, wanted.n_neighbors)
+    if stored_niche(adata, keys, reps, effective_config.n_neighbors, spatial_key, library_key) is None:
+        gate.check_neighbors(names, adata.n_obs, effective_config.n_neighbors)
     gate.groups(adata, group_key, names)
     shared: dict[str, Any] = {"library_key": library_key, "group_key": group_key, "key_added": key_added}
-    with lock_directory(whole), slots.writing(adata):
-        of_stage1, of_stage2 = _with_resume(options_of_stages, resume)
-        model = train_stage1(adata, layer=layer, config=config, **shared, **of_stage1)
+    with lock_directory(whole_options), slots.writing(adata):
+        stage1_options, stage2_options = _with_resume(options_of_stages, resume)
+        model = train_stage1(adata, layer=layer, config=config, **shared, **stage1_options)
         model = train_stage2(
             adata,
             model,
@@ -113,20 +115,20 @@ def train(
             covariates=covariates,
             config=config,
             **shared,
-            **of_stage2,
+            **stage2_options,
         )
         if model.config.n_members:
-            device = "cpu" if whole.resolved_accelerator() == "cpu" else "auto"
-            calibrate(adata, model, library_key, key_added=key_added, device=device, random_state=whole.random_state)
+            device = "cpu" if whole_options.resolved_accelerator() == "cpu" else "auto"
+            calibrate(
+                adata, model, library_key, key_added=key_added, device=device, random_state=whole_options.random_state
+            )
     return model
 
 
 def _options_of_whole(common: Mapping[str, Any], resume: bool) -> TrainingOptions:
-    """Options of both stages, checked."""
+    """Check the options of both stages."""
     if "resume_from" in common:
-        raise ValueError(
-            "resume_from: is of a single stage; both continue with checkpoint_dir=..., resume=True in its place"
-        )
+        raise ValueError("resume_from: is for a single stage; to resume both use checkpoint_dir=..., resume=True")
     whole = Stage1Trainer.checked_options(dict(common))
     if resume and whole.checkpoint_dir is None:
         raise ValueError("resume: checkpoint_dir is missing, the directory of the training to continue")
@@ -136,9 +138,9 @@ def _options_of_whole(common: Mapping[str, Any], resume: bool) -> TrainingOption
 def _options_of_stage(
     stage: int, whole: TrainingOptions, common: Mapping[str, Any], own: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Options of one stage, checked."""
+    """Check and combine the options of one stage."""
     if misplaced := [name for name in OF_BOTH_STAGES if name in (own or {})]:
-        raise ValueError(f"stage{stage}: {misplaced} are of both stages; give them to train itself")
+        raise ValueError(f"stage{stage}: {misplaced} apply to both stages; pass them to train itself")
     directory = None if whole.checkpoint_dir is None else Path(whole.checkpoint_dir) / f"stage{stage}"
     options = {**common, **(own or {}), "checkpoint_dir": directory}
     try:
@@ -149,15 +151,15 @@ def _options_of_stage(
 
 
 def _with_resume(options_of_stages: list[dict[str, Any]], resume: bool) -> list[dict[str, Any]]:
-    """Options of the stages, with the checkpoints to continue from."""
+    """Add the checkpoints to continue from to the options of the stages."""
     if not resume:
         for options in options_of_stages:
             if options["checkpoint_dir"] is not None:
                 refuse_overwriting(options["checkpoint_dir"])
         return options_of_stages
     directories = [options["checkpoint_dir"] for options in options_of_stages]
-    found = [{"resume_from": d} if resumable(d) else {} for d in directories]
-    if found[1] and found[0]:
-        # Stage 2 knows the tokens of stage 1 as it is, so that is not trained any further.
-        found[0]["max_epochs"] = trained_epochs(directories[0]) or options_of_stages[0].get("max_epochs")
-    return [{**options, **more} for options, more in zip(options_of_stages, found, strict=True)]
+    resume_options = [{"resume_from": d} if resumable(d) else {} for d in directories]
+    if resume_options[1] and resume_options[0]:
+        # Stage 2 has learnt the tokens of stage 1 as it is, which must not be trained any further.
+        resume_options[0]["max_epochs"] = trained_epochs(directories[0]) or options_of_stages[0].get("max_epochs")
+    return [{**options, **more} for options, more in zip(options_of_stages, resume_options, strict=True)]

@@ -48,21 +48,20 @@ def train_stage1(
     Parameters
     ----------
     data
-        AnnData or SpatialData of the training sections, in memory, backed, or of dask or zarr arrays, which are read
-        section by section; what is learnt from is then kept in a temporary directory. Its panel and scales are those of
-        :func:`histovar.pp.gene_panel` and :func:`histovar.pp.gene_scales`, which are called with their defaults where
-        they have not been.
+        AnnData or SpatialData of the training sections, in memory, backed, or with dask or zarr arrays, which are read
+        section by section into a temporary directory. Panel and scales come from :func:`histovar.pp.gene_panel` and
+        :func:`histovar.pp.gene_scales`, which are called with their defaults if you have not called them.
     layer
-        Layer with expression, not negative; ``layers["lognorm"]`` by default, made from the counts in ``X`` if absent.
-        ``"X"`` is ``X`` itself.
+        Layer with non-negative expression; by default ``layers["lognorm"]``, computed from the counts in ``X`` if
+        absent. ``"X"`` is ``X`` itself.
     library_key
-        Column of ``obs`` with the section; one section is held out to watch training.
+        Column of ``obs`` with the section; one section is held out for validation (early stopping).
     config
-        Configuration; :meth:`histovar.model.ModelConfig.default` for the panel by default. It decides the number of
-        genes and the scales where they have not been chosen yet.
+        Configuration; by default :meth:`histovar.model.ModelConfig.default` for the panel. It sets the number of genes
+        and the scales if these have not been chosen yet.
     group_key
-        Column of ``obs`` with the individual (patient, animal), of whom a section is of one. Of three or more, one is
-        held out to watch training in place of a section.
+        Column of ``obs`` with the individual (patient, animal) of each section. Of three or more individuals, one is
+        held out for validation instead of a section.
     key_added
         Prefix of the slots of panel and scales.
     random_state
@@ -71,22 +70,22 @@ def train_stage1(
         Table of a SpatialData.
     **options
         Further fields of :class:`histovar.training.TrainingOptions`, such as ``max_epochs``, ``batch_size`` or
-        ``accelerator``. With ``checkpoint_dir``, training that was interrupted continues by ``resume_from`` with the
-        same directory.
+        ``accelerator``. With ``checkpoint_dir``, interrupted training continues with ``resume_from`` set to the same
+        directory.
 
     Returns
     -------
     TwoStageVARST
-        The model, with a trained stage 1 and no stage 2.
+        A model with a trained stage 1 and no stage 2.
 
     Raises
     ------
     KeyError
         If a key is missing.
     ValueError
-        If expression is negative or not finite, if there are no counts where they are needed, or if `config` is
-        not for the panel, or the scales, that are there; if an option is out of range, or if ``checkpoint_dir`` has
-        checkpoints of another training.
+        If expression is negative or not finite; if counts are needed and missing; if `config` does not fit an existing
+        panel or existing scales; if an option is out of range; or if ``checkpoint_dir`` has checkpoints of another
+        training.
     TypeError
         If an option is unknown or of another type.
     FloatingPointError
@@ -97,27 +96,27 @@ def train_stage1(
     random_state = checked.random_state
     adata = gate.table(data, table_name, genes=True)
     keys = Keys(key_added)
-    wanted = LOGNORM if layer is None else layer
-    sections = Sections(adata, library_key, wanted)
+    trained_layer = LOGNORM if layer is None else layer
+    sections = Sections(adata, library_key, trained_layer)
     individuals = gate.groups(adata, group_key, sections.names)
     gate.check_enough_spots(adata, 10, "train on")
     expression.check_layer(adata, layer)
-    model_of_panel = _checked_config(adata, keys, config)
+    stage1_config = _checked_config(adata, keys, config)
     with checkpoint_directory(checked), slots.writing(adata):
-        _prepare(adata, keys, layer, model_of_panel, random_state)
+        _prepare(adata, keys, layer, stage1_config, random_state)
         genes = adata.var_names[gate.panel(adata, keys)].tolist()
         columns = gate.gene_columns(adata, genes)
         groups = np.asarray(adata.varm[keys.scales])[columns].T.astype(np.int64)
-        if model_of_panel is None:
+        if stage1_config is None:
             scales = tuple(int(level.max()) + 1 for level in groups)
-            model_of_panel = ModelConfig.default(len(genes))
-            if scales != model_of_panel.scales:
-                model_of_panel = _config_for(scales)
+            stage1_config = ModelConfig.default(len(genes))
+            if scales != stage1_config.scales:
+                stage1_config = _config_for(scales)
         with seeded(random_state):
-            model = TwoStageVARST(model_of_panel)
+            model = TwoStageVARST(stage1_config)
         model.registry = {
             "genes": genes,
-            "layer": wanted,
+            "layer": trained_layer,
             "library_key": library_key,
             "n_spots_stage1": adata.n_obs,
             "sections_stage1": [] if sections.names is None else np.unique(sections.names).tolist(),
@@ -126,63 +125,63 @@ def train_stage1(
 
         def measured(section: Section) -> tuple[torch.Tensor]:
             names = None if sections.names is None else sections.names[section.rows]
-            values, of_sections = expression.expression(section.adata, wanted, columns, sections=names)
-            totals.update(of_sections)
+            values, section_totals = expression.expression(section.adata, trained_layer, columns, sections=names)
+            totals.update(section_totals)
             return (torch.from_numpy(values),)
 
         with sections.scratch() as scratch:
             spots = collect_spots(sections.map(measured), adata.n_obs, scratch)
-            normalization = common_normalization(totals, wanted, adata.n_vars, len(columns))
+            normalization = common_normalization(totals, trained_layer, adata.n_vars, len(columns))
             model.registry |= {
-                "units": expression.units(wanted, normalization),
+                "units": expression.units(trained_layer, normalization),
                 "normalization": normalization.plain(),
             }
             order = sections.order
-            watched = None if individuals is None else individuals[order]
-            Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[order], watched)
+            ordered_individuals = None if individuals is None else individuals[order]
+            Stage1Trainer(model, **trainer_options).fit(spots, groups, sections.numbers[order], ordered_individuals)
     return model
 
 
 def _prepare(adata: AnnData, keys: Keys, layer: str | None, config: ModelConfig | None, random_state: int) -> None:
-    """Call the `pp` functions that the user has skipped, for the configuration where there is one."""
+    """Call the `pp` functions that the user has skipped, with the sizes of the configuration if there is one."""
     ensure_panel(adata, keys, None if config is None else config.n_genes)
     if layer is None:
         expression.add_lognorm(adata)
     if keys.scales in adata.varm and _of_another_panel(adata, keys):
         slots.drop(adata, keys, [("varm", keys.scales)], ["scales", "scales_by"])
-        logger.info("varm[%r] is of another panel: made again", keys.scales)
+        logger.info("varm[%r] belongs to another panel: computed again", keys.scales)
     if keys.scales not in adata.varm:
-        wanted: dict[str, Any] = {} if config is None else {"scales": config.scales[:-1]}
+        arguments: dict[str, Any] = {} if config is None else {"scales": config.scales[:-1]}
         logger.info("no varm[%r]: calling histovar.pp.gene_scales(adata)", keys.scales)
-        gene_scales(adata, **wanted, layer=layer, key_added=keys.prefix, random_state=random_state)
+        gene_scales(adata, **arguments, layer=layer, key_added=keys.prefix, random_state=random_state)
 
 
 def _checked_config(adata: AnnData, keys: Keys, config: ModelConfig | None) -> ModelConfig | None:
-    """The configuration of stage 1, refused if panel or scales that are there already are others."""
+    """Configuration of stage 1; refused if it does not fit an existing panel or existing scales."""
     if config is None:
         return None
     if keys.panel in adata.var and config.n_genes != (n_panel := int(gate.panel(adata, keys).sum())):
         raise ValueError(
-            f"config: made for {config.n_genes} genes, the panel has {n_panel}; call histovar.pp.gene_panel(adata, "
-            f"n_genes={config.n_genes}) or make the configuration for {n_panel}"
+            f"config: made for {config.n_genes} genes, but the panel has {n_panel}; call "
+            f"histovar.pp.gene_panel(adata, n_genes={config.n_genes}) or make a configuration for {n_panel}"
         )
     if keys.scales in adata.varm and not _of_another_panel(adata, keys):
         scales = tuple(int(n) for n in np.asarray(adata.varm[keys.scales]).max(0) + 1)
         if scales != config.scales:
             raise ValueError(
-                f"config: made for scales {config.scales}, varm[{keys.scales!r}] has {scales}; call "
-                f"histovar.pp.gene_scales(adata, scales={config.scales[:-1]}) or make the configuration for them"
+                f"config: made for scales {config.scales}, but varm[{keys.scales!r}] has {scales}; call "
+                f"histovar.pp.gene_scales(adata, scales={config.scales[:-1]}) or make a configuration for these"
             )
     return config.replace(embedding_dims=())
 
 
 def _of_another_panel(adata: AnnData, keys: Keys) -> bool:
-    """Whether the scales are not those of the panel, which was chosen anew.
+    """True if the scales belong to another panel, because it was chosen again.
 
     Raises
     ------
     ValueError
-        If so, and they are of gene sets, which are not known here.
+        If they were made from gene sets, which are not known here.
     """
     if keys.panel in adata.var and np.array_equal(genes_in_scales(adata, keys), gate.panel(adata, keys)):
         return False
@@ -195,7 +194,7 @@ def _of_another_panel(adata: AnnData, keys: Keys) -> bool:
 
 
 def _config_for(scales: tuple[int, ...]) -> ModelConfig:
-    """The default configuration with other numbers of groups: coarser groups get more components."""
+    """Default configuration for other scales; groups of coarser scales get more components."""
     n = len(scales)
     components = tuple(max(1, 4 // 2**k) if k < n - 1 else 1 for k in range(n))
     hidden = tuple(256 if k == n - 1 else 96 for k in range(n))

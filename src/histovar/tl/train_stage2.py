@@ -1,4 +1,4 @@
-"""Train stage 2: tokens of expression from histology embeddings."""
+"""Train stage 2: gene tokens from histology embeddings."""
 
 from __future__ import annotations
 
@@ -48,33 +48,31 @@ def train_stage2(
     table_name: Key | None = None,
     **options: Any,
 ) -> TwoStageVARST:
-    """Train stage 2, which predicts gene tokens from histology, on sections with both.
+    """Train stage 2, which predicts gene tokens from histology, on sections with expression and embeddings.
 
     Parameters
     ----------
     data
-        AnnData or SpatialData of the training sections, with the panel's genes; in memory, backed, or of dask or zarr
-        arrays, which are read section by section, twice, with what is learnt from (some 3 kB a spot) in a temporary
-        directory.
+        AnnData or SpatialData of the training sections, with the panel's genes; in memory, backed, or with dask or zarr
+        arrays, which are read section by section, twice, into a temporary directory (about 3 kB per spot).
     model
-        A model with a trained stage 1. It gets the new stage 2 when that is trained; should training fail or be
-        interrupted, it is as it was.
+        A model with a trained stage 1. It gets the new stage 2 when training is finished; if training fails or is
+        interrupted, it is not changed.
     use_rep
         Key of ``obsm`` with the embedding of the H&E around each spot; or several, the spot's own first, then wider
         fields.
     library_key
-        Column of ``obs`` with the section. Neighbours are sought within it, and one section is held out to watch
-        training.
+        Column of ``obs`` with the section. Neighbours are sought within it, and one section is held out for validation
+        (early stopping).
     group_key
-        Column of ``obs`` with the individual (patient, animal), of whom a section is of one. The prior's folds, and
-        with them calibration, are then by individual, if there are two; of three or more, one is held out to watch
-        training.
+        Column of ``obs`` with the individual (patient, animal) of each section. With two or more individuals, the
+        prior's folds, and with them calibration, are by individual; of three or more, one is held out for validation.
     spatial_key
         Key of ``obsm`` with coordinates, (n_obs, 2).
     covariates
-        Columns of ``obs``, categorical or numeric, that join the condition.
+        Columns of ``obs``, categorical or numeric, to predict from in addition to histology.
     config
-        Configuration; the model's own, with the embeddings' widths, by default. Fields of stage 1 must be the model's.
+        Configuration; by default the model's own, with the embeddings' widths. Fields of stage 1 must be the model's.
     key_added
         Prefix of the slots.
     random_state
@@ -82,22 +80,22 @@ def train_stage2(
     table_name
         Table of a SpatialData.
     **options
-        Further fields of :class:`histovar.training.TrainingOptions`. With ``checkpoint_dir``, training that was
-        interrupted continues by ``resume_from`` with the same directory.
+        Further fields of :class:`histovar.training.TrainingOptions`. With ``checkpoint_dir``, interrupted training
+        continues with ``resume_from`` set to the same directory.
 
     Returns
     -------
     TwoStageVARST
-        `model`, trained.
+        The same `model`, now with a trained stage 2.
 
     Raises
     ------
     KeyError
         If a key, a layer or a gene of the panel is missing.
     ValueError
-        If embeddings or expression are not finite, a section has fewer spots than neighbours are asked for, or the
-        configuration does not fit the model; if expression is in other units than that of stage 1; if an option is out
-        of range, or ``checkpoint_dir`` has checkpoints of another training.
+        If embeddings or expression are not finite, a section has too few spots for its neighbourhoods, or the
+        configuration does not fit the model; if expression is in other units than in stage 1; if an option is out of
+        range, or ``checkpoint_dir`` has checkpoints of another training.
     TypeError
         If an option is unknown or of another type.
     FloatingPointError
@@ -112,23 +110,23 @@ def train_stage2(
     layer = model.registry["layer"]
     trained = Normalization.stored(model.registry.get("normalization"))
     target_sum = 0.0 if trained is None else trained.target_sum
-    place = gate.coordinates(adata, spatial_key)
+    coordinates = gate.coordinates(adata, spatial_key)
     obsm = [*reps, spatial_key, keys.niche, keys.niche_source]
     sections = Sections(adata, library_key, layer, obsm, spatial_key)
     individuals = gate.groups(adata, group_key, sections.names)
     numbers = None if individuals is None else section_numbers(individuals, adata.n_obs)
     columns = gate.gene_columns(adata, model.registry["genes"])
     widths = check_embeddings(adata, reps)
-    spacing_um = spacing.of_training(adata, place, sections.names, library_key, reps)
+    spacing_um = spacing.of_training(adata, coordinates, sections.names, library_key, reps)
     encoders = learn_covariates(adata, covariates)
-    wanted = (model.config if config is None else config).replace(
+    stage2_config = (model.config if config is None else config).replace(
         embedding_dims=widths, n_covariates=covariate_width(encoders)
     )
 
     def measured(section: Section) -> MeasuredSpots:
         inputs = histology(
             section.adata,
-            wanted,
+            stage2_config,
             use_rep=reps,
             spatial_key=spatial_key,
             library_key=library_key,
@@ -138,18 +136,26 @@ def train_stage2(
         )
         names = None if sections.names is None else sections.names[section.rows]
         values = read_expression(section.adata, layer, columns, sections=names, trained=trained)
-        # Of other layers nothing is known of how depth enters them.
+        # For other layers, it is unknown how their values depend on depth.
         counts = counts_of_values(section.adata, columns, values, target_sum) if layer == LOGNORM else None
         panel, totals = (None, None) if counts is None else (torch.from_numpy(counts.panel), counts.totals)
         rows = section.rows
-        own = None if numbers is None else numbers[rows]
-        return MeasuredSpots(inputs, torch.from_numpy(values), sections.numbers[rows], place[rows], own, panel, totals)
+        individual_numbers = None if numbers is None else numbers[rows]
+        return MeasuredSpots(
+            inputs,
+            torch.from_numpy(values),
+            sections.numbers[rows],
+            coordinates[rows],
+            individual_numbers,
+            panel,
+            totals,
+        )
 
     trainee = _with_own_weights(model)
     with checkpoint_directory(checked), sections.scratch() as scratch:
-        found = sections.map(measured)
+        measured_sections = sections.map(measured)
         with seeded(random_state):
-            trainee.add_stage2(wanted)
+            trainee.add_stage2(stage2_config)
         if target_sum:
             trainee.var_stage.observation.target_sum.fill_(target_sum)
         for name in AFTER_TRAINING:
@@ -168,7 +174,7 @@ def train_stage2(
             "spacing_um": spacing_um,
             "images": scale_factors(adata.uns.get("spatial")),
         }
-        Stage2Trainer(trainee, **trainer_options).fit(found, adata.n_obs, scratch)
+        Stage2Trainer(trainee, **trainer_options).fit(measured_sections, adata.n_obs, scratch)
     if layer == LOGNORM:
         add_lognorm(adata)
     model.cpu().eval().requires_grad_(False)
@@ -178,7 +184,7 @@ def train_stage2(
 
 
 def _with_own_weights(model: TwoStageVARST) -> TwoStageVARST:
-    """A copy of a model without its stage 2, whose training leaves the model as it is."""
+    """Copy a model without its stage 2, so that training the copy does not change the model."""
     trainee = copy(model)
     trainee._modules = {"stage1": deepcopy(model.stage1), "stage2": None}
     trainee.registry, trainee.history = deepcopy(model.registry), dict(model.history)

@@ -128,7 +128,7 @@ def test_edge_is_white_and_said_so(spots, png, caplog):
     spots.obsm["spatial"][0] = 0, 0
     with caplog.at_level(logging.WARNING):
         found = embed(spots, png)
-    assert re.search(r"of 1 of 12 spots the field of 16 um reaches beyond the image; it is white there", caplog.text)
+    assert re.search(r"for 1 of 12 spots the field of 16 um reaches beyond the image; it is white there", caplog.text)
     upper_left, lower_right = found[0].reshape(3, 4)[:, 0], found[0].reshape(3, 4)[:, 3]
     np.testing.assert_allclose(upper_left, 255)
     assert (lower_right < 200).all()

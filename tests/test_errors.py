@@ -220,7 +220,7 @@ def test_panel_and_scales_are_checked(training):
 
 def test_configuration_of_other_scales_is_refused(prepared):
     config = small_config(scales=(1, 5, 10, 30))
-    message = r"made for scales \(1, 5, 10, 30\), varm\['histovar_scales'\] has \(1, 4, 10, 30\)"
+    message = r"made for scales \(1, 5, 10, 30\), but varm\['histovar_scales'\] has \(1, 4, 10, 30\)"
     refuse(prepared.copy(), lambda a: hv.tl.train_stage1(a, config=config, **QUICK), ValueError, message)
 
 

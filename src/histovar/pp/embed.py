@@ -163,7 +163,6 @@ def embed(
     scales = _check(slides, encoder, field_um)
     coarsest, by_section = max(scales.values()), {}
     features = Features.load(encoder, checkpoint)
-    digest = features.digest()
 
     found: dict[float, NDArray[np.float32]] = {}
     with features.on(device) as where:
@@ -188,7 +187,7 @@ def embed(
         adata = gate.copied(adata)
     records = dict(slots.record(adata, keys).get(embeddings.RECORDS, {}))
     for field, rep in reps.items():
-        records[rep] = embeddings.describe(encoder, digest, field, coarsest, precision)
+        records[rep] = features.record(field, coarsest, precision)
     slots.write(
         adata,
         keys,

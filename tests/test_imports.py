@@ -1,6 +1,7 @@
-"""No import circles in the package, not even in functions or for types; the model does not import AnnData."""
+"""No file imports another that imports it or lies above it, not even in functions or for types."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -36,8 +37,30 @@ def test_imports_have_no_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
-def test_the_model_is_readable_alone():
-    for name in FILES:
-        if name.startswith("histovar.model."):
-            others = {target for target in imported(name) if not target.startswith(("histovar.model", "histovar._"))}
-            assert not others, f"{name} imports {others}"
+def layers():
+    """Which layer of the sketch in docs/architecture.md each package is in, from the top."""
+    sketch = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text("utf-8").split("```")[1]
+    found = {"histovar": 0, "demo": 0}  # what users import, and what runs all of it
+    for number, layer in enumerate(re.split("─+", sketch)):
+        found |= dict.fromkeys(re.findall(r"(\w+)/", layer), number)
+        if "base" in layer:
+            found["base"] = number
+    return found
+
+
+def package(name):
+    """The package of a module; base of the files beside the packages."""
+    part = name.split(".")[1] if "." in name else name
+    return "base" if part.startswith("_") else part
+
+
+def test_packages_import_from_those_below_them():
+    layer = layers()
+    assert set(layer) == {package(name) for name in FILES}
+    upwards = [
+        f"{name} imports {target}"
+        for name in FILES
+        for target in imported(name)
+        if layer[package(name)] > layer[package(target)]
+    ]
+    assert not upwards

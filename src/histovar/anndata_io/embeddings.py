@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from anndata import AnnData
-
-if TYPE_CHECKING:
-    from histovar.encoders import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -24,41 +21,6 @@ OTHER_FACTS = ("mpp", "precision")
 FIELD_TOLERANCE = 0.01
 # Pixels wider than in training by more than this factor give a warning.
 COARSER = 2.0
-
-
-def describe(encoder: Encoder, weights: str, field_um: float, mpp: float, precision: str) -> dict[str, Any]:
-    """Describe how an embedding is made (encoder, weights, field, ...), in plain types for ``uns``.
-
-    Parameters
-    ----------
-    encoder
-        The encoder.
-    weights
-        Digest of its weights.
-    field_um
-        Side of the patches, in microns.
-    mpp
-        Microns per pixel of the image; of the coarsest, if several were read.
-    precision
-        ``"fp32"`` or ``"bf16"``. Recorded, but not compared: between the two, embeddings of DINOv2 differ by 2 % of
-        their spread over spots (cosine 0.99998, 36 spots of her2st's C3).
-    """
-    return {
-        "encoder": encoder.name,
-        "weights": weights,
-        "layers": ",".join(map(str, encoder.layers)),
-        "pooling": encoder.pooling,
-        "input_px": int(encoder.input_px),
-        "mean": _numbers(encoder.mean),
-        "std": _numbers(encoder.std),
-        "field_um": float(field_um),
-        "mpp": float(mpp),
-        "precision": precision,
-    }
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
 
 
 def embed_entries(adata: AnnData) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -23,7 +23,7 @@ def info(
     if out is not None:
         outputs.check_genes(out, [model])
     from histovar import TwoStageVARST
-    from histovar._gene_trust import gene_table, in_words
+    from histovar.metrics.gene_trust import gene_table, in_words
     from histovar.model.card import read_card
     from histovar.model.checkpoint import verify
     from histovar.model.hub import local_directory

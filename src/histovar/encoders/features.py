@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,34 @@ class Features(nn.Module):
                 pooled.append(tokens.std(1, correction=0))
         return torch.cat(pooled, 1)
 
+    def record(self, field_um: float, mpp: float, precision: str) -> dict[str, Any]:
+        """What made embeddings, in the plain types and by the names that ``anndata_io/embeddings.py`` reads.
+
+        Parameters
+        ----------
+        field_um
+            Side of the patches, in microns.
+        mpp
+            Microns per pixel of the coarsest image that was read.
+        precision
+            ``"fp32"`` or ``"bf16"``. Recorded, but not compared: between the two, embeddings of DINOv2 differ by 2 % of
+            their spread over spots (cosine 0.99998, 36 spots of her2st's C3).
+        """
+        encoder = self.encoder
+        return {
+            "encoder": encoder.name,
+            "weights": self.digest,
+            "layers": ",".join(map(str, encoder.layers)),
+            "pooling": encoder.pooling,
+            "input_px": int(encoder.input_px),
+            "mean": _numbers(encoder.mean),
+            "std": _numbers(encoder.std),
+            "field_um": float(field_um),
+            "mpp": float(mpp),
+            "precision": precision,
+        }
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the weights, which identifies the network independently of the file it was read from.
 
@@ -124,3 +154,7 @@ class Features(nn.Module):
                 yield on_device
         finally:
             self.module.train(was_training)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)

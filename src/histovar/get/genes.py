@@ -6,7 +6,7 @@ import pandas as pd
 from pydantic import InstanceOf
 
 from histovar._arguments import check_arguments
-from histovar._gene_trust import gene_table
+from histovar.metrics.gene_trust import gene_table
 from histovar.model import TwoStageVARST
 
 

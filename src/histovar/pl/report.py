@@ -9,10 +9,10 @@ from pydantic import AfterValidator
 
 from histovar._arguments import ConfidenceLevel, Key, KeyOrKeys, PathLike, check_arguments, refuse_value
 from histovar._extras import import_extra
-from histovar._gene_trust import gene_table
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
+from histovar.metrics.gene_trust import gene_table
 from histovar.model import TwoStageVARST
 
 

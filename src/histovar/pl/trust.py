@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from pydantic import InstanceOf
 
 from histovar._arguments import Key, Number, check_arguments
-from histovar._gene_trust import FALSE_DISCOVERY_RATE, gene_table
 from histovar.anndata_io import gate
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.gene_symbols import gene_labels
+from histovar.metrics.gene_trust import FALSE_DISCOVERY_RATE, gene_table
 from histovar.model import TwoStageVARST
 
 from ._figure import FigureFile, figure_of, finish, frame_ranking, new_axes

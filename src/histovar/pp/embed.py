@@ -163,7 +163,6 @@ def embed(
     scales = _check_slides(slides, encoder, field_um)
     coarsest, section_scales = max(scales.values()), {}
     features = Features.load(encoder, checkpoint)
-    digest = features.digest()
 
     by_field: dict[float, NDArray[np.float32]] = {}
     with features.on(device) as on_device:
@@ -190,7 +189,7 @@ def embed(
         adata = gate.copied(adata)
     records = dict(slots.record(adata, keys).get(embeddings.RECORDS, {}))
     for field, rep in reps.items():
-        records[rep] = embeddings.describe(encoder, digest, field, coarsest, precision)
+        records[rep] = features.record(field, coarsest, precision)
     slots.write(
         adata,
         keys,

@@ -12,7 +12,6 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from histovar._arguments import Count, Key, Seed, check_arguments
-from histovar._gene_trust import PanelCounts, gene_table, gene_trust, in_words
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._progress import progress
 from histovar._spots import section_numbers
@@ -25,6 +24,7 @@ from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
 from histovar.anndata_io.sections import Section, Sections
+from histovar.metrics.gene_trust import PanelCounts, gene_table, gene_trust, in_words
 from histovar.model import Histology, TwoStageVARST
 from histovar.model.observation import Composition
 from histovar.prediction import Device, on_device

@@ -23,7 +23,6 @@ from histovar._arguments import (
     Share,
     check_arguments,
 )
-from histovar._gene_trust import gene_table
 from histovar._keys import DEFAULT_KEY, LOGNORM, Keys, Prefix
 from histovar._limits import MOST_SAMPLES
 from histovar._memory import check_fits
@@ -35,6 +34,7 @@ from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology, warn_of_novelty
 from histovar.anndata_io.lazy import is_lazy
 from histovar.anndata_io.prediction import EXPECTED_PEARSON, OBSERVATION, prediction_slots, write_prediction
+from histovar.metrics.gene_trust import gene_table
 from histovar.model import Decoding
 from histovar.model.decoding import Mode
 from histovar.model.network import Precision

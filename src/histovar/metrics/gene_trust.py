@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.stats import false_discovery_control
 
-from . import metrics
-from .metrics.trust import SectionAccuracy, expected_accuracy, p_values, section_accuracy
+from .ceiling import noise_ceiling
+from .trust import SectionAccuracy, expected_accuracy, p_values, section_accuracy
 
 # What the accuracy was measured on: sections or individuals that the prediction has not seen, or unseen parts of the
 # training sections.
@@ -128,7 +128,7 @@ def _ceiling(counts: PanelCounts, rows: NDArray[np.int64], genes: slice, random_
     panel = np.rint(counts.panel[rows, genes])
     others = np.rint(counts.totals[rows] - panel.sum(1)).clip(min=0)
     matrix = sparse.csr_matrix(np.column_stack([panel, others]))
-    return metrics.noise_ceiling(matrix, list(range(panel.shape[1])), random_state=random_state)
+    return noise_ceiling(matrix, list(range(panel.shape[1])), random_state=random_state)
 
 
 def _plain(values: NDArray[np.float64], digits: str) -> list[float | None]:

@@ -24,6 +24,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from compare import Data, load, thinned
+from smoke import quick_options
 
 import histovar as hv
 
@@ -32,14 +33,14 @@ SCORES += [f"{name} given depth" for name in ("PCC-200", "CRPS", "coverage 90")]
 SHALLOW = {"her2st": 650}
 
 
-def trained(train: ad.AnnData, data: Data, where: Path | None, quick: dict[str, Any]) -> hv.TwoStageVARST:
+def trained(train: ad.AnnData, data: Data, where: Path | None, smoke: bool) -> hv.TwoStageVARST:
     """A model, trained, or read from where it was kept."""
     if where is not None and where.is_dir():
         return hv.TwoStageVARST.load(where)
-    hv.pp.gene_panel(train, n_genes=min(200, train.n_vars // 2), min_fraction=data.min_fraction)
-    model = hv.tl.train(
-        train, use_rep=data.use_rep, library_key=data.library_key, enable_progress_bar=False, random_state=0, **quick
-    )
+    n_genes = min(200, train.n_vars // 2)
+    hv.pp.gene_panel(train, n_genes=n_genes, min_fraction=data.min_fraction)
+    options = quick_options(n_genes) if smoke else {"enable_progress_bar": False}
+    model = hv.tl.train(train, use_rep=data.use_rep, library_key=data.library_key, random_state=0, **options)
     if where is not None:
         model.save(where)
     return model
@@ -71,14 +72,14 @@ def main() -> None:
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if arguments.smoke:
-        arguments.dataset, arguments.choices, arguments.sizes = "simulated", 1, [0, 10, 30]
+        arguments.dataset, arguments.choices, arguments.sizes = "simulated", 1, [0, 10]
     options = Namespace(data=arguments.data, smoke=arguments.smoke, curve=False, group_key=None)
     data = load(arguments.dataset, options)
     groups = data.adata.obs[data.group_key].astype(str)
     rows = []
     for group in sorted(groups.unique())[: 1 if arguments.smoke else None]:
         where = None if arguments.models is None else arguments.models / f"{data.name}_{group}"
-        model = trained(data.adata[groups != group].copy(), data, where, {"max_epochs": 1} if arguments.smoke else {})
+        model = trained(data.adata[groups != group].copy(), data, where, arguments.smoke)
         query = data.adata[groups == group].copy()
         for label in sorted(query.obs[data.library_key].astype(str).unique()):
             section = query[query.obs[data.library_key].astype(str) == label].copy()

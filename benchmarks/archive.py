@@ -2,7 +2,7 @@
 
     python benchmarks/archive.py                  # 1,000,000 spots: half an hour on two cores, 5 GB of disk
     python benchmarks/archive.py --niche          # niche features alone
-    python benchmarks/archive.py --smoke          # to see that it runs
+    python benchmarks/archive.py --smoke          # to see that it runs, with one worker
 
 The run is killed when half of the chunks are written, and started again; in the second half one worker is killed. Then
 whole sections are predicted in memory and compared. Memory is the sum of resident memory over the client and the
@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import zarr
+from smoke import quick_options
 
 import histovar as hv
 from histovar.anndata_io import zarr_store
@@ -62,15 +63,16 @@ def make_store(path: Path, n_spots: int, section_size: int, chunk: int) -> None:
     zarr.consolidate_metadata(path)
 
 
-def make_model(path: Path, full: bool) -> None:
+def make_model(path: Path, full: bool, smoke: bool) -> None:
     """Trained on a few simulated spots: what it predicts does not matter here."""
     adata = hv.datasets.simulate(3, 200, 260, embedding_dim=WIDTH, random_state=0)
     n_genes = 200 if full else 40
     hv.pp.gene_panel(adata, n_genes=n_genes)
     narrow: dict[str, Any] = {} if full else {"width": 32, "n_layers": 1, "feedforward": 128, "codebook_size": 512}
     config = hv.ModelConfig.default(n_genes, WIDTH, **narrow)
-    quick: dict[str, Any] = {"max_epochs": 2, "enable_progress_bar": False}
-    hv.tl.train(adata, use_rep="X_histology", library_key="section", config=config, **quick).save(path)
+    options = {"config": config, "max_epochs": 2, "enable_progress_bar": False}
+    options |= quick_options(n_genes) if smoke else {}
+    hv.tl.train(adata, use_rep="X_histology", library_key="section", **options).save(path)
 
 
 class Memory(threading.Thread):
@@ -107,9 +109,9 @@ def n_written(part: Path) -> int:
 
 
 def stream_store(
-    source: Path, model_path: Path, out: Path, chunk: int, kill_worker_at: int | None, report: Any
+    source: Path, model_path: Path, out: Path, chunk: int, n_workers: int, kill_worker_at: int | None, report: Any
 ) -> None:
-    """Predict with two workers; kill one of them when so many chunks are written."""
+    """Predict with some workers; kill one of them when so many chunks are written."""
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -119,7 +121,7 @@ def stream_store(
     with (
         dask.config.set(KEEP_MEMORY),
         suppress(TimeoutError),  # a worker that is being started again closes slowly
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         hv.tl.predict(adata, model, library_key="section")
@@ -183,7 +185,7 @@ def main() -> None:
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if arguments.smoke:
-        arguments.spots, arguments.section_size, arguments.chunk = 2000, 500, 150
+        arguments.spots, arguments.section_size, arguments.chunk = 600, 200, 60
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     source, model_path, out = (arguments.scratch / name for name in ("in.zarr", "model", "out.zarr"))
     if not source.exists():
@@ -192,7 +194,7 @@ def main() -> None:
         niche(source, arguments.chunk)
         return
     if not model_path.exists():
-        make_model(model_path, arguments.full)
+        make_model(model_path, arguments.full, arguments.smoke)
     part = out.with_name(f"{out.name}.part")
     for old in (out, part):
         shutil.rmtree(old, ignore_errors=True)
@@ -202,8 +204,9 @@ def main() -> None:
     begin = time.perf_counter()
 
     def run(kill_worker_at: int | None) -> Any:
+        n_workers = 1 if arguments.smoke else 2
         process = context.Process(
-            target=stream_store, args=(source, model_path, out, arguments.chunk, kill_worker_at, report)
+            target=stream_store, args=(source, model_path, out, arguments.chunk, n_workers, kill_worker_at, report)
         )
         process.start()
         return process

@@ -5,7 +5,7 @@ patient and use of the codebook. Stage 2: sections C2, C3, C4 train, C5 is predi
 fp32, and the map of three of the best genes. The data are found by `--data` or the environment variable HISTOVAR_DATA.
 
     python benchmarks/her2st.py                 # both tables
-    python benchmarks/her2st.py --smoke         # a few minutes: fewer spots and epochs, to see that it runs
+    python benchmarks/her2st.py --smoke         # fewer spots and a small model, to see that it runs
     python benchmarks/her2st.py --reference     # also one step of each stage of the reference configuration
 """
 
@@ -17,15 +17,16 @@ import os
 import resource
 import time
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from smoke import quick_options
 
 import histovar as hv
 
+N_GENES = 200
 REPS = ["X_squeezenet", "X_squeezenet_wide"]
 
 
@@ -38,8 +39,8 @@ def stage1(data: Path, held_out: str, smoke: bool) -> pd.DataFrame:
     query = adata[adata.obs["patient"] == held_out].copy()
     training = adata[adata.obs["patient"] != held_out].copy()
     begin = time.monotonic()
-    hv.pp.gene_panel(training, n_genes=200)
-    model = hv.tl.train_stage1(training, library_key="section", **({"max_epochs": 1} if smoke else {}))
+    hv.pp.gene_panel(training, n_genes=N_GENES)
+    model = hv.tl.train_stage1(training, library_key="section", **(quick_options(N_GENES) if smoke else {}))
     seconds = time.monotonic() - begin
     hv.tl.tokenize(query, model)
     genes = model.registry["genes"]
@@ -66,12 +67,12 @@ def stage2(data: Path, held_out: str, smoke: bool, picture: Path | None) -> pd.D
     adata = ad.read_h5ad(data / "paired.h5ad")
     training = adata[adata.obs["section"] != held_out].copy()
     query = adata[adata.obs["section"] == held_out].copy()
-    options: dict[str, Any] = {"max_epochs": 1} if smoke else {}
+    options = quick_options(N_GENES) if smoke else {}
     if smoke:
         kept = training.obs["section"].isin(["C2", "C3"])
         training = training[kept & (np.arange(training.n_obs) % 2 == 0)].copy()
     begin = time.monotonic()
-    hv.pp.gene_panel(training, n_genes=200)
+    hv.pp.gene_panel(training, n_genes=N_GENES)
     model = hv.tl.train(training, use_rep=REPS, library_key="section", **options)
     trained = time.monotonic()
     hv.tl.predict(query, model)
@@ -122,7 +123,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("HISTOVAR_DATA", "../shared/data")))
-    parser.add_argument("--smoke", action="store_true", help="fewer spots and epochs")
+    parser.add_argument("--smoke", action="store_true", help="fewer spots and a small model")
     parser.add_argument("--reference", action="store_true", help="also the reference configuration")
     parser.add_argument("--patient", default="C", help="patient that stage 1 does not see")
     parser.add_argument("--section", default="C5", help="section that stage 2 does not see")

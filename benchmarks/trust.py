@@ -30,6 +30,7 @@ from compare import NAMED
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.ndimage import gaussian_filter, map_coordinates
+from smoke import quick_options
 
 import histovar as hv
 
@@ -55,15 +56,10 @@ def read(name: str, data: Path) -> DataSet:
 
 
 def trained(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.TwoStageVARST:
-    """A model with default settings."""
-    return hv.tl.train(
-        training,
-        use_rep=data.use_rep,
-        library_key="section",
-        random_state=seed,
-        enable_progress_bar=False,
-        **({"max_epochs": 1} if smoke else {}),
-    )
+    """A model with default settings; in smoke mode a small one."""
+    n_genes = int(training.var["histovar_panel"].sum())
+    options = quick_options(n_genes) if smoke else {"enable_progress_bar": False}
+    return hv.tl.train(training, use_rep=data.use_rep, library_key="section", random_state=seed, **options)
 
 
 def realised(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, dict[str, Any]]]:

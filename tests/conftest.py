@@ -1,5 +1,6 @@
 """Small data and one small trained model, shared by all tests."""
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from histovar.cli import main
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # small models gain little from more
+gc.freeze()  # what was imported is no garbage, and need not be gone through again and again
 
 QUICK = {"enable_progress_bar": False, "max_epochs": 2}
 

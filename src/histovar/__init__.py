@@ -1,5 +1,6 @@
 """Predict spatial gene expression from histology, with uncertainty, inside AnnData."""
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,17 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a part of the package when it is first asked for: some take seconds and half a gigabyte."""
-    if name in ("ModelConfig", "TwoStageVARST"):
-        return getattr(import_module(f"{__name__}.model"), name)
-    if name in __all__:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    collecting = gc.isenabled()
+    gc.disable()  # which goes through the half a million objects of what is imported again and again
+    try:
+        if name in ("ModelConfig", "TwoStageVARST"):
+            return getattr(import_module(f"{__name__}.model"), name)
         return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -71,7 +73,9 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    """Let idle threads sleep, send logs to standard error, and keep notices to programmers from users."""
+    """Let idle threads sleep, send logs to standard error, keep notices to programmers from users, and end quickly."""
+    # Or Python would look for garbage among all that was imported once more before it ends, for a second.
+    atexit.register(gc.freeze)
     # Before torch is imported: its threads would otherwise spin while they wait, and two programs on the same cores
     # take turns at spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -2,7 +2,7 @@
 
     python benchmarks/archive.py                  # 1,000,000 spots: half an hour on two cores, 5 GB of disk
     python benchmarks/archive.py --niche          # niche features alone
-    python benchmarks/archive.py --smoke          # to see that it runs, with one worker
+    python benchmarks/archive.py --smoke          # to see that it runs
 
 The run is killed when half of the chunks are written, and started again; in the second half one worker is killed. Then
 whole sections are predicted in memory and compared. Memory is the sum of resident memory over the client and the
@@ -109,9 +109,9 @@ def n_written(part: Path) -> int:
 
 
 def stream_store(
-    source: Path, model_path: Path, out: Path, chunk: int, n_workers: int, kill_worker_at: int | None, report: Any
+    source: Path, model_path: Path, out: Path, chunk: int, kill_worker_at: int | None, report: Any
 ) -> None:
-    """Predict with some workers; kill one of them when so many chunks are written."""
+    """Predict with two workers; kill one of them when so many chunks are written."""
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -121,7 +121,7 @@ def stream_store(
     with (
         dask.config.set(KEEP_MEMORY),
         suppress(TimeoutError),  # a worker that is being started again closes slowly
-        LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         hv.tl.predict(adata, model, library_key="section")
@@ -204,9 +204,8 @@ def main() -> None:
     begin = time.perf_counter()
 
     def run(kill_worker_at: int | None) -> Any:
-        n_workers = 1 if arguments.smoke else 2
         process = context.Process(
-            target=stream_store, args=(source, model_path, out, arguments.chunk, n_workers, kill_worker_at, report)
+            target=stream_store, args=(source, model_path, out, arguments.chunk, kill_worker_at, report)
         )
         process.start()
         return process

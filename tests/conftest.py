@@ -18,9 +18,12 @@ from histovar.cli import main
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # small models gain little from more
-gc.freeze()  # what was imported is no garbage, and need not be gone through again and again
 
 QUICK = {"enable_progress_bar": False, "max_epochs": 2}
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported is no garbage, and need not be gone through again and again
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +84,10 @@ def model_of_values(prepared):
 
 @contextmanager
 def few_steps() -> Iterator[None]:
-    """Fewer of the steps that training takes whatever `max_epochs` is, where it does not matter what is learnt."""
+    """Fewer steps and latents than training takes whatever `max_epochs` is, where it does not matter what is learnt."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("histovar.model.vqvae.LATENTS_PER_START", 256)
+        patch.setattr("histovar.model.quantizer.LATENTS_PER_UPDATE", 64)
         patch.setattr("histovar.training.stage1.WARMUP_STEPS", 20)
         patch.setattr("histovar.training.stage2.PRIOR_EPOCHS", 4)
         yield

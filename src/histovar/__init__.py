@@ -1,9 +1,9 @@
 """Predict spatial gene expression from histology, with uncertainty, inside AnnData."""
 
-import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._collection import no_garbage_collection
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -29,15 +29,10 @@ def __getattr__(name: str) -> Any:
     """Import a part of the package when it is first asked for: some take seconds and half a gigabyte."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    collecting = gc.isenabled()
-    gc.disable()  # which goes through the half a million objects of what is imported again and again
-    try:
+    with no_garbage_collection():
         if name in ("ModelConfig", "TwoStageVARST"):
             return getattr(import_module(f"{__name__}.model"), name)
         return import_module(f"{__name__}.{name}")
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -32,7 +32,7 @@ package: $(VENV)/installed-dev
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/venv
-	build/venv/bin/python -m pip install $(QUIET) --no-index --find-links "$(WHEELS)" dist/*.whl
+	build/venv/bin/python -m pip install $(QUIET) --no-compile --no-index --find-links "$(WHEELS)" dist/*.whl
 	touch build/venv/installed
 	$(MAKE) demo VENV=build/venv
 

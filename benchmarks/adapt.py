@@ -24,6 +24,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from compare import Data, load, thin
+from smoke import quick_options
 
 import histovar as hv
 
@@ -33,14 +34,14 @@ SCORES += [f"{name} given depth" for name in ("PCC-200", "CRPS", "coverage 90")]
 THINNED_TO = {"her2st": 650}
 
 
-def load_or_train(train: ad.AnnData, data: Data, path: Path | None, quick: dict[str, Any]) -> hv.TwoStageVARST:
+def load_or_train(train: ad.AnnData, data: Data, path: Path | None, smoke: bool) -> hv.TwoStageVARST:
     """Load the model at a path; if there is none, train it and save it there."""
     if path is not None and path.is_dir():
         return hv.TwoStageVARST.load(path)
-    hv.pp.gene_panel(train, n_genes=min(200, train.n_vars // 2), min_fraction=data.min_fraction)
-    model = hv.tl.train(
-        train, use_rep=data.use_rep, library_key=data.library_key, enable_progress_bar=False, random_state=0, **quick
-    )
+    n_genes = min(200, train.n_vars // 2)
+    hv.pp.gene_panel(train, n_genes=n_genes, min_fraction=data.min_fraction)
+    options = quick_options(n_genes) if smoke else {"enable_progress_bar": False}
+    model = hv.tl.train(train, use_rep=data.use_rep, library_key=data.library_key, random_state=0, **options)
     if path is not None:
         model.save(path)
     return model
@@ -73,15 +74,14 @@ def main() -> None:
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if arguments.smoke:
-        arguments.dataset, arguments.choices, arguments.sizes = "simulated", 1, [0, 10, 30]
+        arguments.dataset, arguments.choices, arguments.sizes = "simulated", 1, [0, 10]
     options = Namespace(smoke=arguments.smoke, curve=False, group_key=None)
     data = load(arguments.dataset, options)
     groups = data.adata.obs[data.group_key].astype(str)
     rows = []
     for group in sorted(groups.unique())[: 1 if arguments.smoke else None]:
         path = None if arguments.models is None else arguments.models / f"{data.name}_{group}"
-        quick = {"max_epochs": 1} if arguments.smoke else {}
-        model = load_or_train(data.adata[groups != group].copy(), data, path, quick)
+        model = load_or_train(data.adata[groups != group].copy(), data, path, arguments.smoke)
         query = data.adata[groups == group].copy()
         for label in sorted(query.obs[data.library_key].astype(str).unique()):
             section = query[query.obs[data.library_key].astype(str) == label].copy()

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import zarr
+from smoke import quick_options
 
 import histovar as hv
 from histovar.anndata_io import zarr_store
@@ -63,15 +64,16 @@ def make_store(path: Path, n_spots: int, section_size: int, chunk: int) -> None:
     zarr.consolidate_metadata(path)
 
 
-def make_model(path: Path, full: bool) -> None:
+def make_model(path: Path, full: bool, smoke: bool) -> None:
     """Train and save a model on a few simulated spots: what it predicts does not matter here."""
     adata = hv.datasets.simulate(3, 200, 260, embedding_dim=WIDTH, random_state=0)
     n_genes = 200 if full else 40
     hv.pp.gene_panel(adata, n_genes=n_genes)
     narrow: dict[str, Any] = {} if full else {"width": 32, "n_layers": 1, "feedforward": 128, "codebook_size": 512}
     config = hv.ModelConfig.default(n_genes, WIDTH, **narrow)
-    quick: dict[str, Any] = {"max_epochs": 2, "enable_progress_bar": False}
-    hv.tl.train(adata, use_rep="X_histology", library_key="section", config=config, **quick).save(path)
+    options = {"config": config, "max_epochs": 2, "enable_progress_bar": False}
+    options |= quick_options(n_genes) if smoke else {}
+    hv.tl.train(adata, use_rep="X_histology", library_key="section", **options).save(path)
 
 
 class Memory(threading.Thread):
@@ -184,7 +186,7 @@ def main() -> None:
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if arguments.smoke:
-        arguments.spots, arguments.section_size, arguments.chunk = 2000, 500, 150
+        arguments.spots, arguments.section_size, arguments.chunk = 600, 200, 60
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     source, model_path, out = (arguments.scratch / name for name in ("in.zarr", "model", "out.zarr"))
     if not source.exists():
@@ -193,7 +195,7 @@ def main() -> None:
         niche(source, arguments.chunk)
         return
     if not model_path.exists():
-        make_model(model_path, arguments.full)
+        make_model(model_path, arguments.full, arguments.smoke)
     part = out.with_name(f"{out.name}.part")
     for old in (out, part):
         shutil.rmtree(old, ignore_errors=True)

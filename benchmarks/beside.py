@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="stage 1 of a small model, with idle threads asleep")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.n_spots, arguments.epochs = 60, 1
+        arguments.n_spots, arguments.epochs = 20, 1
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    n_genes, width = (40, 16) if arguments.smoke else (200, 1024)
+    n_genes, width = (20, 16) if arguments.smoke else (200, 1024)
     path = arguments.scratch / "sections.h5ad"
     hv.datasets.simulate(3, arguments.n_spots, n_genes, embedding_dim=width, random_state=0).write_h5ad(path)
     command = ["train", str(path), "--gpus", "0", "--use-rep", "X_histology"]

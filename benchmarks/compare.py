@@ -42,10 +42,12 @@ import pandas as pd
 import torch
 from real_data import HER2ST, MOB, data_path
 from scipy import sparse
+from smoke import quick_options
 
 import histovar as hv
 from histovar.baselines import METHODS
 
+N_GENES = 200
 BASELINES = {
     "ridge, HEST recipe": ("ridge_hest", "training"),
     "ridge, tuned": ("ridge", "training"),
@@ -256,7 +258,9 @@ def predictors(
     if method in (REFERENCE, WHOLE_REFERENCE):
         shared["use_rep"] = data.use_rep[:1]
     of_counts = decoding == "expected" and (config is None or config.n_members > 0)
-    options = {"config": config, "random_state": seed, "enable_progress_bar": False, **quick}
+    options = {"random_state": seed, "enable_progress_bar": False, **quick}
+    if config is not None:
+        options["config"] = config
 
     def write(model: hv.TwoStageVARST, unit: str | None, query: ad.AnnData, draws: int) -> None:
         hv.tl.predict(query, model, units=unit, n_samples=draws, decoding=decoding, key_added=method)
@@ -357,14 +361,14 @@ def bounds(train: ad.AnnData, query: ad.AnnData, genes: list[str], data: Data, u
 def folds(data: Data, arguments: argparse.Namespace) -> Iterator[tuple[str, ad.AnnData, ad.AnnData]]:
     """Every split, with the panel chosen on the training spots; with ``--shallow``, held-out spots are thinned."""
     for group, train, query in splits(data, arguments.folds, arguments.pairs):
-        hv.pp.gene_panel(train, n_genes=200, min_fraction=data.min_fraction)
+        hv.pp.gene_panel(train, n_genes=N_GENES, min_fraction=data.min_fraction)
         print(f"held out: {group}", flush=True)
         yield group, train, thin(query, data, arguments.depth) if arguments.shallow else query
 
 
 def compare(data: Data, methods: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run all methods on all splits; yield the units and a row for each method, held-out group and seed."""
-    quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
+    quick = quick_options(N_GENES) if arguments.smoke else {}
     for group, train, query in folds(data, arguments):
         genes = train.var_names[train.var["histovar_panel"]].tolist()
         for unit in arguments.units:
@@ -389,7 +393,7 @@ def learning_curve(
     data: Data, methods: list[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the units and a row of scores for each method, held-out group and number of training spots."""
-    quick: dict[str, Any] = {"max_epochs": 1} if arguments.smoke else {}
+    quick = quick_options(N_GENES) if arguments.smoke else {}
     for group, train, query in folds(data, arguments):
         for n_spots in [n for n in arguments.sizes if n < train.n_obs] + [train.n_obs]:
             subset = subsample(train, n_spots, data)

@@ -25,6 +25,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from real_data import HER2ST, data_path
+from smoke import quick_options
 
 import histovar as hv
 
@@ -52,13 +53,13 @@ def names(n: int) -> list[str]:
     return [f"gene{i}" for i in range(n)]
 
 
-def train(n_genes: int, n_training: int, scratch: Path) -> None:
+def train(n_genes: int, n_training: int, scratch: Path, smoke: bool) -> None:
     """Train one epoch, save the model and print time and memory as a line of JSON."""
     adata = simulated(n_training, n_genes, 1)
     adata.var["histovar_panel"] = True
-    quick: dict[str, Any] = {"max_epochs": 1, "enable_progress_bar": False}
+    options = quick_options(n_genes) if smoke else {"max_epochs": 1, "enable_progress_bar": False}
     start = time.perf_counter()
-    model = hv.tl.train(adata, use_rep="X_sim", layer="lognorm", **quick)
+    model = hv.tl.train(adata, use_rep="X_sim", layer="lognorm", **options)
     training = time.perf_counter() - start
     trained_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     model.save(scratch / f"model_{n_genes}")
@@ -89,15 +90,9 @@ def accuracy(section: str, smoke: bool) -> None:
             further = subset.var_names[subset.var["histovar_panel"]].tolist()
             panel = (genes + [g for g in further if g not in set(genes)])[:n_genes]
             subset.var["histovar_panel"] = subset.var_names.isin(panel)
-        quick: dict[str, Any] = {"max_epochs": 1} if smoke else {}
+        options = quick_options(n_genes) if smoke else {"enable_progress_bar": False}
         start = time.perf_counter()
-        model = hv.tl.train(
-            subset,
-            use_rep=["X_squeezenet", "X_squeezenet_wide"],
-            library_key="section",
-            enable_progress_bar=False,
-            **quick,
-        )
+        model = hv.tl.train(subset, use_rep=["X_squeezenet", "X_squeezenet_wide"], library_key="section", **options)
         seconds = time.perf_counter() - start
         predicted = hv.tl.predict(query, model, copy=True)
         pcc = hv.tl.evaluate(predicted).loc[genes, "pearson"].mean()
@@ -127,7 +122,7 @@ def main() -> None:
             accuracy(section, arguments.smoke)
         return
     if arguments.part == "train":
-        train(arguments.genes[0], arguments.training_spots, arguments.scratch)
+        train(arguments.genes[0], arguments.training_spots, arguments.scratch, arguments.smoke)
         return
     if arguments.part == "predict":
         predict(arguments.genes[0], arguments.spots, arguments.scratch)
@@ -139,7 +134,7 @@ def main() -> None:
         for part in ("train", "predict"):
             command = [sys.executable, __file__, "--part", part, "--genes", str(n_genes), "--spots"]
             command += [str(arguments.spots), "--training-spots", str(arguments.training_spots)]
-            command += ["--scratch", str(arguments.scratch)]
+            command += ["--scratch", str(arguments.scratch), *["--smoke"] * arguments.smoke]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)

@@ -8,7 +8,7 @@
 The environment variable HISTOVAR_DATA names the directory with the data.
 
     python benchmarks/her2st.py                 # both tables
-    python benchmarks/her2st.py --smoke         # a few minutes, to see that it runs: fewer spots and epochs
+    python benchmarks/her2st.py --smoke         # fewer spots and a small model, to see that it runs
     python benchmarks/her2st.py --reference     # also one step of each stage of the reference configuration
 """
 
@@ -19,16 +19,17 @@ import logging
 import resource
 import time
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from real_data import HER2ST, data_path
+from smoke import quick_options
 
 import histovar as hv
 
+N_GENES = 200
 REPS = ["X_squeezenet", "X_squeezenet_wide"]
 
 
@@ -41,8 +42,8 @@ def stage1(held_out: str, smoke: bool) -> pd.DataFrame:
     query = adata[adata.obs["patient"] == held_out].copy()
     training = adata[adata.obs["patient"] != held_out].copy()
     begin = time.monotonic()
-    hv.pp.gene_panel(training, n_genes=200)
-    model = hv.tl.train_stage1(training, library_key="section", **({"max_epochs": 1} if smoke else {}))
+    hv.pp.gene_panel(training, n_genes=N_GENES)
+    model = hv.tl.train_stage1(training, library_key="section", **(quick_options(N_GENES) if smoke else {}))
     seconds = time.monotonic() - begin
     hv.tl.tokenize(query, model)
     genes = model.registry["genes"]
@@ -69,12 +70,12 @@ def stage2(held_out: str, smoke: bool, picture: Path | None) -> pd.DataFrame:
     adata = ad.read_h5ad(data_path(HER2ST))
     training = adata[adata.obs["section"] != held_out].copy()
     query = adata[adata.obs["section"] == held_out].copy()
-    options: dict[str, Any] = {"max_epochs": 1} if smoke else {}
+    options = quick_options(N_GENES) if smoke else {}
     if smoke:
         kept = training.obs["section"].isin(["C2", "C3"])
         training = training[kept & (np.arange(training.n_obs) % 2 == 0)].copy()
     begin = time.monotonic()
-    hv.pp.gene_panel(training, n_genes=200)
+    hv.pp.gene_panel(training, n_genes=N_GENES)
     model = hv.tl.train(training, use_rep=REPS, library_key="section", **options)
     trained = time.monotonic()
     hv.tl.predict(query, model)
@@ -124,7 +125,7 @@ def reference() -> pd.DataFrame:
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="fewer spots, one epoch")
+    parser.add_argument("--smoke", action="store_true", help="fewer spots and a small model")
     parser.add_argument("--reference", action="store_true", help="also train the reference configuration for one step")
     parser.add_argument("--patient", default="C", help="patient held out of stage 1")
     parser.add_argument("--section", default="C5", help="section held out of stage 2")

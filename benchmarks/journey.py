@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from real_data import data_path
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
+from smoke import quick_options
 from torch import nn
 
 import histovar as hv
@@ -115,8 +116,8 @@ def simulated(folder: Path) -> Case:
             resolution=(1e4, 1e4), resolutionunit="CENTIMETER",
         )  # fmt: skip
     encoder = hv.encoders.Encoder(name="colours", module=Colours())
-    panel, training = {"n_genes": 30, "min_fraction": 0.0}, {"max_epochs": 1}
-    return Case(adata, images, "S3", images["S3"], 1.0, encoder, None, (100.0,), panel, training)
+    panel = {"n_genes": 30, "min_fraction": 0.0}
+    return Case(adata, images, "S3", images["S3"], 1.0, encoder, None, (100.0,), panel, quick_options(30))
 
 
 def prepare(case: Case, folder: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
@@ -128,9 +129,8 @@ def prepare(case: Case, folder: Path) -> tuple[hv.TwoStageVARST, ad.AnnData]:
         held_out = (adata.obs["section"] == case.held_out).to_numpy()
         training, spots = adata[~held_out].copy(), adata[held_out].copy()
         hv.pp.gene_panel(training, library_key="section", **case.panel)
-        model = hv.tl.train(
-            training, use_rep=case.reps, library_key="section", enable_progress_bar=False, **case.training
-        )
+        options = {"enable_progress_bar": False, **case.training}
+        model = hv.tl.train(training, use_rep=case.reps, library_key="section", **options)
         hv.tl.predict(spots, model, show_progress_bar=False)
         hv.tl.evaluate(spots)
         model.save(model_folder)

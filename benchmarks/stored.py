@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import zarr
 from archive import WIDTH, make_store
+from smoke import quick_options
 
 import histovar as hv
 from histovar.anndata_io import zarr_store
@@ -49,21 +50,15 @@ def add_expression(path: Path, n_spots: int) -> None:
     zarr.consolidate_metadata(path)
 
 
-def train(path: Path, n_spots: int) -> None:
+def train(path: Path, n_spots: int, smoke: bool) -> None:
     """Train and print time and memory as a line of JSON."""
     start = time.perf_counter()
     adata = zarr_store.read_zarr(path)
     hv.pp.gene_panel(adata, n_genes=N_PANEL)
     config = hv.ModelConfig.default(N_PANEL, WIDTH, width=32, n_layers=1, feedforward=128, codebook_size=512)
-    model = hv.tl.train(
-        adata,
-        use_rep="X_histology",
-        library_key="section",
-        config=config,
-        max_epochs=2,
-        limit_train_batches=200,
-        enable_progress_bar=False,
-    )
+    options = {"config": config, "max_epochs": 2, "limit_train_batches": 200, "enable_progress_bar": False}
+    options |= quick_options(N_PANEL) if smoke else {}
+    model = hv.tl.train(adata, use_rep="X_histology", library_key="section", **options)
     row = {
         "spots": n_spots,
         "seconds": time.perf_counter() - start,
@@ -84,11 +79,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if arguments.part is not None:
+        train(arguments.part, arguments.spots[0], arguments.smoke)
+        return
     if arguments.smoke:
         arguments.spots, arguments.section_size = [600], 200
-    if arguments.part is not None:
-        train(arguments.part, arguments.spots[0])
-        return
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     rows = []
     for n_spots in arguments.spots:
@@ -97,6 +92,7 @@ def main() -> None:
             make_store(path, n_spots, arguments.section_size, CHUNK)
             add_expression(path, n_spots)
         command = [sys.executable, __file__, "--spots", str(n_spots), "--part", str(path)]
+        command += ["--smoke"] * arguments.smoke
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)

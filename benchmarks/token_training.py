@@ -22,6 +22,7 @@ import anndata as ad
 import pandas as pd
 import torch
 from compare import Data, load, splits
+from smoke import quick_options
 
 import histovar as hv
 from histovar.anndata_io.histology import histology
@@ -81,14 +82,15 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("histovar").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    quick: dict[str, Any] = {"enable_progress_bar": False}
     if arguments.smoke:
-        quick["max_epochs"], arguments.folds, arguments.genes = 1, 1, [32]
+        arguments.folds, arguments.genes = 1, [64]
     options = argparse.Namespace(smoke=arguments.smoke, curve=False, group_key=None, use_rep=None)
     data = load(arguments.dataset, options)
     rows = []
     for group, train, query in splits(data, arguments.folds, pairs=False):
-        hv.pp.gene_panel(train, n_genes=min(200, train.n_vars // 2), min_fraction=data.min_fraction)
+        panel = min(200, train.n_vars // 2)
+        hv.pp.gene_panel(train, n_genes=panel, min_fraction=data.min_fraction)
+        quick = quick_options(panel) if arguments.smoke else {"enable_progress_bar": False}
         for n_genes in arguments.genes:
             rows.append({"left out": group, **measured(train.copy(), query, data, n_genes, quick)})
             print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))

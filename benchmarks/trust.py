@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from real_data import data_path
 from scipy import sparse
 from scipy.ndimage import gaussian_filter, map_coordinates
+from smoke import quick_options
 
 import histovar as hv
 
@@ -55,15 +56,10 @@ def read(name: str) -> DataSet:
 
 
 def train(training: ad.AnnData, data: DataSet, seed: int, smoke: bool) -> hv.TwoStageVARST:
-    """Train a model with default settings."""
-    return hv.tl.train(
-        training,
-        use_rep=data.use_rep,
-        library_key="section",
-        random_state=seed,
-        enable_progress_bar=False,
-        **({"max_epochs": 1} if smoke else {}),
-    )
+    """Train a model with default settings; in smoke mode a small one."""
+    n_genes = int(training.var["histovar_panel"].sum())
+    options = quick_options(n_genes) if smoke else {"enable_progress_bar": False}
+    return hv.tl.train(training, use_rep=data.use_rep, library_key="section", random_state=seed, **options)
 
 
 def expected_and_observed(query: ad.AnnData, model: hv.TwoStageVARST) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Small data and one small trained model, shared by all tests."""
 
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,10 @@ matplotlib.use("agg")
 torch.set_num_threads(1)  # small models gain little from more
 
 QUICK = {"enable_progress_bar": False, "max_epochs": 2}
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported is no garbage, and need not be gone through again and again
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +84,10 @@ def model_of_values(prepared):
 
 @contextmanager
 def few_steps() -> Iterator[None]:
-    """Cut the steps that training takes regardless of `max_epochs`, for tests that do not look at what is learnt."""
+    """Cut the steps and latents of training, for tests that do not look at what is learnt."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("histovar.model.vqvae.LATENTS_PER_START", 256)
+        patch.setattr("histovar.model.quantizer.LATENTS_PER_UPDATE", 64)
         patch.setattr("histovar.training.stage1.WARMUP_STEPS", 20)
         patch.setattr("histovar.training.stage2.PRIOR_EPOCHS", 4)
         yield

@@ -156,11 +156,11 @@ def uneven_groups(n_groups, n_genes, generator):
 @pytest.mark.parametrize(("n_groups", "enough"), [(30, True), (6, False)])
 def test_every_group_counts_the_same_where_there_are_enough(n_groups, enough):
     generator = torch.Generator().manual_seed(0)
-    counts, totals, composition, groups = uneven_groups(n_groups, 60, generator)
-    new, totals_new, composition_new, groups_new = uneven_groups(30, 60, generator)
+    counts, totals, composition, groups = uneven_groups(n_groups, 20, generator)
+    new, totals_new, composition_new, groups_new = uneven_groups(30, 20, generator)
     covered = {}
     for name, known in (("pooled", None), ("by group", groups)):
-        observation = Observation(60)
+        observation = Observation(20)
         observation.fit(counts, totals, composition, known, generator=generator)
         ends = observation.at_levels(observation.points(composition_new, "counts", totals_new), [0.05, 0.95])
         inside = ((new >= ends[..., 0]) & (new <= ends[..., 1])).float().mean(1)

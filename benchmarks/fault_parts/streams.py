@@ -33,7 +33,7 @@ def streams(setting: Setting, share: float) -> Iterator[tuple[str, str]]:
     _stream(setting, store, out)
     seconds = time.monotonic() - start
     expected = _read(out)
-    for _ in range(max(4, round(40 * share))):
+    for _ in range(max(1, round(40 * share))):
         _remove(out)
         n_kills = sum(
             run_and_kill(lambda: _stream(setting, store, out), setting.rng.uniform(0, 1.1 * seconds))

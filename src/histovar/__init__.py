@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._collection import no_garbage_collection
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a subpackage when it is first used: some take seconds and half a gigabyte of memory."""
-    if name in ("ModelConfig", "TwoStageVARST"):
-        return getattr(import_module(f"{__name__}.model"), name)
-    if name in __all__:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with no_garbage_collection():
+        if name in ("ModelConfig", "TwoStageVARST"):
+            return getattr(import_module(f"{__name__}.model"), name)
         return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,10 @@
 
 import warnings
 
+from ._collection import no_garbage_collection
 from ._torch_state import keep_threads
 
-with warnings.catch_warnings(), keep_threads():
+with warnings.catch_warnings(), keep_threads(), no_garbage_collection():
     warnings.simplefilter("ignore", SyntaxWarning)  # raised in docrep
     import squidpy as sq
 

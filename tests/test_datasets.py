@@ -81,7 +81,7 @@ def test_her2st_refuses_images_that_would_fill_the_memory(her2st_root):
     [
         ("ST-imgs/B/B1/x.jpg", lambda content: content[:300], "x.jpg' cannot be read"),
         ("ST-imgs/B/B1/x.jpg", lambda content: b"GIF89a" + content, "x.jpg' cannot be read"),
-        ("ST-cnts/B1.tsv.gz", lambda content: content[:50], "B1.tsv.gz' is damaged or not a table"),
+        ("ST-cnts/B1.tsv.gz", lambda content: content[:50], "B1.tsv.gz' is damaged or not a tab-separated table"),
         ("ST-cnts/B1.tsv.gz", lambda content: gzip.compress(b"\tA\n10x11\tmany\n11x11\t3\n"), "are not all numbers"),
         (
             "ST-spotfiles/B1_selection.tsv",
@@ -94,7 +94,11 @@ def test_her2st_refuses_images_that_would_fill_the_memory(her2st_root):
             lambda content: content.replace(b"200.0", b"1e99"),
             r"numbers .*\['pixel_x'\]",
         ),
-        ("ST-spotfiles/B1_selection.tsv", lambda content: b"\xff\xfe\0", "B1_selection.tsv' is damaged or not a table"),
+        (
+            "ST-spotfiles/B1_selection.tsv",
+            lambda content: b"\xff\xfe\0",
+            "B1_selection.tsv' is damaged or not a tab-separated table",
+        ),
     ],
 )
 def test_her2st_names_damaged_files(her2st_root, name, damage, message):
@@ -430,7 +434,7 @@ def test_hest_tells_slides_from_encoders(tmp_path):
     marks = dict(zip(adata.obs["section"], adata.obsm["X_uni"][:, 0], strict=True))
     assert marks == {"A": 1, "A_1": 2, "uni": 3, "uni_2": 6}
     (tmp_path / "A_uni.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"slide 'A' below .*there are \[\]"):
+    with pytest.raises(FileNotFoundError, match=r"slide 'A' below .*files of this slide: \[\]"):
         hv.datasets.hest(tmp_path, slides="A")
 
 

@@ -163,7 +163,8 @@ def test_gated_encoder_without_access(monkeypatch, tmp_path):
     try:
         at_hub(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(
-            PermissionError, match=r"^encoder: the weights of 'uni' .*huggingface.co/MahmoodLab/UNI"
+            PermissionError,
+            match=r"^encoder: you have no access to the weights of 'uni' .*huggingface.co/MahmoodLab/UNI",
         ) as e:
             Features.load(hv.encoders.get("uni"))
     finally:
@@ -203,5 +204,5 @@ def test_unknown_encoder():
 
 def test_module_that_returns_no_features():
     network = Features(hv.encoders.Encoder(name="maps", module=torch.nn.Conv2d(3, 2, 1)), torch.nn.Conv2d(3, 2, 1))
-    with pytest.raises(ValueError, match=r"encoder: 'maps' returns \(1, 2, 8, 8\) of 1 images"):
+    with pytest.raises(ValueError, match=r"encoder: 'maps' returns \(1, 2, 8, 8\) for 1 images"):
         network(torch.from_numpy(np.zeros((1, 8, 8, 3), np.uint8)))

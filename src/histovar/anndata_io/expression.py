@@ -17,7 +17,7 @@ from histovar._torch_state import keep_threads
 from histovar._warn_once import warn_once
 
 from . import fingerprint, gate, slots
-from .matrix import canonical, dense_float32, on_disk, row_blocks, stored_values, take_rows
+from .matrix import canonical, dense_float32, on_disk, row_blocks, rows_of_blocks, stored_values, take_rows
 from .normalization import LARGEST_LOG, Normalization, SpotTotals
 
 logger = logging.getLogger(__name__)
@@ -115,19 +115,19 @@ def panel_counts(
     """
     if adata.X is None:
         return None
-    chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
     parts, totals = [], []
-    start = 0
     try:
-        for block in count_blocks(adata):
-            stop = start + block.shape[0]
-            some = block[chosen[(chosen >= start) & (chosen < stop)] - start]
+        for _, some in rows_of_blocks(count_blocks(adata), _chosen(adata, rows)):
             parts.append(dense_float32(some[:, columns]))
             totals.append(np.asarray(some.sum(1), dtype=np.float64).ravel())
-            start = stop
     except ValueError:
         return None
     return Counts(np.concatenate(parts), np.concatenate(totals))
+
+
+def _chosen(adata: AnnData, rows: NDArray[np.integer] | None) -> NDArray[np.integer]:
+    """Rows that were chosen, or else all."""
+    return np.arange(adata.n_obs) if rows is None else np.asarray(rows)
 
 
 def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -206,21 +206,14 @@ def counts_of_values(
     return None if counts is None else _normalized_to(counts, values, target_sum or TARGET_SUM)
 
 
-def required_counts(
-    adata: AnnData,
-    columns: NDArray[np.integer],
-    values: NDArray[np.float32],
-    target_sum: float,
-    rows: NDArray[np.integer] | None = None,
-) -> Counts:
-    """As :func:`counts_of_values`, for a model that learnt from counts.
+def required(counts: Counts | None) -> Counts:
+    """What :func:`counts_of_values` found, for a model that learnt from counts.
 
     Raises
     ------
     ValueError
-        If X does not hold them.
+        If it found none.
     """
-    counts = counts_of_values(adata, columns, values, target_sum, rows)
     if counts is None:
         raise ValueError(
             "adata: X must hold the counts of which the log-normalised values are, as in training: the model learnt "
@@ -396,20 +389,14 @@ def expression(
         If it holds NaN, infinite or negative values.
     """
     blocks = lognorm_blocks(adata) if layer == LOGNORM else row_blocks(stored_layer(adata, layer), adata.n_obs)
-    chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
     parts: list[NDArray[np.float32]] = []
     totals: dict[str, list[SpotTotals]] = {}
     labels = np.full(adata.n_obs, "all") if sections is None else sections
-    start = 0
-    for block in blocks:
-        stop = start + block.shape[0]
-        here = chosen[(chosen >= start) & (chosen < stop)]
-        some = block[here - start]
+    for here, some in rows_of_blocks(blocks, _chosen(adata, rows)):
         parts.append(dense_float32(some[:, columns]))
         for label in np.unique(labels[here]).tolist():
             own = np.flatnonzero(labels[here] == label)
             totals.setdefault(label, []).append(SpotTotals.of(some[own], parts[-1][own]))
-        start = stop
     values = np.concatenate(parts)
     gate.check_nonnegative(values, f"layer: {layer!r}")
     return Expression(values, {label: SpotTotals.concat(of_blocks) for label, of_blocks in totals.items()})

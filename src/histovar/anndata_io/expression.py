@@ -17,7 +17,7 @@ from histovar._torch_state import keep_threads
 from histovar._warn_once import warn_once
 
 from . import fingerprint, gate, slots
-from .matrix import canonical, dense_float32, on_disk, row_blocks, stored_values, take_rows
+from .matrix import canonical, dense_float32, on_disk, row_blocks, rows_of_blocks, stored_values, take_rows
 from .normalization import LARGEST_LOG, Normalization, SpotTotals
 
 logger = logging.getLogger(__name__)
@@ -115,19 +115,19 @@ def panel_counts(
     """
     if adata.X is None:
         return None
-    chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
     panels, totals = [], []
-    start = 0
     try:
-        for block in count_blocks(adata):
-            stop = start + block.shape[0]
-            block_rows = block[chosen[(chosen >= start) & (chosen < stop)] - start]
+        for _, block_rows in rows_of_blocks(count_blocks(adata), _chosen(adata, rows)):
             panels.append(dense_float32(block_rows[:, columns]))
             totals.append(np.asarray(block_rows.sum(1), dtype=np.float64).ravel())
-            start = stop
     except ValueError:
         return None
     return Counts(np.concatenate(panels), np.concatenate(totals))
+
+
+def _chosen(adata: AnnData, rows: NDArray[np.integer] | None) -> NDArray[np.integer]:
+    """Chosen rows; all by default."""
+    return np.arange(adata.n_obs) if rows is None else np.asarray(rows)
 
 
 def from_counts(adata: AnnData, units: str, columns: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -206,21 +206,14 @@ def counts_of_values(
     return None if counts is None else _normalized_to(counts, values, target_sum or TARGET_SUM)
 
 
-def required_counts(
-    adata: AnnData,
-    columns: NDArray[np.integer],
-    values: NDArray[np.float32],
-    target_sum: float,
-    rows: NDArray[np.integer] | None = None,
-) -> Counts:
-    """Read counts as :func:`counts_of_values`, for a model that needs them.
+def required(counts: Counts | None) -> Counts:
+    """Return the counts that :func:`counts_of_values` read, for a model that needs them.
 
     Raises
     ------
     ValueError
-        If X does not hold these counts.
+        If there are none.
     """
-    counts = counts_of_values(adata, columns, values, target_sum, rows)
     if counts is None:
         raise ValueError(
             "adata: X must hold the counts from which the log-normalised values were computed, as in training: the "
@@ -395,20 +388,14 @@ def expression(
         If it holds NaN, infinite or negative values.
     """
     blocks = lognorm_blocks(adata) if layer == LOGNORM else row_blocks(stored_layer(adata, layer), adata.n_obs)
-    chosen = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
     panels: list[NDArray[np.float32]] = []
     totals: dict[str, list[SpotTotals]] = {}
     labels = np.full(adata.n_obs, "all") if sections is None else sections
-    start = 0
-    for block in blocks:
-        stop = start + block.shape[0]
-        spots = chosen[(chosen >= start) & (chosen < stop)]
-        block_rows = block[spots - start]
+    for spots, block_rows in rows_of_blocks(blocks, _chosen(adata, rows)):
         panels.append(dense_float32(block_rows[:, columns]))
         for label in np.unique(labels[spots]).tolist():
             in_section = np.flatnonzero(labels[spots] == label)
             totals.setdefault(label, []).append(SpotTotals.of(block_rows[in_section], panels[-1][in_section]))
-        start = stop
     values = np.concatenate(panels)
     gate.check_nonnegative(values, f"layer: {layer!r}")
     return Expression(values, {label: SpotTotals.concat(block_totals) for label, block_totals in totals.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,16 @@ def row_blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
         rows = slice(start, min(start + ROWS_AT_ONCE, n_rows))
         block = matrix.iloc[rows] if hasattr(matrix, "iloc") else matrix[rows]
         yield canonical(block.compute() if hasattr(block, "compute") else block)
+
+
+def rows_of_blocks(blocks: Iterable[Any], rows: NDArray[np.integer]) -> Iterator[tuple[NDArray[np.integer], Any]]:
+    """Of each block, which of these rows it has, increasing, and their values."""
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[0]
+        here = rows[(rows >= start) & (rows < stop)]
+        yield here, block[here - start]
+        start = stop
 
 
 def canonical(block: Any) -> Any:

@@ -19,7 +19,7 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import Counts, read_expression, required_counts
+from histovar.anndata_io.expression import Counts, counts_of_values, read_expression, required
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
@@ -245,4 +245,5 @@ def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], 
         sections=np.full(adata.n_obs, label),
         trained=Normalization.stored(registry.get("normalization")),
     )
-    return required_counts(adata, columns, values, float(model.var_stage.observation.target_sum))
+    target_sum = float(model.var_stage.observation.target_sum)
+    return required(counts_of_values(adata, columns, values, target_sum))

@@ -19,7 +19,7 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import add_lognorm, read_expression, required_counts
+from histovar.anndata_io.expression import add_lognorm, counts_of_values, read_expression, required
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
@@ -150,7 +150,8 @@ def calibrate(
         )
         totals = np.zeros(len(rows), np.float32)
         if stage2.of_counts:
-            counts = required_counts(section.adata, columns, measured, float(observation.target_sum), rows)
+            target_sum = float(observation.target_sum)
+            counts = required(counts_of_values(section.adata, columns, measured, target_sum, rows))
             measured, totals = counts.panel, counts.totals.astype(np.float32)
         values, total, row_numbers = map(torch.from_numpy, (measured, totals, section.rows[rows]))
         return inputs.map(lambda t: t[rows]), values, total, row_numbers

@@ -1,4 +1,4 @@
-"""Symbols of genes whose names are identifiers such as Ensembl's: to ask for genes by, and to show them by."""
+"""Look up and show genes by symbol where their names are identifiers such as Ensembl's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .prediction import genes_of_panel
 
 
 def find_genes(adata: AnnData, panel: Sequence[str], genes: Sequence[str], gene_symbols: str | None) -> list[str]:
-    """Names of the panel's genes that were asked for, by their names or by their symbols.
+    """Find genes of the panel by name or by symbol.
 
     Parameters
     ----------
     adata
         Object with the symbols.
     panel
-        Names of the genes that there are.
+        Names of the predicted genes.
     genes
         Their symbols, or names where `gene_symbols` is None.
     gene_symbols
@@ -51,7 +51,7 @@ def find_genes(adata: AnnData, panel: Sequence[str], genes: Sequence[str], gene_
 
 
 def gene_labels(adata: AnnData, genes: Sequence[str], gene_symbols: str | None) -> list[str]:
-    """What to show genes by: the symbol, or the name where there is none; both where several genes share a symbol.
+    """Label genes by symbol, by name if they have none, and by both if several share a symbol.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def gene_labels(adata: AnnData, genes: Sequence[str], gene_symbols: str | None) 
 
 
 def _symbols(adata: AnnData, genes: Sequence[str], gene_symbols: str) -> pd.Series:
-    """Symbols of genes by their names, missing where there is none."""
+    """Symbols of genes, indexed by name; missing if a gene has none."""
     if gene_symbols not in adata.var:
         near = nearest([gene_symbols], map(str, adata.var))
         meant = f"; did you mean {near[0]!r}?" if near else ""

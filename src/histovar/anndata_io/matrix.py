@@ -49,7 +49,7 @@ def row_blocks(matrix: Any, n_rows: int) -> Iterator[Any]:
 
 
 def rows_of_blocks(blocks: Iterable[Any], rows: NDArray[np.integer]) -> Iterator[tuple[NDArray[np.integer], Any]]:
-    """Of each block, which of these rows it has, increasing, and their values."""
+    """Yield, for each block of rows, which of `rows` (increasing) it holds, and their values."""
     start = 0
     for block in blocks:
         stop = start + block.shape[0]

@@ -13,19 +13,19 @@ from .options import path_of
 def describe(
     model: Annotated[Path, typer.Argument(help="Directory of the trained model, which is changed.", parser=path_of)],
     tissue: Annotated[
-        str | None, typer.Option(help="What it was trained on, such as 'breast cancer'; '' takes back what was said.")
+        str | None, typer.Option(help="Tissue of the training data, such as 'breast cancer'; '' removes it.")
     ] = None,
-    species: Annotated[str | None, typer.Option(help="Species, such as human; likewise.")] = None,
+    species: Annotated[str | None, typer.Option(help="Species of the training data, such as human; '' removes it.")] = None,
     licence: Annotated[
-        str | None, typer.Option(help="Licence of the model, by the hub's identifier or by its name; likewise.")
+        str | None, typer.Option(help="Licence of the model: the hub's identifier or any name; '' removes it.")
     ] = None,
 ) -> None:
-    """Say of a saved model what its data do not: in its README.md, in 'info' and on the Hugging Face Hub.
+    """Add tissue, species and licence to a saved model: to its README.md, 'histovar info' and the Hugging Face Hub.
 
     What is not given stays as it was.
     """
     if tissue is None and species is None and licence is None:
-        raise ValueError(f"nothing is said of model {str(model)!r}: give --tissue, --species or --licence")
+        raise ValueError(f"nothing to change in model {str(model)!r}: give --tissue, --species or --licence")
     from histovar import TwoStageVARST
     from histovar.model.hub import ADDRESS
 

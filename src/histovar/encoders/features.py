@@ -96,7 +96,7 @@ class Features(nn.Module):
         return torch.cat(pooled, 1)
 
     def record(self, field_um: float, mpp: float, precision: str) -> dict[str, Any]:
-        """What made embeddings, in the plain types and by the names that ``anndata_io/embeddings.py`` reads.
+        """Describe how embeddings were made, in plain types under the names that ``anndata_io/embeddings.py`` reads.
 
         Parameters
         ----------

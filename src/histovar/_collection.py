@@ -1,4 +1,4 @@
-"""Garbage collection, which slows down imports."""
+"""Switch off garbage collection during imports."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Import large packages in less time: half a million objects that stay are not gone through again and again."""
+    """Switch off garbage collection, which scans the half a million lasting objects of large imports over and over."""
     collecting = gc.isenabled()
     gc.disable()
     try:

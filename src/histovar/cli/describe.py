@@ -15,7 +15,7 @@ def describe(
     tissue: Annotated[
         str | None, typer.Option(help="Tissue of the training data, such as 'breast cancer'; '' removes it.")
     ] = None,
-    species: Annotated[str | None, typer.Option(help="Species of the training data, such as human; '' removes it.")] = None,
+    species: Annotated[str | None, typer.Option(help="Species, such as human; '' removes it.")] = None,
     licence: Annotated[
         str | None, typer.Option(help="Licence of the model: the hub's identifier or any name; '' removes it.")
     ] = None,

@@ -86,7 +86,8 @@ def test_a_shallow_shifted_section_is_predicted_no_worse_than_by_ridge_in_either
             assert ours[score].mean() >= theirs[score].mean()
 
 
-def test_a_hundred_spots_are_used_no_worse_than_by_ridge(sections):
+def test_a_hundred_spots_are_used_no_worse_than_by_ridge(sections, monkeypatch):
+    monkeypatch.setattr("histovar.training.stage1.WARMUP_STEPS", 40)  # worse codes, which can only lower the score
     training, query = sections
     chosen = np.random.default_rng(0).permutation(training.n_obs)[:100]
     few = training[np.sort(chosen)].copy()

@@ -481,7 +481,9 @@ def wrong_arguments(
                     continue
                 if is_valid and "model" in call.valid:
                     call = call._replace(valid={**call.valid, "model": deepcopy(objects.model)})
-                outcome, _, _ = attempt(call, {name: value}, (name,), objects.model)
+                # Nothing is pushed: what is right otherwise is refused for its repository.
+                named = (name, "repository") if call.name == "TwoStageVARST.push" else (name,)
+                outcome, _, _ = attempt(call, {name: value}, named, objects.model)
                 if is_valid != (outcome == "whole") and outcome in ("whole", "refused"):
                     outcome = "refused, but valid" if is_valid else "accepted"
                 good = outcome in ("whole", "refused")

@@ -223,7 +223,7 @@ def test_model_keeps_its_units_on_disk(query, loaded, tmp_path):
     again = hv.TwoStageVARST.load(tmp_path / "m")
     assert again.registry["normalization"] == loaded.registry["normalization"]
     assert again.registry["normalization"]["n_genes"] == 40 and again.registry["normalization"]["target_sum"] == 1e4
-    refuse(panel_of(query, again), lambda a: hv.tl.tokenize(a, again), ValueError, "panel's 30 genes alone")
+    refuse(panel_of(query, again), lambda a: hv.tl.tokenize(a, again), ValueError, "panel's 30 genes only")
 
 
 def test_values_that_are_no_logarithms_are_refused(query, model):
@@ -286,7 +286,7 @@ def test_niche_is_made_again_when_its_source_has_changed(simulated, model, chang
     for key in ("histovar_niche", "histovar_niche_source"):
         del bare.obsm[key]
     np.testing.assert_allclose(values(adata, model), values(bare, model), atol=1e-4)
-    assert ("made again" in caplog.text) == (change != "rows")
+    assert ("computed again" in caplog.text) == (change != "rows")
 
 
 def test_niche_that_is_not_finite_is_refused(query, model):

@@ -83,7 +83,7 @@ def test_every_call_warns_once_of_slides_that_lie_on_each_other(prepared, caplog
     for _ in range(2):
         caplog.clear()
         hv.tl.train(slides, use_rep="X_histology", config=small_config(), **QUICK)
-        assert sum("lie exactly where another does" in message for message in caplog.messages) == 1
+        assert sum("have the same coordinates as another spot" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.usefixtures("brief")

@@ -190,7 +190,7 @@ def test_models_and_predictions_that_do_not_say(query, loaded, tmp_path):
         with pytest.raises(ValueError, match=r"model: it holds no expected accuracy .* call histovar.tl.calibrate"):
             call()
     assert "expected_pearson" not in hv.get.prediction(query).var
-    with pytest.raises(ValueError, match="min_trust: the prediction 'histovar' does not say"):
+    with pytest.raises(ValueError, match="min_trust: the prediction 'histovar' holds no expected accuracy"):
         hv.get.prediction(query, min_trust=0.3)
     assert plt.get_fignums() == figures
 

@@ -46,7 +46,7 @@ def find_genes(adata: AnnData, panel: Sequence[str], genes: Sequence[str], gene_
     named = {symbol: column.index[column == symbol].tolist() for symbol in genes}
     several = {symbol: names for symbol, names in named.items() if len(names) > 1}
     if several:
-        raise ValueError(f"genes: symbols are of several genes, {several}; give names, without gene_symbols")
+        raise ValueError(f"genes: several genes have the same symbol, {several}; give names, without gene_symbols")
     return [names[0] for names in named.values()]
 
 

@@ -44,8 +44,8 @@ import histovar as hv
 from histovar._memory import keep_freed_memory
 from histovar.model import Decoding, Histology, ModelConfig, TwoStageVARST
 from histovar.training.stage1 import Stage1Module
-from histovar.training.stage2_modules import Stage2Module, genes_per_step
-from histovar.training.trainer import TrainingOptions
+from histovar.training.stage2_modules import MOST_GENES, Stage2Module
+from histovar.training.trainer import TrainingOptions, genes_per_step
 
 MOST_OF_REFERENCE = 64
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -103,7 +103,8 @@ def flops(model: TwoStageVARST, training: bool = False) -> float:
     hidden, members = config.prior_hidden, config.n_members
     prior = members * (features * hidden + hidden**2 + hidden * (config.n_genes + 1))
     blocks = model.var_stage.transformer.blocks
-    n_finest = genes_per_step(config) if training else config.n_genes
+    some = training and config.is_wide(len(config.scales) - 1)
+    n_finest = genes_per_step(config.n_genes, MOST_GENES) if some else config.n_genes
     left_out = config.n_genes - n_finest
     n_tokens, scales = config.n_tokens - left_out, (*config.scales[:-1], n_finest)
     seen = sum((b.stop - b.start) * b.n_seen for b in blocks) - left_out * blocks[-1].n_seen

@@ -31,8 +31,8 @@ WARMUP_STEPS = 200
 WARMUP_LEARNING_RATE = 1e-3
 # Spots that initialise the codebook (k-means): plenty for 4096 codes, and quick.
 SPOTS_FOR_START = 4096
-# Most genes to train on in one step; of larger panels each step draws others. All genes share one encoder.
-GENES_AT_ONCE = 256
+# Most genes that one training step takes; all genes share one encoder.
+MOST_GENES = 256
 # Rows that are fingerprinted at once.
 ROWS_AT_ONCE = 8192
 
@@ -68,12 +68,12 @@ class Stage1Module(StageModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Loss of a training batch."""
-        genes = self.choose_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=True)
+        genes = self.choose_genes(self.stage1.config.n_genes, MOST_GENES, random=True)
         return self._step(batch[0], genes, "train").total
 
     def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
         """Losses of a validation batch."""
-        genes = self.choose_genes(self.stage1.config.n_genes, GENES_AT_ONCE, random=False)
+        genes = self.choose_genes(self.stage1.config.n_genes, MOST_GENES, random=False)
         losses = self._step(batch[0], genes, "val")
         measured = batch[0] if genes is None else batch[0][:, genes]
         self._watched.append((losses.tokens, losses.rebuilt, measured))

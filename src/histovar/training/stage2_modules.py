@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from histovar.metrics import mean_pearson
-from histovar.model import Histology, ModelConfig, TwoStageVARST
+from histovar.model import Histology, TwoStageVARST
 from histovar.model.distributed import rank_and_world, take_own_rows
 from histovar.model.negative_binomial import negative_log_likelihood
 
@@ -26,18 +26,10 @@ PRIOR_LEARNING_RATE = 2e-3
 PRIOR_WEIGHT_DECAY = 0.1
 # Learning rate of the genes' dispersions, relative to that of the weights; they have no weight decay.
 DISPERSION_SPEED = 5.0
-# Of a wide finest scale, each step learns another random third of the tokens, within these numbers: held-out sections
-# have the same loss as with all genes in every step (benchmarks/token_training.py).
-LEAST_GENES, MOST_GENES = 64, 1024
+# Most genes of a wide finest scale whose tokens one training step predicts.
+MOST_GENES = 1024
 # Share of training spots whose inputs are expected embeddings instead of those of their true tokens.
 EXPECTED_TEACHER = 0.5
-
-
-def genes_per_step(config: ModelConfig) -> int:
-    """Number of tokens of the finest scale that one training step learns; those of a narrow scale, all."""
-    if not config.is_wide(len(config.scales) - 1):
-        return config.n_genes
-    return min(max(config.n_genes // 3, LEAST_GENES), MOST_GENES, config.n_genes)
 
 
 class _Stage2Module(StageModule):
@@ -138,7 +130,8 @@ class Stage2Module(_Stage2Module):
     def _choose_wide_genes(self, random: bool) -> Tensor | None:
         """Choose the genes of a wide finest scale whose tokens to predict in a step; None for all."""
         config = self.model.config
-        return self.choose_genes(config.n_genes, genes_per_step(config), random=random)
+        is_wide = config.is_wide(len(config.scales) - 1)
+        return self.choose_genes(config.n_genes, MOST_GENES, random=random) if is_wide else None
 
     def _mean_loss(self, losses: Tensor) -> Tensor:
         """Mean loss over spots and tokens, where the chosen tokens of the finest scale stand for all of it."""

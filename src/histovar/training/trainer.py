@@ -21,6 +21,10 @@ from .isolation import interruptible, quiet_lightning
 from .options import TrainingOptions
 from .resume import MONITOR, StageCheckpoint, StageRun
 
+# Fewest genes that a training step takes. Each step takes others, at random: on held-out sections, models trained on a
+# third of the genes per step are as good as those trained on all (benchmarks/genes_per_step.py).
+LEAST_GENES = 64
+
 
 class StageModule(LightningModule):
     """Base class of Lightning modules: AdamW with linear warm-up, and logging.
@@ -50,12 +54,18 @@ class StageModule(LightningModule):
             self.log(f"{prefix}_{name}", value, on_epoch=True, on_step=False, batch_size=n_spots, sync_dist=True)
 
     def choose_genes(self, n_genes: int, most: int, *, random: bool) -> torch.Tensor | None:
-        """Choose at most `most` genes, at random or evenly spaced, in increasing order; None for all."""
-        if n_genes <= most:
+        """Choose :func:`genes_per_step` genes, at random or evenly spaced, in increasing order; None for all."""
+        n = genes_per_step(n_genes, most)
+        if n == n_genes:
             return None
         if random:
-            return torch.randperm(n_genes, device=self.device)[:most].sort().values
-        return torch.arange(most, device=self.device) * n_genes // most
+            return torch.randperm(n_genes, device=self.device)[:n].sort().values
+        return torch.arange(n, device=self.device) * n_genes // n
+
+
+def genes_per_step(n_genes: int, most: int) -> int:
+    """Number of genes of a panel that one training step takes: a third, at least 64 and at most `most`."""
+    return min(max(n_genes // 3, LEAST_GENES), most, n_genes)
 
 
 def fit(

@@ -28,7 +28,7 @@ from smoke import quick_options
 
 import histovar as hv
 from histovar.anndata_io.histology import histology
-from histovar.training import trainer
+from histovar.training import stage1, stage2_modules
 
 SCORES = ["PCC-200", "gene-structure correlation of draws"]
 
@@ -61,7 +61,7 @@ def token_scores(model: hv.TwoStageVARST, query: ad.AnnData, data: Data) -> dict
 
 def measure(train: ad.AnnData, query: ad.AnnData, data: Data, n_genes: int, quick: dict[str, Any]) -> dict[str, Any]:
     """Train once; return scores and seconds."""
-    trainer.genes_per_step = lambda panel, most: min(panel, n_genes)
+    stage1.genes_per_step = stage2_modules.genes_per_step = lambda panel, most: min(panel, n_genes)
     begin = time.process_time()
     model = hv.tl.train_stage1(train, library_key=data.library_key, random_state=0, **quick)
     between = time.process_time()

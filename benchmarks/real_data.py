@@ -2,11 +2,11 @@
 
 | file or folder | read by |
 |---|---|
-| ``her2st/paired.h5ad`` | adapt, compare, device, embed, genes, her2st, journey, trust |
+| ``her2st/paired.h5ad`` | adapt, compare, device, embed, genes, genes_per_step, her2st, journey, trust |
 | ``her2st/expression_only.h5ad`` | her2st, units |
 | ``her2st/raw/data/ST-imgs``, ``encoders/dinov2_vits14.safetensors`` | embed, journey |
 | ``slides/her2st_C3.tif`` | journey |
-| ``mob.h5ad`` | adapt, compare, report, trust |
+| ``mob.h5ad`` | adapt, compare, genes_per_step, report, trust |
 """
 
 from __future__ import annotations

@@ -136,7 +136,10 @@ def histovar(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def data_dir():
-    path = Path(os.environ.get("HISTOVAR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+    directory = os.environ.get("HISTOVAR_DATA")
+    if not directory:
+        pytest.skip("HISTOVAR_DATA is not set: it names the directory with the real data")
+    path = Path(directory)
     if not (path / "her2st" / "paired.h5ad").is_file():
-        pytest.skip(f"real data not found in {path}; set HISTOVAR_DATA")
+        pytest.skip(f"HISTOVAR_DATA: {path} does not hold her2st/paired.h5ad")
     return path

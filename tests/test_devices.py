@@ -124,6 +124,11 @@ def test_large_batches_go_through_the_transformer_in_pieces_that_fit():
     assert pieces_of_spots(64, transformer) == [slice(0, pieces[0].stop)]
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="MPS lacked more operations before torch 2.13")
+def test_operations_that_mps_lacks_are_known():
+    assert "aten::special_ndtri" in LikeMPS.absent and "aten::erfinv" not in LikeMPS.absent
+
+
 def test_what_would_wait_is_an_error():
     with pytest.raises(RuntimeError):
         bool(torch.empty((), **NOWHERE) > 0)

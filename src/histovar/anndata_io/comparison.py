@@ -105,7 +105,7 @@ def read_measured(
     return expression.expression(adata, layer, columns).values
 
 
-def read_measured_if_there(
+def try_read_measured(
     adata: AnnData, keys: Keys, genes: Sequence[str], layer: str | None, sections: NDArray[np.str_] | None
 ) -> tuple[NDArray[np.float32] | None, str]:
     """Read measured expression of predicted genes if there is any, else say why it cannot be compared.

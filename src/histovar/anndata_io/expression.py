@@ -173,7 +173,7 @@ def spot_totals(
 def _over_all_genes(
     adata: AnnData, columns: NDArray[np.integer], counts: Counts, target_sum: float
 ) -> NDArray[np.float64]:
-    """Total counts over all measured genes, as :func:`spot_totals` says."""
+    """Rescale total counts of the panel to all measured genes, see :func:`spot_totals`."""
     if LOGNORM not in adata.layers:
         return counts.totals
     values = dense_float32(take_rows(adata.layers[LOGNORM], np.arange(adata.n_obs))[:, columns])
@@ -206,7 +206,7 @@ def counts_of_values(
     return None if counts is None else _normalized_to(counts, values, target_sum or TARGET_SUM)
 
 
-def required(counts: Counts | None) -> Counts:
+def require_counts(counts: Counts | None) -> Counts:
     """Return the counts that :func:`counts_of_values` read, for a model that needs them.
 
     Raises

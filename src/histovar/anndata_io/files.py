@@ -190,7 +190,7 @@ def combine_files(adatas: Sequence[AnnData], paths: Sequence[Path], library_key:
         _make_spots_distinct(adatas, names, sections)
         _share_genes(adatas, paths)
         _share_arrays(adatas, paths)
-        _share_columns(adatas, paths)
+        _share_columns(adatas)
         combined = _concat(adatas)
     if images:
         combined.uns["spatial"] = images
@@ -355,7 +355,7 @@ def _width(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "1"
 
 
-def _share_columns(adatas: Sequence[AnnData], paths: Sequence[Path]) -> None:
+def _share_columns(adatas: Sequence[AnnData]) -> None:
     """Log which columns of ``obs`` are not shared; convert those to text that are numbers in some files only."""
     columns = [list(adata.obs.columns) for adata in adatas]
     lost = sorted({str(c) for own in columns for c in own if not all(c in other for other in columns)})

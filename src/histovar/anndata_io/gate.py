@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from histovar._arguments import nearest
 from histovar._keys import DEFAULT_KEY, Keys
 from histovar._limits import MOST_DEPTH
-from histovar._warn_once import not_warned_of, warn_once
+from histovar._warn_once import filter_new_warnings, warn_once
 
 from .matrix import dense, dense_float32
 
@@ -382,7 +382,7 @@ def check_neighbors(names: NDArray[np.str_] | None, n_obs: int, n_neighbors: Seq
             )
         if count // 4 < most:
             cut.append(f"{max(count // 4, 1)} in section {str(label)!r} of {count} spots")
-    if cut := not_warned_of(cut):
+    if cut := filter_new_warnings(cut):
         more = f" and in {len(cut) - 3} further sections" if len(cut) > 3 else ""
         logger.warning("neighbourhoods of %d are cut to %s%s", most, ", ".join(cut[:3]), more)
 

@@ -31,7 +31,7 @@ def find_genes(adata: AnnData, panel: Sequence[str], genes: Sequence[str], gene_
     KeyError
         If there is no such column, or a gene is not in the panel.
     ValueError
-        If a symbol is that of several genes of the panel.
+        If several genes of the panel have the same symbol.
     """
     if gene_symbols is None:
         return genes_of_panel(panel, genes)

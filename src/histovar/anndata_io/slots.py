@@ -1,4 +1,4 @@
-"""Write slots of AnnData and record them in ``uns``: data of others are never overwritten, failures leave no trace."""
+"""Write slots of AnnData and record them in ``uns``; other data are never overwritten, failed calls are undone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def write(adata: AnnData, keys: Keys, slots: Mapping[Slot, Any], entries: Mappin
     stored = dict(record(adata, keys))
     recorded = _recorded(stored)
     claimed = (_by_name(adata, keys) if recorded is None else recorded) | set(slots)
-    with writing(adata):
+    with writing(adata), _quiet_on_views():
         for (store, name), values in slots.items():
             getattr(adata, store)[name] = values
         adata.uns[keys.uns] = {
@@ -121,7 +121,7 @@ def drop(adata: AnnData, keys: Keys, slots: Iterable[Slot] = (), entries: Iterab
     ours = _recorded(stored)
     present = [(store, name) for store, name in slots if name in getattr(adata, store)]
     dropped = present if ours is None else [slot for slot in present if slot in ours]
-    with writing(adata):
+    with writing(adata), _quiet_on_views():
         for store, name in dropped:
             del getattr(adata, store)[name]
         for entry in entries:
@@ -142,26 +142,32 @@ def writing(adata: AnnData) -> Iterator[None]:
     """
     was_view = adata.is_view
     # A view of the same spots and genes keeps what its parent holds of them.
-    before = adata[:] if was_view else {store: _held(getattr(adata, store)) for store in STORES}
+    before = adata[:] if was_view else {store: _shallow_copy(getattr(adata, store)) for store in STORES}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ImplicitModificationWarning)
-            yield
+        yield
     except BaseException:
         if not adata.is_view:
             for store in STORES:
-                _put_back(adata, store, _held(getattr(before, store)) if was_view else before[store])
+                _restore(adata, store, _shallow_copy(getattr(before, store)) if was_view else before[store])
         raise
 
 
-def _held(store: Any) -> Any:
+@contextmanager
+def _quiet_on_views() -> Iterator[None]:
+    """Switch off anndata's warning that a view becomes an actual object."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        yield
+
+
+def _shallow_copy(store: Any) -> Any:
     """Shallow copy of a store's entries, which stays the same when entries of the store are replaced."""
     if isinstance(store, pd.DataFrame):
         return store.copy(deep=False)
     return {name: values for name, values in store.items() if name is not None}  # None is X, in anndata 0.13
 
 
-def _put_back(adata: AnnData, store: str, before: Any) -> None:
+def _restore(adata: AnnData, store: str, before: Any) -> None:
     """Restore the entries that a store had before."""
     now = getattr(adata, store)
     if isinstance(now, pd.DataFrame):

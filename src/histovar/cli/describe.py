@@ -20,7 +20,7 @@ def describe(
         str | None, typer.Option(help="Licence of the model: the hub's identifier or any name; '' removes it.")
     ] = None,
 ) -> None:
-    """Add tissue, species and licence to a saved model: to its README.md, 'histovar info' and the Hugging Face Hub.
+    """Set tissue, species and licence in the description of a saved model, which README.md and 'histovar info' show.
 
     What is not given stays as it was.
     """
@@ -30,7 +30,8 @@ def describe(
     from histovar.model.hub import ADDRESS
 
     if ADDRESS.fullmatch(model.as_posix()):
-        raise ValueError(f"model: {model.as_posix()!r} is on the hub; load, describe and push it from Python")
+        address = model.as_posix().replace("hf:/", "hf://", 1)
+        raise ValueError(f"model: {address!r} is on the hub; load it, describe it and push it from Python")
     trained = TwoStageVARST.load(model)
     trained.describe(tissue=tissue, species=species, licence=licence)
     trained.save(model)

@@ -48,7 +48,7 @@ def positive_or_none(value: float | None) -> float | None:
 def strictly_between(value: float) -> float:
     """Refuse 0 and 1, which typer's ``min=0, max=1`` accepts."""
     if not 0 < value < 1:
-        raise typer.BadParameter(f"{value:g} is not between 0 and 1")
+        raise typer.BadParameter(f"must be more than 0 and less than 1, got {value:g}")
     return value
 
 

@@ -118,8 +118,8 @@ def predict(
     tokens: Annotated[
         bool,
         typer.Option(
-            help="Add the predicted tokens. Without them prediction is many times faster, expression and intervals the "
-            "same, if the model learnt from counts and its gates are shut."
+            help="Write the predicted tokens. Without them, expression and intervals are the same, and models of "
+            "counts mostly predict several times faster."
         ),
     ] = True,
     decoding: Annotated[

@@ -154,7 +154,7 @@ def train(
 ) -> None:
     """Train a model on sections with measured expression and histology embeddings, and calibrate its uncertainty."""
     if bool(inputs) == (dataset is not None):
-        raise ValueError("give either .h5ad files or --dataset")
+        raise ValueError("give either input files (.h5ad, .zarr) or --dataset")
     if training_stage == 2 and stage1_ckpt is None:
         raise ValueError("--stage1-ckpt: stage 2 needs a trained stage 1; give its model directory")
     if training_stage != 2 and stage1_ckpt is not None:

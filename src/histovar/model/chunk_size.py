@@ -8,14 +8,14 @@ import torch
 GPU_FACTOR = 64
 
 
-def chunk_size(on_cpu: int, device: torch.device) -> int:
+def chunk_size(cpu_size: int, device: torch.device) -> int:
     """Number of items to compute together on a device, at least one.
 
     Parameters
     ----------
-    on_cpu
+    cpu_size
         Number of items on a CPU.
     device
         The device that computes them.
     """
-    return max(1, on_cpu if device.type == "cpu" else GPU_FACTOR * on_cpu)
+    return max(1, cpu_size if device.type == "cpu" else GPU_FACTOR * cpu_size)

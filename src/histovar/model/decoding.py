@@ -167,6 +167,8 @@ def generate(
     if not tokens and not keep_logits:
         n_scales = max((k + 1 for k, needed in enumerate(needs_distribution) if needed), default=0)
         blocks = [block for block in blocks if block.scale < n_scales]
+    if prior is not None and not blocks:
+        return Generation(stage1.assemble(prior), None, None, prior, None)
     generations = []
     for rows in pieces_of_spots(len(memory), transformer):
         means = None if prior is None else [mean[rows] for mean in prior]
@@ -179,6 +181,7 @@ def generate(
                 means,
                 decoding,
                 generator,
+                std,
                 keep_logits,
                 blocks,
                 needs_distribution,
@@ -202,6 +205,7 @@ def _generate(
     prior: list[Tensor] | None,
     decoding: Decoding,
     generator: torch.Generator | None,
+    std: bool,
     keep_logits: bool,
     blocks: list[Block],
     needs_distribution: list[bool],
@@ -250,6 +254,9 @@ def _generate(
         if feeds:
             inputs[:, start + 1 : stop + 1] = head.embed(chosen, codebook) if embedding is None else embedding
 
-    gene_variances = [stage1.scales.spread_variance(v, k) for k, v in enumerate(variances)]
-    std = torch.stack(gene_variances).sum(0).sqrt() * stage1.scales.std
-    return Generation(stage1.assemble(values), std, tokens, values, torch.cat(all_logits, 1) if keep_logits else None)
+    spread = None
+    if std:
+        gene_variances = [stage1.scales.spread_variance(v, k) for k, v in enumerate(variances)]
+        spread = torch.stack(gene_variances).sum(0).sqrt() * stage1.scales.std
+    logits = torch.cat(all_logits, 1) if keep_logits else None
+    return Generation(stage1.assemble(values), spread, tokens, values, logits)

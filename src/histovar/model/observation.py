@@ -360,7 +360,7 @@ def _fit_group_depths(errors: Tensor, groups: Tensor, known: float) -> tuple[flo
 
 
 def _pool_variance(variances: Tensor, known: float) -> float:
-    """Variance between groups: mean of their squared distances and the known variance, as :data:`PRIOR_GROUPS` more."""
+    """Shrink the variance between groups to the known one, which counts as :data:`PRIOR_GROUPS` groups."""
     return float((variances.sum() + PRIOR_GROUPS * known**2) / (len(variances) + PRIOR_GROUPS))
 
 

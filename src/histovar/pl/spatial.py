@@ -17,7 +17,7 @@ from histovar._arguments import Key, KeyOrKeys, Positive, Probability, check_arg
 from histovar._keys import DEFAULT_KEY, Keys, Prefix
 from histovar._squidpy import sq
 from histovar.anndata_io import gate
-from histovar.anndata_io.comparison import read_measured_if_there
+from histovar.anndata_io.comparison import try_read_measured
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.gene_symbols import find_genes
 from histovar.anndata_io.predicted_slides import Slide, read_slide
@@ -120,7 +120,7 @@ def spatial(
     slide = read_slide(adata, keys, sections, library_key, section)
     columns = np.array([panel.index(g) for g in names_of_genes])
     mean, std = (values[np.ix_(slide.rows, columns)] for values in read_prediction(adata, keys, panel))
-    measured, reason = read_measured_if_there(adata, keys, names_of_genes, layer, sections)
+    measured, reason = try_read_measured(adata, keys, names_of_genes, layer, sections)
     if reason:
         logger.warning("measured expression is not plotted: %s", reason)
     measured = None if measured is None or np.isnan(measured).any() else measured[slide.rows]

@@ -30,7 +30,7 @@ Device = Annotated[str, Converted(_device)]
 
 @contextmanager
 def on_device(model: TwoStageVARST, device: str) -> Iterator[torch.device]:
-    """Context manager: move a model to a device, in evaluation mode, and back at the end.
+    """Move a model to a device for a ``with`` block, in evaluation mode, and back.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def on_device(model: TwoStageVARST, device: str) -> Iterator[torch.device]:
 
 @contextmanager
 def moved(module: torch.nn.Module, device: str, home: torch.device) -> Iterator[torch.device]:
-    """Context manager: move a module to a device, and to the device `home` at the end.
+    """Move a module to a device for a ``with`` block, and then to the device `home`.
 
     Raises
     ------

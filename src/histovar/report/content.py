@@ -18,7 +18,7 @@ from histovar.anndata_io.comparison import (
     coverage_by_share,
     read_distribution,
     read_interval,
-    read_measured_if_there,
+    try_read_measured,
 )
 from histovar.anndata_io.gene_symbols import find_genes, gene_labels
 from histovar.anndata_io.images import crop_to
@@ -191,7 +191,7 @@ def collect(
     slides = read_slides(adata, keys, names, library_key)
     mean, std = read_prediction(adata, keys, panel)
     lower, upper = read_interval(adata, keys, mean, std, confidence_level)
-    measured, reason = read_measured_if_there(adata, keys, panel, layer, names)
+    measured, reason = try_read_measured(adata, keys, panel, layer, names)
     columns = np.array([panel.index(gene) for gene in chosen])
     quantities = {MEAN: mean, STD: std, LOWER: lower, UPPER: upper}
     if measured is not None:

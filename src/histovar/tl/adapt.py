@@ -19,7 +19,7 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import Counts, counts_of_values, read_expression, required
+from histovar.anndata_io.expression import Counts, counts_of_values, read_expression, require_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
@@ -162,7 +162,7 @@ def adapt(
     adapted.registry["adapted"] = {"section": label, "n_spots": len(rows)}
     improved = adaptation.neighbors_tell
     logger.info(
-        "adapted to %d of %d spots of %s: total counts times %.2f, rates times or by %.2f (median of genes), %s",
+        "adapted to %d of %d spots of %s: total counts times %.2f, rates changed %.2f-fold (median of genes), %s",
         len(rows),
         section.n_obs,
         f"section {label!r}" if label else "one section",
@@ -246,4 +246,4 @@ def _counts(adata: AnnData, model: TwoStageVARST, columns: NDArray[np.integer], 
         trained=Normalization.stored(registry.get("normalization")),
     )
     target_sum = float(model.var_stage.observation.target_sum)
-    return required(counts_of_values(adata, columns, values, target_sum))
+    return require_counts(counts_of_values(adata, columns, values, target_sum))

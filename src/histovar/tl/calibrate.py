@@ -19,7 +19,7 @@ from histovar._torch_state import in_float32
 from histovar._warn_once import warns_once
 from histovar.anndata_io import gate
 from histovar.anndata_io.embeddings import check_like_training
-from histovar.anndata_io.expression import add_lognorm, counts_of_values, read_expression, required
+from histovar.anndata_io.expression import add_lognorm, counts_of_values, read_expression, require_counts
 from histovar.anndata_io.gate import Data
 from histovar.anndata_io.histology import histology
 from histovar.anndata_io.normalization import Normalization
@@ -151,7 +151,7 @@ def calibrate(
         totals = np.zeros(len(rows), np.float32)
         if stage2.of_counts:
             target_sum = float(observation.target_sum)
-            counts = required(counts_of_values(section.adata, columns, measured, target_sum, rows))
+            counts = require_counts(counts_of_values(section.adata, columns, measured, target_sum, rows))
             measured, totals = counts.panel, counts.totals.astype(np.float32)
         values, total, row_numbers = map(torch.from_numpy, (measured, totals, section.rows[rows]))
         return inputs.map(lambda t: t[rows]), values, total, row_numbers
@@ -234,7 +234,7 @@ def calibrate(
         labels or "one section",
         f"individuals {tested}"
         if by_individual and groups_unseen
-        else "sections of one or an unknown number of individuals: not tested on another individual",
+        else "individuals are not named (group_key=) or only one: not tested on another individual",
     )
     if trust is not None:
         logger.info(in_words(gene_table(registry)))

@@ -107,9 +107,9 @@ def predict(
         a value belongs to an interval if at least half of its probability lies inside; if less, the next value towards
         the median is given.
     tokens
-        Add the predicted tokens. Without them prediction is many times faster if the model learnt from counts and its
-        gates are shut, as they mostly are (training logs them): expression, its uncertainty and quantiles, which do not
-        change, then need no transformer.
+        Whether to write the tokens. Without them, expression, its uncertainty and quantiles stay the same and are
+        predicted several times faster if the model learnt from counts and its gates are shut, as they mostly are
+        (training logs them): the transformer is then skipped.
     temperature, top_k, top_p
         Options of sampling; see :class:`histovar.model.Decoding`.
     key_added
@@ -137,7 +137,7 @@ def predict(
         Writes expected expression and its standard deviation, float32: to ``layers[key_added]`` and
         ``layers[f"{key_added}_std"]`` if the object's genes are exactly the panel, otherwise to ``obsm`` under the same
         names, with columns in the order of ``uns[key_added]["genes"]``; :func:`histovar.get.prediction` returns them
-        with the genes' names. Also writes ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens);
+        with the genes' names. Also writes, with `tokens`, ``obsm[f"{key_added}_tokens"]`` (n_obs, n_tokens);
         ``obsm[f"{key_added}_source"]``, a fingerprint of each spot's inputs, by which an outdated prediction is
         recognised; if requested, ``obsm[f"{key_added}_samples"]`` (n_obs, n_genes, n_samples) and
         ``obsm[f"{key_added}_quantiles"]``; and ``uns[key_added]``, whose ``"expected_pearson"`` has each gene's

@@ -86,7 +86,7 @@ def train(
         As :func:`train_stage1` and :func:`train_stage2`; inputs of stage 2 are checked before stage 1 is trained.
     """
     common = {**options, "random_state": random_state, "checkpoint_dir": checkpoint_dir}
-    whole_options = _options_of_whole(common, resume)
+    whole_options = _check_shared_options(common, resume)
     options_of_stages = [
         _options_of_stage(stage, whole_options, common, own) for stage, own in ((1, stage1), (2, stage2))
     ]
@@ -125,7 +125,7 @@ def train(
     return model
 
 
-def _options_of_whole(common: Mapping[str, Any], resume: bool) -> TrainingOptions:
+def _check_shared_options(common: Mapping[str, Any], resume: bool) -> TrainingOptions:
     """Check the options of both stages."""
     if "resume_from" in common:
         raise ValueError("resume_from: is for a single stage; to resume both use checkpoint_dir=..., resume=True")

@@ -22,7 +22,7 @@ from .data import Spots, held_out_spots
 from .isolation import seeded
 from .options import TrainingOptions
 from .resume import Digests, StageRun, identity
-from .trainer import StageModule, fit
+from .trainer import StageModule, fit, genes_per_step
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ WARMUP_STEPS = 200
 WARMUP_LEARNING_RATE = 1e-3
 # Spots that initialise the codebook (k-means): plenty for 4096 codes, and quick.
 SPOTS_FOR_START = 4096
-# Most genes that one training step takes; all genes share one encoder.
+# Most genes that one step takes.
 MOST_GENES = 256
 # Rows that are fingerprinted at once.
 ROWS_AT_ONCE = 8192
@@ -68,12 +68,17 @@ class Stage1Module(StageModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Loss of a training batch."""
-        genes = self.choose_genes(self.stage1.config.n_genes, MOST_GENES, random=True)
+        genes = self._choose_genes(random=True)
         return self._step(batch[0], genes, "train").total
+
+    def _choose_genes(self, random: bool) -> Tensor | None:
+        """Choose the genes that a step reconstructs, which share one encoder; None for all."""
+        n_genes = self.stage1.config.n_genes
+        return self.choose_genes(n_genes, genes_per_step(n_genes, MOST_GENES), random=random)
 
     def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
         """Losses of a validation batch."""
-        genes = self.choose_genes(self.stage1.config.n_genes, MOST_GENES, random=False)
+        genes = self._choose_genes(random=False)
         losses = self._step(batch[0], genes, "val")
         measured = batch[0] if genes is None else batch[0][:, genes]
         self._watched.append((losses.tokens, losses.rebuilt, measured))

@@ -16,7 +16,7 @@ from histovar.model.negative_binomial import negative_log_likelihood
 
 from .callbacks import divergence_error
 from .options import TrainingOptions
-from .trainer import StageModule
+from .trainer import StageModule, genes_per_step
 
 # Histology, tokens, counts (or expression, without counts), fold, weight, total count and prediction of the prior.
 Batch = tuple[Histology, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -122,19 +122,21 @@ class Stage2Module(_Stage2Module):
             _, world = rank_and_world()
             is_swapped = take_own_rows(torch.rand(world * len(tokens), device=tokens.device)) < EXPECTED_TEACHER
             teacher = torch.where(is_swapped[:, None, None], expected, teacher)
-        genes = self._choose_wide_genes(random=True)
+        genes = self._choose_genes(random=True)
         loss = self._mean_loss(model.token_loss(histology, tokens, prior, teacher, genes))
         self.watch("train", len(tokens), loss=loss, perplexity=loss.detach().exp())
         return loss
 
-    def _choose_wide_genes(self, random: bool) -> Tensor | None:
-        """Choose the genes of a wide finest scale whose tokens to predict in a step; None for all."""
+    def _choose_genes(self, random: bool) -> Tensor | None:
+        """Choose the genes whose tokens a training step (random) or validation predicts; None for all."""
         config = self.model.config
-        is_wide = config.is_wide(len(config.scales) - 1)
-        return self.choose_genes(config.n_genes, MOST_GENES, random=random) if is_wide else None
+        if not config.is_wide(len(config.scales) - 1):
+            return None
+        most = genes_per_step(config.n_genes, MOST_GENES) if random else MOST_GENES
+        return self.choose_genes(config.n_genes, most, random=random)
 
     def _mean_loss(self, losses: Tensor) -> Tensor:
-        """Mean loss over spots and tokens, where the chosen tokens of the finest scale stand for all of it."""
+        """Mean loss over spots and tokens; the chosen genes are weighted as all genes are."""
         config = self.model.config
         n_coarse = config.n_tokens - config.n_genes
         coarse, genes = losses[:, :n_coarse], losses[:, n_coarse:]
@@ -143,7 +145,7 @@ class Stage2Module(_Stage2Module):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of a validation batch."""
         histology, tokens, *_, prior = batch
-        genes = self._choose_wide_genes(random=False)
+        genes = self._choose_genes(random=False)
         losses, rank = self.model.token_loss_and_rank(histology, tokens, prior, genes)
         loss = self._mean_loss(losses)
         self.watch(

@@ -54,13 +54,12 @@ class StageModule(LightningModule):
             self.log(f"{prefix}_{name}", value, on_epoch=True, on_step=False, batch_size=n_spots, sync_dist=True)
 
     def choose_genes(self, n_genes: int, most: int, *, random: bool) -> torch.Tensor | None:
-        """Choose :func:`genes_per_step` genes, at random or evenly spaced, in increasing order; None for all."""
-        n = genes_per_step(n_genes, most)
-        if n == n_genes:
+        """Choose at most `most` genes, at random or evenly spaced, in increasing order; None for all."""
+        if n_genes <= most:
             return None
         if random:
-            return torch.randperm(n_genes, device=self.device)[:n].sort().values
-        return torch.arange(n, device=self.device) * n_genes // n
+            return torch.randperm(n_genes, device=self.device)[:most].sort().values
+        return torch.arange(most, device=self.device) * n_genes // most
 
 
 def genes_per_step(n_genes: int, most: int) -> int:

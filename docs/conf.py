@@ -95,7 +95,7 @@ nitpick_ignore_regex = [
         r"model\.condition\.Moments",
         r"model\.head\.Expectation",
         r"model\.transformer\.Block",
-        r"training\.(data\.Spots|survey\.Measured)",
+        r"training\.(data\.Spots|statistics\.MeasuredSpots)",
     )
 ]
 

@@ -70,7 +70,7 @@ class Adaptation(nn.Module):
 
     @property
     def neighbors_tell(self) -> list[str]:
-        """What is corrected near measured spots: ``"rates"``, ``"depth"``, both or nothing."""
+        """Which predictions are corrected near measured spots, of ``"rates"`` and ``"depth"``."""
         corrections = {"rates": self.weights, "depth": self.depth_weights}
         return [name for name, weights in corrections.items() if bool(weights.any())]
 

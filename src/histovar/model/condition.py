@@ -155,7 +155,7 @@ class ConditionProcessor(nn.Module):
 
     @cached_property
     def views(self) -> list[list[range]]:
-        """Views of the features: columns that members of the prior see, in turn, equally many in each view.
+        """Columns of the features that each member of the prior sees; members take turns with the views.
 
         With ``standardize="auto"`` and three neighbourhoods or more, a view has the smallest neighbourhood and one of
         the others: each of these standardised by the first of ``config.statistics``, and the widest by the second, too.

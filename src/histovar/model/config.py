@@ -175,7 +175,7 @@ class ModelConfig:
 
     @property
     def n_feeding(self) -> int:
-        """Number of leading tokens that are inputs of others: with ``order="scale"``, all but the finest scale's."""
+        """Number of leading tokens that are inputs of others (with ``order="scale"``, all but the finest scale's)."""
         return self.n_tokens - (self.scales[-1] if self.order == "scale" else 1)
 
     def is_wide(self, scale: int) -> bool:
@@ -189,12 +189,12 @@ class ModelConfig:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Statistics by which sources are standardised, one copy by each: ``"section"``, ``"training"`` or both."""
+        """Statistics by which sources are standardised, ``"section"``, ``"training"`` or both, one copy by each."""
         return ("section", "training") if self.standardize == "auto" else (self.standardize,)
 
     @property
     def source_dims(self) -> tuple[int, ...]:
-        """Width of every source: each embedding, its mean over each neighbourhood, the outline."""
+        """Width of every source (each embedding, its mean over each neighbourhood, the outline)."""
         embeddings = [dim for dim in self.embedding_dims for _ in range(1 + len(self.n_neighbors))]
         return (*embeddings, *self._outline_dims)
 

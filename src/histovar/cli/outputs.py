@@ -116,7 +116,7 @@ def _check_path(out: Path, inputs: Iterable[Path], *, directory: bool) -> None:
     """Refuse a file in place of a directory or the reverse, a path below a file, inputs, and unwritable paths."""
     if out.exists() and out.is_dir() != directory:
         existing, expected = ("directory", "file") if out.is_dir() else ("file", "directory")
-        raise ValueError(f"--out: {str(out)!r} is a {existing}, but a {expected} is written; give another --out")
+        raise ValueError(f"--out: {str(out)!r} is a {existing}, but the output is a {expected}; give another --out")
     resolved = out.resolve()
     for path in inputs:
         _check_apart(out, resolved, path)

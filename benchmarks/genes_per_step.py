@@ -7,8 +7,9 @@
 Each step takes a random choice of the panel's genes, by default a third: in stage 1 of those that are reconstructed, in
 stage 2 of the finest scale's tokens. For each number of genes and each group left out, prints the correlation of the
 reconstruction of the group's expression; the cross-entropy of its tokens, each given those before it; the scores of
-expected expression and of 20 joint draws; and the processor time of both stages, the prior included. The environment
-variable HISTOVAR_DATA names the directory with the data.
+expected expression and of 20 joint draws; and the processor time of both stages, the prior included. Tokens are those
+of each model's own codebook, so that their losses can be compared roughly. The environment variable HISTOVAR_DATA names
+the directory with the data.
 """
 
 from __future__ import annotations

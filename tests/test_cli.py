@@ -125,6 +125,11 @@ def test_gpus_that_are_not_there_are_refused_with_the_flag_that_helps(histovar):
     assert code == 2 and "use --gpus 0 (the CPU)" in own_line(error)[0]
 
 
+def test_version_is_printed(histovar):
+    code, output, _ = histovar("--version")
+    assert code == 0 and output.strip() == hv.__version__
+
+
 @pytest.mark.parametrize("command", ["train", "predict", "calibrate", "adapt", "evaluate", "describe", "demo", "info"])
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [command, "--help"])

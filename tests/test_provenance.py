@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import torch
 from scipy import sparse
 
@@ -245,6 +246,18 @@ def test_layers_that_hold_counts_are_mentioned(training):
 
 
 # Slots that were made from something else
+
+
+@pytest.mark.parametrize("target_sum", [1e4, 20.0], ids=["large values", "small values"])
+def test_normalised_values_without_logarithms_are_refused(training, target_sum):
+    sc.pp.normalize_total(training, target_sum=target_sum)
+    training.layers["lognorm"] = training.X
+    refuse(
+        training, lambda a: hv.tl.train_stage1(a), ValueError, "lognorm'] holds no logarithms.*same sum in every spot"
+    )
+    sc.pp.log1p(training)
+    training.layers["lognorm"] = training.X
+    hv.tl.tokenize(training, hv.tl.train_stage1(training, **QUICK))
 
 
 def test_lognorm_follows_the_counts(training, model, caplog):

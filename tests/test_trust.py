@@ -72,6 +72,15 @@ def test_named_individuals_are_compared_instead_of_sections(loaded, simulated):
     assert table.attrs == {"expected on": "an unseen individual", "groups": ["a", "b"], "n_spots": [120, 60]}
 
 
+def test_individuals_that_were_trained_on_are_not_called_unseen(loaded, query, caplog):
+    loaded.registry["groups_stage2"] = ["a"]
+    query.obs["patient"] = "a"
+    caplog.set_level("INFO", "histovar")
+    hv.tl.calibrate(query, loaded, group_key="patient")
+    assert hv.get.genes(loaded).attrs["expected on"] == "an unseen section"
+    assert "individuals ['a'] were trained on: not tested on another individual" in caplog.text
+
+
 @pytest.mark.usefixtures("brief")
 def test_a_model_of_one_section_says_that_no_other_was_tested(prepared, caplog):
     from .conftest import QUICK, small_config

@@ -72,11 +72,14 @@ def count_blocks(adata: AnnData) -> Iterator[Any]:
     mend = (
         f"layers[{count_layers[0]!r}] holds counts: adata.X = adata.layers[{count_layers[0]!r}]"
         if count_layers
-        else "put raw counts there; if it is log-normalised already, use adata.layers['lognorm'] = adata.X"
+        else "put raw counts there; if it is normalised and log1p was taken, use adata.layers['lognorm'] = adata.X"
     )
     if adata.X is None:
         advice = ": " + mend if count_layers else ", or pass layer= with log-normalised values"
-        raise ValueError(f"adata: X is empty; counts are needed to log-normalise{advice}")
+        raise ValueError(
+            f"adata: X is empty; counts are needed to log-normalise{advice} (a .zarr store that histovar predict has "
+            "streamed has no counts: take the input's)"
+        )
     for block in row_blocks(adata.X, adata.n_obs):
         gate.check_counts(stored_values(block), "X", mend)
         yield block

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 LARGEST_LOG = 30.0
 # Sums of spots that differ by a smaller share count as equal.
 SAME_SUM = 0.01
+# Fewest spots whose equal sums are no chance.
+LEAST_SUMS = 20
 # The panel's median total may lie outside the range of 90 % of the training spots by this factor before a warning, or
 # an error. For panels chosen on one patient of her2st and the sections of all others it is 1.54 at most
 # (benchmarks/units.py).
@@ -151,6 +153,8 @@ class SpotTotals(NamedTuple):
         (n_spots,) sums of expm1(values) over all genes, and over the panel.
     panel
         (n_spots,) sums of the panel's values.
+    plain
+        (n_spots,) sums of the values over all genes.
     """
 
     integers: bool
@@ -158,6 +162,7 @@ class SpotTotals(NamedTuple):
     linear: NDArray[np.float64]
     panel_linear: NDArray[np.float64]
     panel: NDArray[np.float64]
+    plain: NDArray[np.float64]
 
     @classmethod
     def of(cls, block: Any, panel: NDArray[np.float32]) -> SpotTotals:
@@ -166,12 +171,13 @@ class SpotTotals(NamedTuple):
         largest = float(stored.max(initial=0))
         integers = bool((stored == np.round(stored)).all())
         values = panel.astype(np.float64)
+        plain = np.asarray(block.sum(1, dtype=np.float64)).ravel()
         if not largest <= LARGEST_LOG:
             undefined = np.full(len(panel), np.nan)
-            return cls(integers, largest, undefined, undefined, values.sum(1))
+            return cls(integers, largest, undefined, undefined, values.sum(1), plain)
         linear = block.astype(np.float64).expm1() if sparse.issparse(block) else np.expm1(block, dtype=np.float64)
         totals = np.asarray(linear.sum(1)).ravel()
-        return cls(integers, largest, totals, np.expm1(values).sum(1), values.sum(1))
+        return cls(integers, largest, totals, np.expm1(values).sum(1), values.sum(1), plain)
 
     @classmethod
     def concat(cls, totals: Sequence[SpotTotals]) -> SpotTotals:
@@ -192,16 +198,15 @@ class SpotTotals(NamedTuple):
         Raises
         ------
         ValueError
-            If ``"lognorm"`` holds counts.
+            If ``"lognorm"`` holds counts, or values that are normalised but no logarithms.
         """
         logarithms = self.largest <= LARGEST_LOG
         kind, target = "values", 0.0
         if self.integers and self.largest > 0:
             kind, logarithms = "counts", False
         elif logarithms:
-            filled = self.linear[self.linear > 0]
-            median_total = float(np.median(filled)) if len(filled) else 0.0
-            if len(filled) and np.abs(filled - median_total).max() <= SAME_SUM * median_total:
+            median_total = _common_sum(self.linear)
+            if median_total is not None:
                 kind, target = "log1p", float(f"{median_total:.4g}")
             elif layer == LOGNORM:
                 kind = "log1p"
@@ -210,10 +215,26 @@ class SpotTotals(NamedTuple):
                 f"layer: layers[{LOGNORM!r}] holds counts, not their logarithms; put them in X and delete the layer "
                 f"(del adata.layers[{LOGNORM!r}])"
             )
+        normalised = len(self.plain) >= LEAST_SUMS and _common_sum(self.plain) is not None
+        if layer == LOGNORM and (not logarithms or (normalised and not target)):
+            raise ValueError(
+                f"layer: layers[{LOGNORM!r}] holds no logarithms: its values reach {self.largest:,.4g}"
+                f"{' and have the same sum in every spot' if normalised else ''}; take logarithms after normalising "
+                f"(scanpy.pp.log1p), or put counts in X and delete the layer (del adata.layers[{LOGNORM!r}])"
+            )
         totals = self.panel_linear if logarithms else self.panel
         filled = totals[totals > 0]
         low, median, high = (float(q) for q in np.quantile(filled if len(filled) else np.zeros(1), (0.05, 0.5, 0.95)))
         return Normalization(kind, target, n_genes, low, median, high, n_genes == n_panel, logarithms)
+
+
+def _common_sum(sums: NDArray[np.float64]) -> float | None:
+    """Sum that all spots have but empty ones; None if they differ."""
+    filled = sums[sums > 0]
+    if not len(filled):
+        return None
+    median = float(np.median(filled))
+    return median if np.abs(filled - median).max() <= SAME_SUM * median else None
 
 
 def common_normalization(totals: Mapping[str, SpotTotals], layer: str, n_genes: int, n_panel: int) -> Normalization:

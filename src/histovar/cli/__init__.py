@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 import warnings
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+
+from histovar._version import __version__
 
 from .adapt import adapt
 from .calibrate import calibrate
@@ -32,7 +34,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="histovar",
-    help="Predict spatial gene expression from H&E histology, with uncertainty, in AnnData files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +41,21 @@ app = typer.Typer(
 )
 for command in (tile, embed, train, predict, calibrate, adapt, evaluate, report, export, describe, demo, info):
     app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Predict spatial gene expression from H&E histology, with uncertainty, in AnnData files."""
 
 
 def main() -> None:

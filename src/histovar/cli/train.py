@@ -83,7 +83,12 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Maximum epochs per stage; by default chosen by the amount of data.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum epochs of the codebook and of the tokens; by default chosen by the amount of data. Warm-up "
+            "and ensemble take a fixed number of steps.",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Spots in a batch.")] = 64,
     gpus: Gpus = None,

@@ -422,7 +422,9 @@ def read_card(path: Path) -> dict[str, Any]:
         unknown, of the wrong type or out of range; the message names the field.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"path: no model directory at {str(path)!r}; write one with model.save(...)")
+        raise FileNotFoundError(
+            f"path: no model directory at {str(path)!r}; model.save(...) or histovar train --out writes one"
+        )
     file = path / CARD
     if not file.is_file():
         raise FileNotFoundError(f"path: {str(path)!r} is not a saved model, it has no {CARD}")

@@ -195,7 +195,8 @@ class GeneScales(nn.Module):
                 genes = np.flatnonzero(groups[k] == group)
                 n = min(c, len(genes), len(residual))
                 solver = "full" if len(genes) <= 500 else "randomized"
-                axes = PCA(n, svd_solver=solver, random_state=random_state).fit(residual[:, genes]).components_
+                with np.errstate(invalid="ignore"):  # shares of the variance, where there is none left
+                    axes = PCA(n, svd_solver=solver, random_state=random_state).fit(residual[:, genes]).components_
                 pool[np.ix_(genes, group * c + np.arange(n))] = axes.T
             getattr(self, f"pool_{k}").copy_(torch.from_numpy(pool))
             getattr(self, f"spread_{k}").copy_(torch.from_numpy(pool.T))

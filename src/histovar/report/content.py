@@ -119,6 +119,8 @@ class Content:
     table
         One row per gene: mean, standard deviation, Pearson correlation if measured, and expected accuracy if the model
         has it; the best first, if known.
+    expected_on
+        What the expected accuracy was measured on, such as an unseen section; empty without expected accuracy.
     coverage
         Coverage of intervals; None if nothing was measured.
     scores
@@ -135,6 +137,7 @@ class Content:
     genes: list[str]
     sections: list[Section]
     table: pd.DataFrame
+    expected_on: str
     coverage: Coverage | None
     scores: pd.DataFrame | None
     facts: Mapping[str, str]
@@ -205,6 +208,7 @@ def collect(
         genes=[labels[gene] for gene in chosen],
         sections=[_section(adata, slide, values_by_quantity) for slide in slides],
         table=_table(chosen, values_by_quantity, slides, trust).rename(labels),
+        expected_on="" if trust is None else str(trust.attrs["expected on"]),
         coverage=None if measured is None else _coverage(adata, keys, mean, std, measured),
         scores=stored.get("evaluation"),
         facts=_facts(adata, stored, slides, len(panel))

@@ -374,7 +374,7 @@ def _genes(content: Content, table: ColumnDataSource) -> UIElement:
     explanations = {
         "mean": "mean and sd: average predicted mean and standard deviation over all spots",
         "pearson": "r here: Pearson correlation of prediction and measurement within sections, averaged",
-        "expected_pearson": "exp. r: expected correlation on an unseen section, with its interval",
+        "expected_pearson": f"exp. r: expected correlation, with its interval, on {content.expected_on}",
         "share_of_ceiling": "share: expected correlation over the largest that counting noise allows",
         "q_value": "q: false discovery rate of calling the gene predictable",
     }

@@ -77,7 +77,7 @@ def calibrate(
         Column of ``obs`` with the section; that of training by default.
     group_key
         Column of ``obs`` with the individual (patient, animal); that of training by default. Intervals are then
-        calibrated for another individual.
+        calibrated for another individual; if some of them were trained on, for another section.
     key_added
         Prefix of the slots, for niche features computed before.
     batch_size
@@ -120,8 +120,10 @@ def calibrate(
     individuals = _individuals(adata, model, group_key, names)
     unseen = _unseen_members(adata, model, names)
     tested = [] if individuals is None else np.unique(individuals).tolist()
-    # With a single individual that was trained on, sections are compared instead.
-    by_individual = len(tested) > 1 or (len(tested) == 1 and not unseen.any())
+    # Individuals of held-out sections may have been trained on.
+    known = [] if unseen.any() else sorted(set(tested) & set(registry.get("groups_stage2", [])))
+    # If so, or with a single one of training, sections are compared instead.
+    by_individual = not known and (len(tested) > 1 or (len(tested) == 1 and not unseen.any()))
     numbers_of_groups = section_numbers(individuals, adata.n_obs) if by_individual else sections.numbers
     chosen = np.random.default_rng(random_state).permutation(adata.n_obs)[:MOST_SPOTS]
     original_device, observation = model.device, stage2.observation
@@ -234,6 +236,8 @@ def calibrate(
         labels or "one section",
         f"individuals {tested}"
         if by_individual and groups_unseen
+        else f"individuals {known} were trained on: not tested on another individual"
+        if known
         else "individuals are not named (group_key=) or only one: not tested on another individual",
     )
     if trust is not None:

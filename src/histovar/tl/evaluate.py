@@ -158,8 +158,8 @@ def evaluate(
         entries["evaluation_groups"] = sections.groupby(pd.Index(clusters, name="group")).mean()
     if stored.get("n_adapted_spots", 0) and str(stored.get("adapted_to", "")) in ("", *labels):
         logger.warning(
-            "the model is adapted to %d measured spots of this section, whose scores are not those of unseen spots; "
-            "leave them out",
+            "the model is adapted to %d measured spots of this section: if they are among these spots, scores are not "
+            "those of unseen spots; evaluate the others alone",
             int(stored["n_adapted_spots"]),
         )
     trained_on = _warn_of_training(stored, sections.index, [] if individuals is None else clusters)

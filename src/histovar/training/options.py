@@ -29,6 +29,7 @@ from histovar._arguments import (
     Rate,
     Seed,
     checked,
+    nearest,
     refuse_type,
     refuse_value,
     shown,
@@ -195,7 +196,9 @@ class TrainingOptions:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise TypeError(f"unknown training options {unknown}; the options are {known}")
+            matches = nearest(unknown, known)
+            suggestion = f"; did you mean {', '.join(map(repr, matches))}?" if matches else ""
+            raise TypeError(f"unknown training options {unknown}; the options are {known}{suggestion}")
         checked = cls(**{**defaults, **options})
         _ = checked.world_size  # Lightning refuses hardware that is not available
         return checked

@@ -64,7 +64,10 @@ def products_in(kind: str) -> Iterator[None]:
 
 
 def best_time(work: Callable[[], Any], seconds: float, device: torch.device = CPU) -> float:
-    """Shortest time of at least three runs, and of as many as fit; of the first if that takes three times as long."""
+    """Shortest time of at least three runs, and of as many as fit; of the first if that takes three times as long.
+
+    With no seconds, as in smoke mode, of a single run.
+    """
 
     def timed() -> float:
         start = time.perf_counter()
@@ -74,7 +77,7 @@ def best_time(work: Callable[[], Any], seconds: float, device: torch.device = CP
         return time.perf_counter() - start
 
     times = [timed()]
-    if times[0] > 3 * seconds > 0:
+    if times[0] > 3 * seconds:
         return times[0]
     while len(times) < 3 or sum(times) < seconds:
         times.append(timed())

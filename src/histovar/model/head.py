@@ -254,8 +254,8 @@ class TokenHead(nn.Module):
     def _operands(self, hidden: Tensor, scale: int, groups: Groups, prior: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries (n_spots, n, features) and features of the codes in use, whose products are the logits.
 
-        The output layer is applied to hidden states or, where these are narrower than the codebook's vectors, to the
-        vectors, of which there are fewer.
+        In full precision, if there are more hidden states than codes and they are narrower than the codebook's vectors,
+        the output layer is applied to the vectors and not to the hidden states.
 
         In half precision, large numbers would cancel in all terms but that of the codebook vectors. So these are taken
         relative to the prior's mean and the largest log-weight, and each factor is split into a high and a low part.
@@ -265,13 +265,14 @@ class TokenHead(nn.Module):
             return F.pad(hidden, (0, 1), value=1.0), codes
         dim, c = self.config.codebook_dim, self.config.components[scale]
         vectors, values, log_weight = self._used(scale)[1].split((dim, 2 * c, 1), 1)
-        if self.config.width < dim:
+        is_full = hidden.dtype == vectors.dtype
+        if is_full and self.config.width < dim and hidden.shape[:2].numel() > len(vectors):
             states, (weight, bias) = hidden, (p.to(vectors.dtype) for p in self.output.parameters())
             vectors, log_weight = vectors @ weight, log_weight + (vectors @ bias)[:, None]
         else:
             states = self.output(hidden)
         terms = self._value_terms(hidden, scale, groups, prior)
-        if hidden.dtype == vectors.dtype:
+        if is_full:
             return torch.cat([states, terms], -1), torch.cat([vectors, values, log_weight], 1)
         others = [values, log_weight - log_weight.max()]
         if prior is not None:

@@ -205,9 +205,14 @@ def test_genes_one_can_trust_are_shown_best_first(browser, predicted, model, tmp
     trust = pd.DataFrame(
         {"expected_pearson": np.linspace(0, 0.9, len(genes)), "share_of_ceiling": 0.5, "q_value": 0.0123}, index=genes
     )
+    trust.attrs["expected on"] = "parts of the same sections"
     options = {**BY_DEFAULT, "confidence_level": 0.8, "title": "Trust"}
     content = collect(predicted, Keys("histovar"), model=model, trust=trust, **options)
     write_page(content, tmp_path / "trust.html")
+    assert (
+        "expected correlation, with its interval, on parts of the same sections"
+        in (tmp_path / "trust.html").read_text()
+    )
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(PATIENCE)
     page.goto((tmp_path / "trust.html").as_uri())

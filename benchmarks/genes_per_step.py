@@ -21,7 +21,6 @@ import warnings
 from typing import Any
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 import torch
 from compare import Data, load, splits
@@ -29,6 +28,7 @@ from smoke import quick_options
 
 import histovar as hv
 from histovar.anndata_io.histology import histology
+from histovar.anndata_io.matrix import dense
 from histovar.training import stage1, stage2_modules
 
 SCORES = ["PCC-200", "gene-structure correlation of draws"]
@@ -40,7 +40,7 @@ def token_scores(model: hv.TwoStageVARST, query: ad.AnnData, data: Data) -> dict
     query = query.copy()
     hv.tl.tokenize(query, model)
     tokens = torch.from_numpy(query.obsm["histovar_tokens"]).long()
-    measured = query[:, model.registry["genes"]].layers["lognorm"]
+    measured = dense(query[:, model.registry["genes"]].layers["lognorm"])
     sections = torch.from_numpy(pd.factorize(query.obs[data.library_key])[0])
     inputs = histology(
         query,
@@ -53,9 +53,8 @@ def token_scores(model: hv.TwoStageVARST, query: ad.AnnData, data: Data) -> dict
         key="histovar",
     )
     loss = model.token_loss(model.var_stage.condition.align(inputs, sections), tokens)
-    dense = measured.toarray() if hasattr(measured, "toarray") else np.asarray(measured)
     return {
-        "reconstruction PCC": hv.metrics.mean_pearson(model.decode(tokens).numpy(), dense),
+        "reconstruction PCC": hv.metrics.mean_pearson(model.decode(tokens).numpy(), measured),
         "loss of tokens": float(loss.mean()),
     }
 

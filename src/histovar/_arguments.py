@@ -306,6 +306,12 @@ def nearest(unknown: Iterable[str], known: Iterable[str]) -> list[str]:
     return [by_lower[match] for name in unknown for match in get_close_matches(name.lower(), by_lower, 1)]
 
 
+def did_you_mean(matches: Iterable[str]) -> str:
+    """End of an error message that suggests names, such as those of :func:`nearest`; empty without any."""
+    names = ", ".join(matches)
+    return f"; did you mean {names}?" if names else ""
+
+
 def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that its arguments are checked and converted by its annotations before it runs."""
     signature = inspect.signature(function)
@@ -316,8 +322,7 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             matches = nearest([key for key in kwargs if key not in signature.parameters], signature.parameters)
-            suggestion = f"; did you mean {matches[0]!r}?" if matches else ""
-            raise TypeError(f"{function.__name__}: {error}{suggestion}") from None
+            raise TypeError(f"{function.__name__}: {error}{did_you_mean(map(repr, matches[:1]))}") from None
         bound.arguments.update(checked(function, bound.arguments))
         return function(*bound.args, **bound.kwargs)
 

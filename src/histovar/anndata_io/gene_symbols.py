@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from anndata import AnnData
 
-from histovar._arguments import nearest
+from histovar._arguments import did_you_mean, nearest
 
 from .prediction import genes_of_panel
 
@@ -38,16 +38,15 @@ def find_genes(adata: AnnData, panel: Sequence[str], genes: Sequence[str], gene_
     column = _symbols(adata, panel, gene_symbols).dropna()
     unknown = sorted(set(genes) - set(column))
     if unknown:
-        near = nearest(unknown, column)
-        meant = f"; did you mean {', '.join(near)}?" if near else ""
+        suggestion = did_you_mean(nearest(unknown, column))
         raise KeyError(
-            f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]{meant}"
+            f"genes: no gene of the predicted panel has the symbol {unknown} in var[{gene_symbols!r}]{suggestion}"
         )
-    named = {symbol: column.index[column == symbol].tolist() for symbol in genes}
-    several = {symbol: names for symbol, names in named.items() if len(names) > 1}
-    if several:
-        raise ValueError(f"genes: several genes have the same symbol, {several}; give names, without gene_symbols")
-    return [names[0] for names in named.values()]
+    names_by_symbol = {symbol: column.index[column == symbol].tolist() for symbol in genes}
+    ambiguous = {symbol: names for symbol, names in names_by_symbol.items() if len(names) > 1}
+    if ambiguous:
+        raise ValueError(f"genes: several genes have the same symbol, {ambiguous}; give names, without gene_symbols")
+    return [names[0] for names in names_by_symbol.values()]
 
 
 def gene_labels(adata: AnnData, genes: Sequence[str], gene_symbols: str | None) -> list[str]:
@@ -78,9 +77,8 @@ def gene_labels(adata: AnnData, genes: Sequence[str], gene_symbols: str | None) 
 def _symbols(adata: AnnData, genes: Sequence[str], gene_symbols: str) -> pd.Series:
     """Symbols of genes, indexed by name; missing if a gene has none."""
     if gene_symbols not in adata.var:
-        near = nearest([gene_symbols], map(str, adata.var))
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"gene_symbols: no {gene_symbols!r} in var, which has {list(adata.var)}{meant}")
+        suggestion = did_you_mean(map(repr, nearest([gene_symbols], map(str, adata.var))))
+        raise KeyError(f"gene_symbols: no {gene_symbols!r} in var, which has {list(adata.var)}{suggestion}")
     column = adata.var[gene_symbols].reindex(pd.Index(genes)).astype(object)
     missing = column.isna() | (column == "")
     return column.astype(str).mask(missing)

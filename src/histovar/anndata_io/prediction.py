@@ -13,7 +13,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from histovar._arguments import nearest
+from histovar._arguments import did_you_mean, nearest
 from histovar._keys import Keys
 from histovar.metrics import METRICS
 from histovar.model.observation import RATE_TOTAL, Composition, Observation, Units
@@ -399,8 +399,7 @@ def genes_of_panel(panel: Sequence[str], genes: Sequence[str] | None) -> list[st
     """
     unknown = [gene for gene in genes or () if gene not in panel]
     if unknown:
-        matches = nearest(unknown, panel)
-        suggestion = f"; did you mean {', '.join(matches)}?" if matches else ""
+        suggestion = did_you_mean(nearest(unknown, panel))
         raise KeyError(
             f"genes: {unknown} are not among the {len(panel)} genes of the model ({list(panel[:3])}, ...){suggestion}"
         )

@@ -29,6 +29,7 @@ from histovar._arguments import (
     Rate,
     Seed,
     checked,
+    did_you_mean,
     nearest,
     refuse_type,
     refuse_value,
@@ -196,8 +197,7 @@ class TrainingOptions:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            matches = nearest(unknown, known)
-            suggestion = f"; did you mean {', '.join(map(repr, matches))}?" if matches else ""
+            suggestion = did_you_mean(map(repr, nearest(unknown, known)))
             raise TypeError(f"unknown training options {unknown}; the options are {known}{suggestion}")
         checked = cls(**{**defaults, **options})
         _ = checked.world_size  # Lightning refuses hardware that is not available

@@ -39,6 +39,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from smoke import SMALL
 
 import histovar as hv
 from histovar._memory import keep_freed_memory
@@ -340,7 +341,7 @@ def compiling(
 def stage1_epoch(arguments: argparse.Namespace) -> None:
     """Time an epoch of stage 1 at the size of her2st: 13,159 spots and 200 genes."""
     n_spots, batch = (13_159, 64) if not arguments.smoke else (256, 64)
-    model = TwoStageVARST(ModelConfig.default(200))
+    model = TwoStageVARST(ModelConfig.default(200, **(SMALL if arguments.smoke else {})))
     module = Stage1Module(model, TrainingOptions(enable_progress_bar=False))
     module.watch = lambda *_, **__: None  # type: ignore[method-assign]
     expression = torch.randn(n_spots, 200)
@@ -380,11 +381,11 @@ def main() -> None:
     if limits["bf16"] < limits["fp32"]:
         print("this machine has no arithmetic in bf16, which is left out")
         del limits["bf16"]
-    table = Table(limits)
+    table, small = Table(limits), SMALL if arguments.smoke else {}
     for name in arguments.models:
         if name == "default":
-            n_genes = 40 if arguments.smoke else 200
-            model = trained(ModelConfig.default(n_genes, 64 if arguments.smoke else 1024), n_genes)
+            n_genes, width = (40, 64) if arguments.smoke else (200, 1024)
+            model = trained(ModelConfig.default(n_genes, width, **small), n_genes)
         else:
             cut = {"n_layers": 1, "codebook_size": 256} if arguments.smoke else {}
             model = trained(ModelConfig.reference(**cut), 200)

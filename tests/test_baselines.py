@@ -19,6 +19,8 @@ def sections():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_scores_in_the_slots_of_predict(sections, method):
     train, query = sections[0], sections[1].copy()
+    if method == "var_st":  # the slowest
+        train = train[::3].copy()
     fitted = hv.tl.baseline(train, method, use_rep="X_histology", library_key="section")
     fitted.predict(query)
     scores = hv.tl.evaluate(query, key=method)

@@ -40,7 +40,9 @@ def test_chunks_are_predicted_as_the_whole(whole, loaded):
     for key in ("histovar", "histovar_std", "histovar_tokens", "histovar_quantiles"):
         assert isinstance(lazy.obsm[key], da.Array)
         assert lazy.obsm[key].chunks[0] == lazy.obsm[KEY].chunks[0]
-        np.testing.assert_allclose(lazy.obsm[key].compute(), np.asarray(whole.obsm[key]), atol=1e-4)
+        apart = np.abs(lazy.obsm[key].compute() - np.asarray(whole.obsm[key])) > 1e-4
+        # Quantiles of counts are whole numbers, of which rounding errors may choose the next.
+        assert apart.mean() < (1e-3 if key == "histovar_quantiles" else 1e-9)
     ours, theirs = hv.get.prediction(lazy), hv.get.prediction(whole)
     np.testing.assert_allclose(ours.X, theirs.X, atol=1e-4)
     assert ours.var_names.equals(theirs.var_names)
@@ -170,6 +172,20 @@ def test_interrupted_store_is_continued(whole, loaded, tmp_path):
     assert before | set(calls) == set(range(7))
     made = ad.read_zarr(tmp_path / "out.zarr")
     np.testing.assert_array_equal(made.obsm["made"], whole.obsm[KEY])
+
+
+def test_all_slots_of_a_store_are_predicted_in_one_pass(whole, loaded, tmp_path):
+    lazy = in_chunks(whole)
+    batches = []
+    loaded.var_stage.condition.register_forward_hook(lambda module, inputs, output: batches.append(output))
+    with dask.config.set(scheduler="synchronous"):
+        hv.tl.predict(lazy, loaded, n_samples=2)
+        batches.clear()
+        lazy.obsm["histovar"].compute()
+        of_one_slot = len(batches)
+        batches.clear()
+        zarr_store.write_zarr(lazy, tmp_path / "out.zarr", {"model": 1})
+    assert len(batches) == of_one_slot > 0
 
 
 @pytest.fixture

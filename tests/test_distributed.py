@@ -17,8 +17,10 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 import histovar as hv
+from histovar.model import quantizer, vqvae
 from histovar.training import stage1, stage2
-stage1.WARMUP_STEPS, stage2.PRIOR_EPOCHS = 20, 4  # quick, and processes have less time to drift apart
+# Quick, and processes have less time to drift apart.
+stage1.WARMUP_STEPS, stage2.PRIOR_EPOCHS, vqvae.LATENTS_PER_START, quantizer.LATENTS_PER_UPDATE = 20, 4, 256, 64
 devices, out = int(sys.argv[1]), sys.argv[2]
 config = hv.ModelConfig.from_json(open(sys.argv[3]).read())
 adata = hv.datasets.simulate(4, 48, 40, embedding_dim=16, random_state=1)

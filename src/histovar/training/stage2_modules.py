@@ -98,7 +98,7 @@ class PriorModule(_Stage2Module):
         weights = [p for name, p in self.named_parameters() if name != "log_dispersion"]
         rates = [PRIOR_LEARNING_RATE, DISPERSION_SPEED * PRIOR_LEARNING_RATE]
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": [self.log_dispersion], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
+        optimizer = self.adamw(groups, lr=PRIOR_LEARNING_RATE, weight_decay=PRIOR_WEIGHT_DECAY)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from lightning.pytorch import Callback
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from histovar.cli import app
 from histovar.cli.predict import Decoding as DecodingChoice
 from histovar.cli.predict import Precision as PrecisionChoice
 from histovar.cli.predict import Units as UnitsChoice
+from histovar.cli.text import Option, with_options
 from histovar.model.card import content_digest
 from histovar.model.decoding import Mode
 from histovar.model.network import Precision
@@ -235,7 +237,7 @@ def test_scores_by_individual_are_those_of_python(trained, simulated, histovar, 
     ends = both.uns["histovar"]["evaluation_interval"]["MSE"].tolist()
     (line,) = [line for line in printed if line.startswith("MSE ") and "given" not in line]
     assert [float(x) for x in line.split()[-2:]] == pytest.approx(ends, abs=1e-4)
-    assert "group_key: no 'patient' in obs" in histovar("evaluate", "both.h5ad", "--group-key", "patient")[2]
+    assert "--group-key: no 'patient' in obs" in histovar("evaluate", "both.h5ad", "--group-key", "patient")[2]
 
 
 @pytest.mark.parametrize("depth", ["2500", "total", None])
@@ -295,6 +297,11 @@ def test_slides_are_predicted_and_scored_as_sections_of_their_own(trained, simul
     for name in ("S1", "S4"):
         run_app("predict", f"{name}.h5ad", "-m", "model", "-o", f"{name}_predicted.zarr")
     run_app("evaluate", "S1_predicted.zarr", "S4_predicted.zarr", "both.h5ad", "-o", "scores.csv")
+    run_app("evaluate", "both.h5ad", "-o", "scored.h5ad")
+    run_app("report", "both.h5ad", "-o", "both.html")
+    run_app("report", "scored.h5ad", "-o", "scored.html")
+    reports = [Path(name).read_text() for name in ("both.html", "scored.html")]
+    assert ["PCC-all" in report for report in reports] == [False, True]
     run_app("predict", "S4.h5ad", "-m", "model", "-o", "other.h5ad", "--quantile", "0.5")
     assert "'quantiles' differs" in histovar("evaluate", "both.h5ad", "other.h5ad")[2]
     assert "has no prediction 'b'" in histovar("evaluate", "both.h5ad", "--key", "b")[2]
@@ -339,7 +346,7 @@ def test_calibration_with_held_out_sections(trained, query):
             "units, depth: only with",
         ),
         (["predict", "notes.txt", "-m", "model"], "'notes.txt' is not AnnData"),
-        (["predict", "query.h5ad", "-m", "model", "--quantile", "0.5", "--decoding", "greedy"], "quantiles"),
+        (["predict", "query.h5ad", "-m", "model", "--quantile", "0.5", "--decoding", "greedy"], "--quantile: "),
         (["demo", "--n-spots", "3"], "--n-spots"),
         (["calibrate", "query.h5ad", "-m", "model"], "--out"),
     ],
@@ -454,3 +461,30 @@ def test_lightning_does_not_swallow_ctrl_c(prepared):
     with pytest.raises(KeyboardInterrupt):
         hv.tl.train_stage1(prepared.copy(), callbacks=[Interrupt()], **QUICK)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_messages_name_options_not_arguments(histovar, tmp_path):
+    pixels = np.full((300, 300, 3), 160, dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "unknown.tif", pixels, tile=(256, 256), photometric="rgb")
+    code, _, error = histovar("tile", "unknown.tif")
+    assert code == 2 and error.startswith("histovar: --mpp: ") and "pass --mpp, such as" in error
+    code, _, error = histovar("info", "absent")
+    assert code == 2 and error.startswith("histovar: MODEL: ")
+    code, _, error = histovar("predict", "absent.h5ad", "--model", "absent")
+    assert code == 2 and error.startswith("histovar: --model: ")
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("mpp: unknown; pass mpp=", "--mpp: unknown; pass --mpp"),
+        ("give layer='counts' or tokens=False", "give --layer 'counts' or --no-tokens"),
+        ("call histovar.tl.train(adata, layer='x') first", "call histovar.tl.train(adata, layer='x') first"),
+        ("individuals are not named (layer=)", "individuals are not named (--layer)"),
+        ("var: no layer: nothing", "var: no layer: nothing"),
+    ],
+)
+def test_options_of_messages(message, expected):
+    options = {"mpp": Option("--mpp", "--mpp"), "layer": Option("--layer", "--layer")}
+    options["tokens"] = Option("--tokens", "--no-tokens")
+    assert with_options(message, options) == expected

@@ -290,6 +290,6 @@ def test_the_page_has_symbols_in_place_of_identifiers(predicted, model, tmp_path
     assert histovar(*shell, "symbol")[0] == 0
     html = path.read_text(encoding="utf-8")
     assert f'"{symbol}"' in html and adata.var.loc[genes[4], "symbol"] not in html
-    assert "gene_symbols: no 'symbols' in var" in histovar(*shell, "symbols")[2]
+    assert "--gene-symbols: no 'symbols' in var" in histovar(*shell, "symbols")[2]
     with pytest.raises(KeyError, match="genes: no gene of the predicted panel has the symbol"):
         hv.pl.report(adata, path, genes=genes[3], gene_symbols="symbol")

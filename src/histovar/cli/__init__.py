@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated, NoReturn
+from collections.abc import Mapping
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,7 +25,7 @@ from .export import export
 from .info import info
 from .predict import predict
 from .report import report
-from .text import printable
+from .text import Option, options_of, printable, with_options
 from .tile import tile
 from .train import train
 
@@ -61,11 +62,14 @@ def options(
 def main() -> None:
     """Run the command line; a user's error prints one line and exits with code 2, Ctrl-C with code 130.
 
-    Results go to standard output, progress and logs to standard error.
+    Results go to standard output, progress and logs to standard error. Messages of functions about their arguments name
+    the command's options instead.
     """
+    options: dict[str, Option] = {}
     try:
-        _prepare()
-        program = typer.main.get_command(app)
+        _prepare(options)
+        program: Any = typer.main.get_command(app)
+        options.update(_options_of_command(program))
         # Not program.main(), which treats KeyboardInterrupt as success and EOFError as KeyboardInterrupt.
         with program.make_context("histovar", sys.argv[1:]) as context:
             program.invoke(context)
@@ -80,7 +84,7 @@ def main() -> None:
         _refuse(f"the input ends unexpectedly ({error})")
     except (ValueError, KeyError, TypeError, ImportError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        _refuse(str(text))
+        _refuse(with_options(str(text), options))
     except Exception as error:  # usage errors of click, whose class typer does not export
         show = getattr(error, "format_message", None)
         if show is None:
@@ -89,8 +93,32 @@ def main() -> None:
         sys.exit(2) if not message.strip() else _refuse(message)
 
 
-def _prepare() -> None:
-    """Let idle threads sleep, send logs to standard error, hide warnings meant for programmers, and exit quickly."""
+def _options_of_command(program: Any) -> dict[str, Option]:
+    """Options of the command that was called."""
+    name = next((text for text in sys.argv[1:] if text in program.commands), None)
+    return {} if name is None else options_of(program.commands[name].params)
+
+
+class _LogFormatter(logging.Formatter):
+    """Formats log lines with the names of options."""
+
+    def __init__(self, options: Mapping[str, Option]) -> None:
+        super().__init__()
+        self.options = options
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return with_options(super().format(record), self.options)
+
+
+def _prepare(options: Mapping[str, Option]) -> None:
+    """Let idle threads sleep, send logs to standard error, hide warnings meant for programmers, and exit quickly.
+
+    Parameters
+    ----------
+    options
+        Options of the command, for log lines; filled later.
+    """
     # Otherwise Python would search everything that was imported for garbage once more before it exits: a second.
     atexit.register(gc.freeze)
     # Must be set before torch is imported. Otherwise its idle threads spin, which slows other programs on these cores.
@@ -100,6 +128,7 @@ def _prepare() -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    handler.setFormatter(_LogFormatter(options))
     package = logging.getLogger("histovar")
     package.addHandler(handler)
     package.setLevel(logging.INFO)

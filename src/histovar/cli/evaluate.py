@@ -22,13 +22,20 @@ def evaluate(
     key: Prediction = "histovar",
     layer: Layer = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="CSV file for the scores of every gene.", **PATH)
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="File to write: .csv for a table of the scores of every gene; .h5ad or .zarr for the sections with "
+            "their scores, which 'report' then shows.",
+            **PATH,
+        ),
     ] = None,
     seed: Seed = 0,
 ) -> None:
     """Score predictions against measured expression."""
     if out is not None:
-        outputs.check_scores(out, inputs)
+        outputs.check_evaluated(out, inputs)
     import pandas as pd
 
     from histovar import tl
@@ -39,5 +46,5 @@ def evaluate(
     entry = adata.uns[key]
     typer.echo(pd.concat([entry["evaluation"], entry["evaluation_interval"]]).T.round(4).to_string())
     if out is not None:
-        outputs.write_genes(scores, out)
+        outputs.write_genes(scores, out) if out.suffix == ".csv" else outputs.write_data(adata, out)
         typer.echo(f"scores written to {out}")

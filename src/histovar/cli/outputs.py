@@ -64,9 +64,14 @@ def check_model(out: Path, inputs: Iterable[Path]) -> None:
         _refuse_replacing(out, "it is neither empty nor a model of histovar")
 
 
-def check_scores(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output file for scores, as :func:`check_data` does."""
-    _check_table(out, inputs, SCORES, "a table of scores")
+def check_evaluated(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output file for scores, a table or sections, as :func:`check_data` does."""
+    if out.suffix in DATA_SUFFIXES:
+        check_data(out, inputs)
+    elif out.suffix == ".csv":
+        _check_table(out, inputs, SCORES, "a table of scores")
+    else:
+        raise ValueError(f"--out must end in .csv, .h5ad or .zarr, got {str(out)!r}")
 
 
 def check_genes(out: Path, inputs: Iterable[Path]) -> None:

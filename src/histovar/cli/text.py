@@ -1,8 +1,61 @@
-"""Make text from files safe to print."""
+"""Make messages fit for a terminal."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+# Arguments of functions whose options have other names.
+OTHER_NAMES = {"path": "model", "random_state": "seed", "quantiles": "quantile", "genes": "gene"}
+# "name: ..." at the start of a message, and "name=" in it.
+LEADING, ASSIGNED = re.compile(r"^(\w+)(?=: )"), re.compile(r"\b(\w+)=(True\b|False\b)?(?=(\S?))")
+
+
+class Option(NamedTuple):
+    """How an option is given, and how a flag is turned off."""
+
+    on: str
+    off: str
 
 
 def printable(text: str) -> str:
     """Escape control characters, which a terminal would act on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def options_of(parameters: Iterable[Any]) -> dict[str, Option]:
+    """Options of a command, by the names of the Python arguments that they give; what has no option in capitals."""
+    options = {}
+    for parameter in parameters:
+        on = parameter.opts[0] if parameter.opts[0].startswith("--") else parameter.name.upper()
+        options[parameter.name] = Option(on, (parameter.secondary_opts or [on])[0])
+    return options | {name: options[other] for name, other in OTHER_NAMES.items() if other in options}
+
+
+def with_options(message: str, options: Mapping[str, Option]) -> str:
+    """Name options in a message about arguments: ``mpp: ...`` as ``--mpp: ...``, ``pass layer=`` as ``pass --layer``.
+
+    What looks like a call of a Python function is left as it is.
+    """
+
+    def assigned(match: re.Match[str]) -> str:
+        name, flag, following = match.groups()
+        if name not in options or _is_in_call(message, match.start()):
+            return match[0]
+        given = options[name].off if flag == "False" else options[name].on
+        return given if flag or not re.match(r"[\w'\"{]", following) else f"{given} "
+
+    message = ASSIGNED.sub(assigned, message)
+    return LEADING.sub(lambda match: options[match[1]].on if match[1] in options else match[1], message)
+
+
+def _is_in_call(text: str, position: int) -> bool:
+    """True inside parentheses that follow a name."""
+    calls: list[bool] = []
+    for i, character in enumerate(text[:position]):
+        if character == "(":
+            calls.append(i > 0 and (text[i - 1].isalnum() or text[i - 1] == "_"))
+        elif character == ")" and calls:
+            calls.pop()
+    return any(calls)

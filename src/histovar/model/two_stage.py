@@ -10,6 +10,7 @@ from histovar._arguments import Key, PathLike, check_arguments, not_bool
 from .checkpoint import load_model, load_stage, save_model
 from .hub import push_model
 from .network import TwoStageNetwork
+from .summary import summarize
 
 Stage = Annotated[Literal[1, 2], not_bool]
 
@@ -34,6 +35,11 @@ class TwoStageVARST(TwoStageNetwork):
     history : dict of :class:`pandas.DataFrame`
         ``"stage1"`` and ``"stage2"``: metrics of training, one row for each epoch.
     """
+
+    def __repr__(self) -> str:
+        """What the model learnt from and what it predicts, a fact a line; ``print(model.stage1)`` lists layers."""
+        facts = summarize(self.registry, self.config)
+        return "\n".join([type(self).__name__, *(f"    {name}: {value}" for name, value in facts.items())])
 
     @check_arguments
     def describe(self, *, tissue: str | None = None, species: str | None = None, licence: str | None = None) -> None:

@@ -10,20 +10,17 @@ QUIET := --quiet --disable-pip-version-check --constraint constraints.txt
 BACKEND := editables hatch-fancy-pypi-readme hatchling setuptools wheel
 EXTRAS := embed,hub,report,wsi
 # $(call install,what to collect,what to install)
+# pip compiles on one core, compileall on all; files that only newer versions of Python can read fail, and are left.
 define install
 $(PIP) wheel $(QUIET) --wheel-dir "$(WHEELS)" $(1) || echo "no network: installing from $(WHEELS)"
 $(PIP) install $(QUIET) --no-compile --no-index --find-links "$(WHEELS)" $(2)
-# pip compiles on one core, this on all. Files that only newer versions of Python can read are passed over.
--$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib 2>&1 >/dev/null
+$(BIN)/python -W ignore -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null 2>&1 || true
 endef
 
 .PHONY: demo test docs package clean
 
-# Spots of each section of the demo.
-N_SPOTS := 400
-
 demo: $(VENV)/installed
-	$(BIN)/histovar demo --out demo_output --n-spots $(N_SPOTS)
+	$(BIN)/histovar demo --out demo_output $(if $(N_SPOTS),--n-spots $(N_SPOTS))
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal

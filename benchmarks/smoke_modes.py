@@ -23,7 +23,11 @@ def main() -> None:
         print(f"\n== {command}", flush=True)
         start, processor = time.perf_counter(), time.process_time()
         sys.argv = [str(path), *options, "--smoke"]
-        runpy.run_path(str(path), run_name="__main__")
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
         print(f"== {name}: {seconds:.0f} s, {processor:.0f} s of this process", flush=True)
 

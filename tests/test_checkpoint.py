@@ -21,6 +21,12 @@ from histovar.model.checkpoint import verify
 from .conftest import QUICK, small_config
 
 
+def test_a_model_prints_as_facts(model):
+    text = repr(model)
+    assert "Genes: 30: " in text and "X_histology (16 numbers)" in text and "S1, S2, S3" in text
+    assert "Linear(" not in text and "Linear(" in repr(model.stage1)
+
+
 def test_saved_model_predicts_the_same(model, query, tmp_path):
     model.save(tmp_path / "m")
     again = hv.TwoStageVARST.load(tmp_path / "m")

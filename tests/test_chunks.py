@@ -41,8 +41,8 @@ def test_chunks_are_predicted_as_the_whole(whole, loaded):
         assert isinstance(lazy.obsm[key], da.Array)
         assert lazy.obsm[key].chunks[0] == lazy.obsm[KEY].chunks[0]
         apart = np.abs(lazy.obsm[key].compute() - np.asarray(whole.obsm[key])) > 1e-4
-        # Quantiles of counts are whole numbers, of which rounding errors may choose the next.
-        assert apart.mean() < (1e-3 if key == "histovar_quantiles" else 1e-9)
+        # A rounding error may shift a quantile of counts by one.
+        assert apart.mean() <= (1e-3 if key == "histovar_quantiles" else 0)
     ours, theirs = hv.get.prediction(lazy), hv.get.prediction(whole)
     np.testing.assert_allclose(ours.X, theirs.X, atol=1e-4)
     assert ours.var_names.equals(theirs.var_names)

@@ -343,7 +343,7 @@ def test_calibration_with_held_out_sections(trained, query):
         (["predict", "query.zarr", "-m", "model", "-o", "o.zarr", "--depth", "totals"], "depth: no 'totals' in obs"),
         (
             ["predict", "query.h5ad", "-m", "model", "--decoding", "greedy", "--units", "counts"],
-            "units, depth: only with",
+            "--units, --depth: only with --decoding 'expected'",
         ),
         (["predict", "notes.txt", "-m", "model"], "'notes.txt' is not AnnData"),
         (["predict", "query.h5ad", "-m", "model", "--quantile", "0.5", "--decoding", "greedy"], "--quantile: "),
@@ -470,6 +470,8 @@ def test_messages_name_options_not_arguments(histovar, tmp_path):
     assert code == 2 and error.startswith("histovar: --mpp: ") and "pass --mpp, such as" in error
     code, _, error = histovar("info", "absent")
     assert code == 2 and error.startswith("histovar: MODEL: ")
+    code, _, error = histovar("train", "absent.h5ad", "--training-stage", "2", "--stage1-ckpt", "absent")
+    assert code == 2 and "--model" not in error
     code, _, error = histovar("predict", "absent.h5ad", "--model", "absent")
     assert code == 2 and error.startswith("histovar: --model: ")
 
@@ -482,6 +484,10 @@ def test_messages_name_options_not_arguments(histovar, tmp_path):
         ("call histovar.tl.train(adata, layer='x') first", "call histovar.tl.train(adata, layer='x') first"),
         ("individuals are not named (layer=)", "individuals are not named (--layer)"),
         ("var: no layer: nothing", "var: no layer: nothing"),
+        ("layer, mpp: only with layer='a'; layer= too", "--layer, --mpp: only with --layer 'a'; --layer too"),
+        ("no file '/data/layer=A1/mpp=2.tif'", "no file '/data/layer=A1/mpp=2.tif'"),
+        ("the patient's config.layer=2", "the patient's config.layer=2"),
+        ("give layer={'A1': 1}", "give layer={'A1': 1}"),
     ],
 )
 def test_options_of_messages(message, expected):

@@ -227,3 +227,11 @@ def test_reference_configuration_trains_a_step_and_predicts(simulated):
     out = hv.tl.predict(adata[:4], model, copy=True)
     assert np.isfinite(out.layers["histovar"]).all() and out.layers["histovar"].shape == (4, 40)
     assert torch.equal(before, model.stage1.quantizer.codebook)
+
+
+def test_mixed_precision_trains_on_the_cpu(prepared, brief):
+    model = hv.tl.train(
+        prepared.copy(), use_rep="X_histology", library_key="section", config=small_config(), precision="bf16-mixed",
+        enable_progress_bar=False, max_epochs=1,
+    )  # fmt: skip
+    assert np.isfinite(model.history["stage2"]["train_loss"]).all()

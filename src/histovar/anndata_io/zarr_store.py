@@ -140,7 +140,7 @@ def write_zarr(adata: AnnData, path: Path, identity: Mapping[str, Any]) -> None:
         _begin(part, adata, lazy, identity_record)
     with _locked(part):
         done = _chunks_done(part, list(lazy))
-        # Optimised one by one, the arrays would no longer share the task that predicts a chunk.
+        # One block holds all columns. Optimised one by one, the arrays would not share the task that predicts a chunk.
         blocks = {name: values.to_delayed(optimize_graph=False).ravel() for name, values in lazy.items()}
         tasks = [
             delayed(_write_chunk)(str(part.resolve()), i, int(bounds[i]), {name: b[i] for name, b in blocks.items()})

@@ -67,9 +67,9 @@ def main() -> None:
     """
     options: dict[str, Option] = {}
     try:
-        _prepare(options)
         program: Any = typer.main.get_command(app)
-        options.update(_options_of_command(program))
+        options = _options_of_command(program)
+        _prepare(options)
         # Not program.main(), which treats KeyboardInterrupt as success and EOFError as KeyboardInterrupt.
         with program.make_context("histovar", sys.argv[1:]) as context:
             program.invoke(context)
@@ -117,7 +117,7 @@ def _prepare(options: Mapping[str, Option]) -> None:
     Parameters
     ----------
     options
-        Options of the command, for log lines; filled later.
+        Options of the command, for log lines.
     """
     # Otherwise Python would search everything that was imported for garbage once more before it exits: a second.
     atexit.register(gc.freeze)

@@ -87,14 +87,18 @@ def embed(
     from histovar.anndata_io import files
 
     accelerator, _ = hardware(gpus)
-    adata = files.read_files(inputs, files.SECTION if library_key is None else library_key)
+    column = files.SECTION if library_key is None else library_key
+    adata = files.read_files(inputs, column)
+    n_sections = adata.obs[column].nunique()
+    if isinstance(images, str) and n_sections > 1:
+        raise ValueError(f"--image: one file for {n_sections} sections; give one for each: --image SECTION=FILE")
     pp.embed(
         adata,
         encoder,
         image=images,
         field_um=tuple(field_um) if field_um else (112.0, 224.0),
         mpp=mpp,
-        library_key=files.SECTION if library_key is None else library_key,
+        library_key=column,
         spatial_key="spatial" if spatial_key is None else spatial_key,
         weights=weights,
         batch_size=batch_size,

@@ -46,5 +46,8 @@ def evaluate(
     entry = adata.uns[key]
     typer.echo(pd.concat([entry["evaluation"], entry["evaluation_interval"]]).T.round(4).to_string())
     if out is not None:
-        outputs.write_genes(scores, out) if out.suffix == ".csv" else outputs.write_data(adata, out)
+        if out.suffix == ".csv":
+            outputs.write_genes(scores, out)
+        else:
+            outputs.write_data(adata, out)
         typer.echo(f"scores written to {out}")

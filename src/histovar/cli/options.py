@@ -217,5 +217,5 @@ def embeddings(adata: AnnData, use_rep: list[str] | None) -> list[str]:
             f"--use-rep: obsm has several embeddings, {candidates}; say which to use with --use-rep KEY (repeatable: "
             "the spot's own first, then those of wider fields)"
         )
-    logger.info("embedding: obsm[%r], the only one in the input", candidates[0])
+    logger.info("use_rep: obsm[%r], the only embedding of the input", candidates[0])
     return candidates

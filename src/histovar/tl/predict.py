@@ -177,13 +177,13 @@ def predict(
     calibrated = predictor.is_calibrated(model)
     if len(quantiles) and n_samples < 2 and not calibrated and not predictor.is_of_counts(model):
         raise ValueError(
-            f"quantiles: without calibration they are those of draws; pass n_samples, such as 100 (got {n_samples}), "
+            f"quantiles: without calibration they are those of draws; pass n_samples=, such as 100 (got {n_samples}), "
             "or calibrate the model with histovar.tl.calibrate"
         )
     changed = {"temperature": temperature != 1, "top_k": top_k != 0, "top_p": top_p != 1}
     if any(changed.values()) and not n_samples and decoding != "sample":
         name = next(name for name, given in changed.items() if given)
-        raise ValueError(f"{name}: nothing is drawn; pass n_samples or decoding='sample', or leave {name} out")
+        raise ValueError(f"{name}: nothing is drawn; pass n_samples= or decoding='sample', or leave it out")
     reps = registry["use_rep"] if use_rep is None else list(use_rep)  # a single key has become a list
     if reps != registry["use_rep"] and sorted(reps) == sorted(registry["use_rep"]):
         raise ValueError(f"use_rep: {reps} is not in the order of training, {registry['use_rep']}")

@@ -333,7 +333,7 @@ def refuse_overwriting(directory: Path) -> None:
     if present := checkpoints_in(directory):
         raise ValueError(
             f"checkpoint_dir: {str(directory)!r} has checkpoints ({', '.join(present)}) that would be overwritten; "
-            "resume from them with resume_from (in tl.train, resume=True), or choose another directory"
+            "resume from them (resume=True; of a single stage, resume_from), or choose another directory"
         )
 
 

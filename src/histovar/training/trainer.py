@@ -52,10 +52,11 @@ class StageModule(LightningModule):
 
     def adamw(self, parameters: Iterable[Any], **options: Any) -> torch.optim.AdamW:
         """AdamW, on CPUs in a single kernel: a sixth of the time for the prior's three million parameters."""
-        # Lightning clips no gradients for this kernel in mixed precision.
+        # In mixed precision, Lightning refuses to clip gradients for this kernel.
         is_mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         is_fused = self.trainer.strategy.root_device.type == "cpu" and not is_mixed
-        return torch.optim.AdamW(parameters, fused=is_fused, **options)
+        # None leaves the choice to torch, which False would not.
+        return torch.optim.AdamW(parameters, fused=True if is_fused else None, **options)
 
     def watch(self, prefix: str, n_spots: int, **values: torch.Tensor | float) -> None:
         """Log values as ``prefix_name``, averaged over the spots of the epoch."""

@@ -89,7 +89,7 @@ def main() -> None:
         show = getattr(error, "format_message", None)
         if show is None:
             raise
-        message = show()
+        message = show().replace("Value error, ", "")  # pydantic's, before the validator's own words
         sys.exit(2) if not message.strip() else _refuse(message)
 
 
@@ -132,8 +132,9 @@ def _prepare(options: Mapping[str, Option]) -> None:
     package = logging.getLogger("histovar")
     package.addHandler(handler)
     package.setLevel(logging.INFO)
-    # anndata repeats this warning for every array that is written to a store.
+    # anndata repeats these warnings for every array that is written to a store.
     warnings.filterwarnings("ignore", message="zarr v3 autosharding")
+    warnings.filterwarnings("ignore", message="Writing zarr v2 data")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -18,7 +18,7 @@ OTHER_NAMES = {
 # "name: ..." or "name, name: ..." at the start of a message.
 LEADING = re.compile(r"^(\w+(?:, \w+)*)(?=: )")
 # What is in quotes, or else "name=" and the beginning of its value.
-QUOTED_OR_ASSIGNED = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")|(?<![\w./-])(\w+)=(True\b|False\b)?(?=(.?))""")
+QUOTED_OR_ASSIGNED = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*"|`[^`]*`)|(?<![\w./-])(\w+)=(True\b|False\b)?(?=(.?))""")
 
 
 class Option(NamedTuple):

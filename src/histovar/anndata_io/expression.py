@@ -77,8 +77,8 @@ def count_blocks(adata: AnnData) -> Iterator[Any]:
     if adata.X is None:
         advice = ": " + mend if count_layers else ", or pass layer= with log-normalised values"
         raise ValueError(
-            f"adata: X is empty; counts are needed to log-normalise{advice} (histovar predict does not copy counts from "
-            "one .zarr store to another: predict from an .h5ad file, or copy X of the input)"
+            f"adata: X is empty; counts are needed to log-normalise{advice} (histovar predict does not copy counts "
+            "from one .zarr store to another: predict from an .h5ad file, or copy X of the input)"
         )
     for block in row_blocks(adata.X, adata.n_obs):
         gate.check_counts(stored_values(block), "X", mend)

@@ -84,6 +84,9 @@ def test_files_that_cannot_be_tiled(tmp_path):
     with pytest.raises(ValueError, match=r"slide: '.*broken.svs' cannot be read as a slide") as caught:
         hv.pp.tile(tmp_path / "broken.svs")
     assert "\n" not in str(caught.value)
+    tifffile.imwrite(tmp_path / "untiled.tif", np.full((300, 300, 3), 160, np.uint8), photometric="rgb")
+    with pytest.raises(ValueError, match="untiled.tif' cannot be read as a slide .*; convert it to a pyramid: vips"):
+        hv.pp.tile(tmp_path / "untiled.tif")
     with pytest.raises(FileNotFoundError, match="slide: no file"):
         hv.pp.tile(tmp_path / "nothing.svs")
     glass = np.full((1000, 1000, 3), 240, np.uint8)
@@ -210,7 +213,7 @@ def test_shell_from_slide_to_embeddings(histovar, slide, data_dir, tmp_path):
     code, _, error = histovar("embed", "tiles.h5ad", "-o", "tiles.h5ad")
     assert code == 2 and "--out: 'tiles.h5ad' is the input" in error
     code, _, error = histovar("embed", "tiles.h5ad", "--encoder", "dino", "-o", "new.h5ad")
-    assert code == 2 and "histovar: encoder: expected one of ['conch'" in error
+    assert code == 2 and "histovar: --encoder: expected one of ['conch'" in error
 
 
 def test_tiles_of_the_shared_slides(data_dir):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from histovar._arguments import Converted, Count, Key, PathLike, Positive, Share, check_arguments, checked, refuse_type
 from histovar._extras import import_extra
 from histovar.anndata_io.images_to_embed import HOW_TO_GIVE_MPP
-from histovar.slides.files import PICTURES, SlideImage
+from histovar.slides.files import PICTURES, TIFFS, TO_PYRAMID, SlideImage
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,8 @@ def _open(path: Path) -> Any:
             return wsidata.open_wsi(path, store=None)
     except Exception as error:  # noqa: BLE001 (readers raise errors of many classes)
         mend = ""
-        if path.suffix.lower() in PICTURES:
-            mend = "; convert the picture to a slide: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+        if path.suffix.lower() in (*PICTURES, *TIFFS):
+            mend = f"; convert it to a pyramid: {TO_PYRAMID}"
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"slide: {str(path)!r} cannot be read as a slide ({reason}){mend}") from None
 

@@ -16,6 +16,7 @@ from .image import ArrayImage, TissueImage
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TIFFS = (".tif", ".tiff", ".btf")
+TO_PYRAMID = "vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 # Pictures are decoded in full. This many pixels take 1.6 GB, as a progressive JPEG somewhat more.
 MOST_PIXELS = 400_000_000
 # Range of microns per pixel of scanned tissue; values outside it are resolutions of a printer or a screen.
@@ -70,7 +71,7 @@ class Picture(TissueImage):
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(
                 f"its {picture.width} x {picture.height} pixels are more than {MOST_PIXELS:,}, too many to decode at "
-                "once; convert it to a pyramid: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+                f"once; convert it to a pyramid: {TO_PYRAMID}"
             )
         self.picture: Image.Image = picture
         self.path, self.decoded, self.lock = path, False, Lock()

@@ -25,6 +25,9 @@ def test_a_model_prints_as_facts(model):
     text = repr(model)
     assert "Genes: 30: " in text and "X_histology (16 numbers)" in text and "S1, S2, S3" in text
     assert "Linear(" not in text and "Linear(" in repr(model.stage1)
+    untrained = hv.TwoStageVARST(model.config)
+    untrained.describe(tissue="breast \x1b[31m")
+    assert r"Tissue: breast \x1b[31m" in repr(untrained) and "\x1b" not in repr(untrained)
 
 
 def test_saved_model_predicts_the_same(model, query, tmp_path):

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import histovar as hv
 from histovar.cli import app
+from histovar.cli.option_names import Option, with_options
 from histovar.cli.predict import Decoding as DecodingChoice
 from histovar.cli.predict import Precision as PrecisionChoice
 from histovar.cli.predict import Units as UnitsChoice
-from histovar.cli.text import Option, with_options
 from histovar.model.card import content_digest
 from histovar.model.decoding import Mode
 from histovar.model.network import Precision

@@ -103,8 +103,8 @@ class SectionSlides:
         self._mpp = self._by_section(mpp, "mpp")
         if len(self.names) > 1 and isinstance(image, str | Path) and self._element(image) is None:
             raise ValueError(
-                f"image: one file for the {len(self.names)} sections {self.names[:4]}; give a file for each, "
-                "image={'A1': 'A1.svs', ...}"
+                f"image: one file for the {len(self.names)} sections {self.names[:4]}; give a file for each: "
+                "{'A1': 'A1.svs', ...}, in the shell A1=A1.svs"
             )
 
     def _by_section(self, given: Any, argument: str) -> dict[str | None, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from histovar._printable import printable
 from histovar._version import __version__
 
 from .adapt import adapt
@@ -23,9 +24,9 @@ from .embed import embed
 from .evaluate import evaluate
 from .export import export
 from .info import info
+from .option_names import Option, OptionNameFormatter, options_of, with_options
 from .predict import predict
 from .report import report
-from .text import Option, options_of, printable, with_options
 from .tile import tile
 from .train import train
 
@@ -65,11 +66,11 @@ def main() -> None:
     Results go to standard output, progress and logs to standard error. Messages of functions about their arguments name
     the command's options instead.
     """
-    options: dict[str, Option] = {}
+    command_options: dict[str, Option] = {}
     try:
         program: Any = typer.main.get_command(app)
-        options = _options_of_command(program)
-        _prepare(options)
+        command_options = _options_of_command(program)
+        _prepare(command_options)
         # Not program.main(), which treats KeyboardInterrupt as success and EOFError as KeyboardInterrupt.
         with program.make_context("histovar", sys.argv[1:]) as context:
             program.invoke(context)
@@ -84,7 +85,7 @@ def main() -> None:
         _refuse(f"the input ends unexpectedly ({error})")
     except (ValueError, KeyError, TypeError, ImportError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        _refuse(with_options(str(text), options))
+        _refuse(with_options(str(text), command_options))
     except Exception as error:  # usage errors of click, whose class typer does not export
         show = getattr(error, "format_message", None)
         if show is None:
@@ -97,18 +98,6 @@ def _options_of_command(program: Any) -> dict[str, Option]:
     """Options of the command that was called."""
     name = next((text for text in sys.argv[1:] if text in program.commands), None)
     return {} if name is None else options_of(program.commands[name].params)
-
-
-class _LogFormatter(logging.Formatter):
-    """Formats log lines with the names of options."""
-
-    def __init__(self, options: Mapping[str, Option]) -> None:
-        super().__init__()
-        self.options = options
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record."""
-        return with_options(super().format(record), self.options)
 
 
 def _prepare(options: Mapping[str, Option]) -> None:
@@ -128,7 +117,7 @@ def _prepare(options: Mapping[str, Option]) -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
-    handler.setFormatter(_LogFormatter(options))
+    handler.setFormatter(OptionNameFormatter(options))
     package = logging.getLogger("histovar")
     package.addHandler(handler)
     package.setLevel(logging.INFO)

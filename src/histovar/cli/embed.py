@@ -89,9 +89,6 @@ def embed(
     accelerator, _ = hardware(gpus)
     column = files.SECTION if library_key is None else library_key
     adata = files.read_files(inputs, column)
-    n_sections = adata.obs[column].nunique()
-    if isinstance(images, str) and n_sections > 1:
-        raise ValueError(f"--image: one file for {n_sections} sections; give one for each: --image SECTION=FILE")
     pp.embed(
         adata,
         encoder,

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from histovar._printable import printable
+
 from . import outputs
 from .options import PATH, path_of
-from .text import printable
 
 
 def info(

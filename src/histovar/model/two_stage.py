@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from histovar._arguments import Key, PathLike, check_arguments, not_bool
+from histovar._printable import printable
 
 from .checkpoint import load_model, load_stage, save_model
 from .hub import push_model
@@ -39,7 +40,7 @@ class TwoStageVARST(TwoStageNetwork):
     def __repr__(self) -> str:
         """What the model learnt from and what it predicts, a fact a line; ``print(model.stage1)`` lists layers."""
         facts = summarize(self.registry, self.config)
-        return "\n".join([type(self).__name__, *(f"    {name}: {value}" for name, value in facts.items())])
+        return "\n".join([type(self).__name__, *(f"    {name}: {printable(text)}" for name, text in facts.items())])
 
     @check_arguments
     def describe(self, *, tissue: str | None = None, species: str | None = None, licence: str | None = None) -> None:

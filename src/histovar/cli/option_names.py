@@ -1,7 +1,8 @@
-"""Make messages fit for a terminal."""
+"""Name options of the command line in messages and log lines about arguments of Python functions."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -26,11 +27,6 @@ class Option(NamedTuple):
 
     on: str
     off: str
-
-
-def printable(text: str) -> str:
-    """Escape control characters, which a terminal would act on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def options_of(parameters: Iterable[Any]) -> dict[str, Option]:
@@ -62,6 +58,24 @@ def with_options(message: str, options: Mapping[str, Option]) -> str:
         return given if flag or not re.match(r"[\w'\"]", following) else f"{given} "
 
     return LEADING.sub(leading, QUOTED_OR_ASSIGNED.sub(assigned, message))
+
+
+class OptionNameFormatter(logging.Formatter):
+    """Formats log lines with the names of options.
+
+    Parameters
+    ----------
+    options
+        As of :func:`options_of`.
+    """
+
+    def __init__(self, options: Mapping[str, Option]) -> None:
+        super().__init__()
+        self.options = options
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return with_options(super().format(record), self.options)
 
 
 def _is_in_call(text: str, position: int) -> bool:
